@@ -1,0 +1,1 @@
+"""Homes for the teacher in other libraries."""

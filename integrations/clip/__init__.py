@@ -1,0 +1,1 @@
+"""CLIP fine-tuning with a teacher."""

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import nn
+
+from wmateacher import pairing
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+
+def roles(model=None, **changes):
+    return pairing.assign(model or Tied(), **{"buffers": "copy", "frozen": "share", **changes})
+
+
+BUFFERS = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "cache")
+PARAMETERS = ("embed.weight", "norm.weight", "norm.bias")
+
+
+def test_tied_tensors_have_one_role_and_buffers_are_copied():
+    assert roles() == pairing.Roles(
+        averaged=PARAMETERS, copied=(*BUFFERS[:0], *roles().copied), kept=(), shared=()
+    )
+    assert set(roles().copied) == set(BUFFERS)
+
+
+def test_averaged_buffers_are_the_floating_ones_that_a_checkpoint_holds():
+    assert set(roles(buffers="average").averaged) == {*PARAMETERS, "norm.running_mean", "norm.running_var"}
+    assert set(roles(buffers="average").copied) == {"norm.num_batches_tracked", "cache"}
+
+
+def test_kept_buffers():
+    assert set(roles(buffers="keep").kept) == set(BUFFERS)
+    assert roles(buffers="keep").copied == ()
+
+
+def test_frozen_parameters_are_shared_or_averaged():
+    model = Tied()
+    model.embed.requires_grad_(False)
+    assert roles(model).shared == ("embed.weight",)
+    assert roles(model).averaged == ("norm.weight", "norm.bias")
+    assert roles(model, frozen="copy").shared == ()
+    assert roles(model, frozen="copy").averaged == PARAMETERS
+
+
+def test_excluded_tensors_are_copied_whatever_the_buffer_policy():
+    for buffers in pairing.BUFFERS:
+        assigned = roles(buffers=buffers, exclude=["norm.*"])
+        assert {"norm.weight", "norm.bias", "norm.running_mean"} <= set(assigned.copied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"buffers": "sync"}, ValueError, "buffers must be one of 'copy', 'average', 'keep', got 'sync'"),
+        ({"frozen": True}, ValueError, "frozen must be one of 'share', 'copy', got True"),
+        ({"exclude": ["nrm.*"]}, ValueError, r"pattern 'nrm.\*' matches no tensor; .*available: cache"),
+        ({"exclude": "norm.*"}, TypeError, "exclude must be a sequence of patterns, got the string"),
+    ],
+)
+def test_bad_policies(changes, error, message):
+    with pytest.raises(error, match=message):
+        roles(**changes)
+
+
+def test_wrappers_are_seen_through():
+    model = Tied()
+    assert pairing.unwrap(nn.DataParallel(torch.compile(model))) is model
+    model.head = torch.compile(model.head)
+    assert "head.weight" not in pairing.tensors(model)  # tied
+    model.extra = torch.compile(nn.Linear(2, 2))
+    assert {"extra.weight", "extra.bias"} <= set(pairing.tensors(model))
+
+
+def test_a_student_that_differs_is_an_error_that_names_the_tensors():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    ours, assigned = pairing.tensors(model), roles(model)
+    with pytest.raises(ValueError, match=r"missing '1.weight', '1.bias'\. Pass the model that"):
+        pairing.match(ours, nn.Sequential(nn.Linear(3, 4)), assigned)
+    with pytest.raises(ValueError, match="unexpected '2.weight', '2.bias'"):
+        pairing.match(ours, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)), assigned)
+    with pytest.raises(ValueError, match=r"'1.weight' has shape \(5, 4\), the teacher's has \(2, 4\)"):
+        pairing.match(ours, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), assigned)
+
+
+def test_long_differences_are_shortened():
+    assert pairing.describe_difference([str(i) for i in range(9)], []).endswith("'4' and 4 more")
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "expected"),
+    [
+        (torch.bfloat16, "auto", torch.float32),
+        (torch.float16, "auto", torch.float32),
+        (torch.float32, "auto", torch.float32),
+        (torch.float64, "auto", torch.float64),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.complex64, torch.float64, torch.complex64),
+    ],
+)
+def test_accumulator_dtypes(own, asked, expected):
+    assert pairing.accumulator_dtype(torch.zeros(1, dtype=own), asked) is expected

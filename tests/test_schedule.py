@@ -1,0 +1,166 @@
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wmateacher import kernels
+from wmateacher.schedule import Clock
+
+
+def run(clock, steps):
+    return [clock.tick() for _ in range(steps)]
+
+
+@given(
+    kernel=st.sampled_from(oracle.KERNELS),
+    total=st.integers(1, 90),
+    every=st.sampled_from([1, 2, 3, 7, 50]),
+    fraction=st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_realised_weights_are_the_kernels(kernel, total, every, fraction):
+    step = round(fraction * total)
+    clock = Clock(kernels.build(kernel), total, every)
+    run(clock, step)
+    np.testing.assert_allclose(
+        clock.weights(), oracle.realised(kernel, total, every, step), rtol=1e-9, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 7, 50])
+def test_ema_at_an_interval_is_its_closed_form(every):
+    omegas = [o for o in run(Clock(kernels.build("ema(0.99)"), None, every), 500) if o is not None]
+    np.testing.assert_allclose(omegas, 1 - 0.99**every, rtol=1e-12)
+    assert len(omegas) == 500 // every
+
+
+def test_the_papers_recursion():
+    """omega_t = alpha_t / sum_{j <= t} alpha_j with alpha_k = Beta(.5,.5) at (k + 1/2) / (T + 1)."""
+    total = 60
+    alpha = 1 / np.sqrt((tau := (np.arange(total + 1) + 0.5) / (total + 1)) * (1 - tau))
+    for text in ("beta(0.5,0.5)", "arcsine"):
+        omegas = run(Clock(kernels.build(text), total), total)
+        np.testing.assert_allclose(omegas, alpha[1:] / np.cumsum(alpha)[1:], rtol=1e-9)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_kernel_without_horizon_gives_the_same_with_and_without(every):
+    for text in ("uniform", "ema(0.9)", "power(sigma_rel=0.1)", "static"):
+        endless, finite = Clock(kernels.build(text), None, every), Clock(kernels.build(text), 1000, every)
+        np.testing.assert_allclose(run(endless, 40), run(finite, 40), rtol=1e-12) if every == 1 else None
+        run(endless, 40), run(finite, 40)
+        np.testing.assert_allclose(endless.weights(), finite.weights(), rtol=1e-12)
+
+
+def test_the_mean_age_does_not_depend_on_the_interval():
+    ages = []
+    for every in (1, 10, 50):
+        clock = Clock(kernels.build("beta(0.5,0.5)"), 2000, every)
+        run(clock, 2000)
+        ages.append(clock.weights() @ np.arange(2000, -1, -1))
+    np.testing.assert_allclose(ages, 1000, rtol=0.01)
+
+
+def test_past_the_horizon_the_clock_holds_with_one_warning():
+    clock = Clock(kernels.build("beta(0.5,0.5)"), 4)
+    run(clock, 4)
+    before = clock.weights()
+    with pytest.warns(UserWarning, match="after step 4 of total_steps=4.*call set_total_steps") as caught:
+        assert run(clock, 3) == [None, None, None]
+    assert len(caught) == 1
+    assert clock.step == 4
+    np.testing.assert_array_equal(clock.weights(), before)
+
+
+@given(
+    kernel=st.sampled_from(list(oracle.DENSITIES)),
+    old=st.integers(10, 60),
+    new=st.integers(10, 60),
+    at=st.integers(1, 9),
+    every=st.sampled_from([1, 2, 3, 7]),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_new_horizon_keeps_proportions_and_gives_the_past_its_new_mass(kernel, old, new, at, every):
+    clock = Clock(kernels.build(kernel), old, every)
+    run(clock, at)
+    before = clock.weights()
+    clock.set_total_steps(new)
+    np.testing.assert_array_equal(clock.weights(), before)
+    run(clock, new - at)
+    after, target = clock.weights(), oracle.realised(kernel, new, every, new)
+    np.testing.assert_allclose(after[at + 1 :], target[at + 1 :], rtol=1e-9, atol=1e-12)
+    past = target[: at + 1].sum()
+    np.testing.assert_allclose(after[: at + 1], before * past, rtol=1e-9, atol=1e-12)
+
+
+def test_the_horizon_can_be_extended_after_the_end():
+    clock = Clock(kernels.build("uniform"), 4)
+    run(clock, 4)
+    clock.set_total_steps(9)
+    run(clock, 5)
+    np.testing.assert_allclose(clock.weights(), 0.1)
+
+
+def test_state_survives_horizon_changes():
+    def clock_at(total):
+        return Clock(kernels.build("beta(0.5,0.5)"), total, 3)
+
+    clock = clock_at(20)
+    run(clock, 8)
+    clock.set_total_steps(31)
+    run(clock, 9)
+    again = clock_at(31)
+    again.check(clock.state())
+    again.restore(clock.state())
+    np.testing.assert_array_equal(again.weights(), clock.weights())
+    assert run(again, 14) == run(clock, 14)
+    np.testing.assert_array_equal(again.weights(), clock.weights())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (("uniform", 20, 3), r"written with kernel='beta\(0.5,0.5\)', this teacher has kernel='uniform'"),
+        (("beta(0.5,0.5)", 21, 3), "with total_steps=20, this teacher has total_steps=21.*call set_total_steps"),
+        (("beta(0.5,0.5)", 20, 1), "written with update_every=3, this teacher has update_every=1"),
+    ],
+)  # fmt: skip
+def test_a_foreign_state_is_refused_by_name(other, message):
+    clock = Clock(kernels.build("beta(0.5,0.5)"), 20, 3)
+    with pytest.raises(ValueError, match=message):
+        Clock(kernels.build(other[0]), *other[1:]).check(clock.state())
+
+
+def test_a_callable_whose_density_changed_is_noticed():
+    def kappa(tau, power=1.0):
+        return tau**power
+
+    clock = Clock(kernels.build(kappa), 20)
+    run(clock, 5)
+    state = clock.state()
+    kappa.__defaults__ = (2.0,)
+    with pytest.raises(ValueError, match="running mass at step 5 .*its density has changed since"):
+        Clock(kernels.build(kappa), 20).check(state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("beta(0.5,0.5)", None), "kernel 'beta.*' needs total_steps, got None: pass the number of optimizer steps"),
+        (("ema(0.9,1.0,schedule=cosine)", None), "needs total_steps, got None"),
+        (("uniform", 0), "total_steps must be a whole number of at least 1, got 0"),
+        (("uniform", 10, 0), "update_every must be a whole number of at least 1, got 0"),
+        (("uniform", 10, 1.5), "update_every must be a whole number of at least 1, got 1.5"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_say_what_to_do(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Clock(kernels.build(arguments[0]), *arguments[1:])
+
+
+def test_the_horizon_cannot_end_before_now():
+    clock = Clock(kernels.build("uniform"), 10)
+    run(clock, 6)
+    with pytest.raises(ValueError, match="at least the 6 steps already taken, got 5"):
+        clock.set_total_steps(5)

@@ -1,0 +1,174 @@
+"""The tiny grammar in which kernels and losses are written: `name(arg, key=value)` and sums of them.
+
+Python's own parser reads the text and a walk over the syntax tree accepts four things: names, calls,
+numbers, and (for sums) `number * call + ...`. Nothing is ever evaluated.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, TypeVar
+
+Value = float | int | bool | str | None
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A parsed `name(*args, **kwargs)`; a bare `name` is a call without arguments.
+
+    `str` gives the canonical text, without spaces, which parses back to an equal `Call`.
+    """
+
+    name: str
+    args: tuple[Value, ...] = ()
+    kwargs: Mapping[str, Value] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        inside = [_text(a) for a in self.args] + [f"{k}={_text(v)}" for k, v in self.kwargs.items()]
+        return f"{self.name}({','.join(inside)})" if inside else self.name
+
+    def build(self, factory: Callable[..., T]) -> T:
+        """Call `factory` with these arguments.
+
+        Raises:
+            TypeError: The arguments do not fit the factory's signature.
+        """
+        signature = inspect.signature(factory)
+        try:
+            signature.bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            usage = ",".join(_usage(p) for p in signature.parameters.values())
+            raise TypeError(f"{self}: {error}; write {self.name}({usage})") from None
+        return factory(*self.args, **self.kwargs)
+
+
+def parse_call(text: str) -> Call:
+    """Parse one `name(arg, key=value)`.
+
+    Raises:
+        ValueError: The text is not in the grammar.
+    """
+    return _call(_parse(text), text)
+
+
+def parse_sum(text: str) -> list[tuple[float, Call]]:
+    """Parse `number*name(...) + name(...) + ...` into (coefficient, call) pairs, in order.
+
+    Raises:
+        ValueError: The text is not in the grammar.
+    """
+    return _terms(_parse(text), text)
+
+
+def canonical(obj: Any, name: str) -> Call:
+    """The call that rebuilds a dataclass instance: required fields, then what differs from defaults."""
+    args: list[Value] = []
+    kwargs: dict[str, Value] = {}
+    for f in fields(obj):
+        value = getattr(obj, f.name)
+        if f.default is not MISSING and value == f.default:
+            continue
+        # A number may stand positionally only while no field before it was left out.
+        in_order = len(args) == fields(obj).index(f) and not isinstance(value, str) and not f.kw_only
+        if in_order:
+            args.append(value)
+        else:
+            kwargs[f.name] = value
+    return Call(name, tuple(args), kwargs)
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the close ones first, then all."""
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return f"{hint}available: {', '.join(known)}"
+
+
+def _usage(parameter: inspect.Parameter) -> str:
+    if parameter.default is not parameter.empty:
+        return f"{parameter.name}={_text(parameter.default)}"
+    return f"{parameter.name}=..." if parameter.kind is parameter.KEYWORD_ONLY else parameter.name
+
+
+def _text(value: Value) -> str:
+    if isinstance(value, str):
+        return value if _is_name(value) else repr(value)
+    return repr(value)
+
+
+def _is_name(value: str) -> bool:
+    return value.isidentifier() and value not in ("True", "False", "None")
+
+
+def _parse(text: str) -> ast.expr:
+    if not isinstance(text, str):
+        raise TypeError(f"expected a string such as 'beta(0.5,0.5)', got {text!r}")
+    try:
+        return ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise _refuse(text, "it does not parse") from None
+
+
+def _refuse(text: str, why: str) -> ValueError:
+    return ValueError(
+        f"cannot read {text!r}: {why}; write name, name(1.0, key=value) "
+        "or, where a sum is meant, 0.5*name + name(1.0)"
+    )
+
+
+def _call(node: ast.expr, text: str) -> Call:
+    if not isinstance(node, ast.Call):
+        return Call(_dotted(node, text))
+    kwargs: dict[str, Value] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise _refuse(text, "'**' is not allowed")
+        kwargs[keyword.arg] = _value(keyword.value, text)
+    return Call(_dotted(node.func, text), tuple(_value(a, text) for a in node.args), kwargs)
+
+
+def _dotted(node: ast.expr, text: str) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value, text)}.{node.attr}"
+    raise _refuse(text, f"{ast.unparse(node)!r} is not a name")
+
+
+def _number(node: ast.expr) -> float | int | None:
+    """A signed number, or None where the node is something else."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+        inner = _number(node.operand)
+        negative = isinstance(node.op, ast.USub)
+        return None if inner is None else -inner if negative else inner
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value  # type: ignore[return-value]
+    return None
+
+
+def _value(node: ast.expr, text: str) -> Value:
+    number = _number(node)
+    if number is not None:
+        return number
+    if isinstance(node, ast.Constant) and isinstance(node.value, str | bool | None):
+        return node.value
+    if isinstance(node, ast.Name):
+        return node.id
+    raise _refuse(text, f"{ast.unparse(node)!r} is not a number or a name")
+
+
+def _terms(node: ast.expr, text: str) -> list[tuple[float, Call]]:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _terms(node.left, text) + _terms(node.right, text)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        coefficient = _number(node.left)
+        if coefficient is None:
+            raise _refuse(text, f"{ast.unparse(node.left)!r} is not a number")
+        return [(float(coefficient), _call(node.right, text))]
+    return [(1.0, _call(node, text))]
