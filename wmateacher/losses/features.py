@@ -1,0 +1,83 @@
+"""Losses between features [B, ...] of one layer or embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from wmateacher.losses import checks
+from wmateacher.losses.numerics import upcast
+from wmateacher.losses.registry import add_family, register
+
+_TAKES = "a tensor of features [B, ...]"
+
+# Keeps a batch of identical rows, whose mean distance is 0, from dividing by it.
+_SMALLEST_MEAN_DISTANCE = 1e-12
+
+
+def _prepare(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
+    student = checks.floating_tensor("student", student, _TAKES)
+    teacher = checks.floating_tensor("teacher", teacher, _TAKES)
+    for who, value in (("student", student), ("teacher", teacher)):
+        if value.ndim == 0:
+            raise ValueError(f"{who} must be {_TAKES}, got a 0-d tensor")
+    checks.same_batch("a features loss", student, teacher)
+    return upcast(student, teacher)
+
+
+add_family("features", _TAKES, _prepare)
+
+
+@register("feature_mse", family="features")
+def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Element-wise mean of (f_S - f_T)^2.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    checks.same_shape("feature_mse", student, teacher)
+    return F.mse_loss(student, teacher)
+
+
+@register("cosine", family="features")
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of 1 - cos(f_S, f_T), the cosine taken over the last dimension.
+
+    Raises:
+        ValueError: The shapes differ, or there is no dimension after the batch.
+    """
+    checks.same_shape("cosine", student, teacher)
+    if student.ndim < 2:
+        raise ValueError(
+            f"cosine needs features [B, ..., d], got shape {list(student.shape)}; "
+            "add the feature dimension, for instance with .unsqueeze(-1)"
+        )
+    return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+@register("relational", family="features")
+def relational(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over pairs i < j of huber(psi_S(i, j) - psi_T(i, j)), psi a distance over its mean.
+
+    The distance-wise term of RKD (Park et al. 2019, eqs. 4-7): psi(i, j) = |f_i - f_j| / mu with mu
+    the mean over the batch's pairs, huber with threshold 1. Only relations are compared, so the
+    shapes after the batch may differ.
+
+    Raises:
+        ValueError: A batch of one has no pairs.
+    """
+    if student.shape[0] < 2:
+        raise ValueError(
+            f"relational compares pairs and needs a batch of at least 2, got shape "
+            f"{list(student.shape)}; leave the term out for such a batch"
+        )
+    return F.smooth_l1_loss(_relative_distances(student), _relative_distances(teacher))
+
+
+def _relative_distances(features: Tensor) -> Tensor:
+    """[B (B - 1) / 2]: the Euclidean distance of every pair over their mean."""
+    # pdist, and not the square root of a Gram matrix: its gradient at distance 0 is 0, not NaN.
+    distances = F.pdist(features.reshape(len(features), -1))
+    return distances / distances.mean().clamp_min(_SMALLEST_MEAN_DISTANCE)

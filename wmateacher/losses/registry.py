@@ -1,0 +1,347 @@
+"""Losses by name: registering one, and building a weighted sum of them from a spec.
+
+A *family* says what its losses take and prepares it once for all terms of a criterion; nothing else
+here knows what a loss computes.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import keyword
+import math
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from wmateacher.losses.numerics import full_precision
+from wmateacher.spec import Call, nearest, parse_call, parse_sum
+
+LossT = TypeVar("LossT", bound=Callable[..., Any])
+
+
+class LossOutput(NamedTuple):
+    """What a criterion returns.
+
+    Attributes:
+        total: 0-d, the weighted sum; carries the student's gradient.
+        terms: Name -> the term *before* its coefficient, 0-d and detached: for logging, without a
+            device sync.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Losses that take the same inputs.
+
+    Attributes:
+        name: As given to `register(family=...)`.
+        takes: What student and teacher must be, in words.
+        prepare: (student, teacher) -> both, checked, in float32 or float64, ready for every term.
+    """
+
+    name: str
+    takes: str
+    prepare: Callable[[Any, Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    factory: Callable[..., nn.Module]
+    family: Family | None
+
+
+_FAMILIES: dict[str, Family] = {}
+_ENTRIES: dict[str, _Entry] = {}
+
+
+def add_family(name: str, takes: str, prepare: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+    """Make a family known, so that losses can be registered in it."""
+    _FAMILIES[name] = Family(name, takes, prepare)
+
+
+def register(name: str, *, family: str | None = None, override: bool = False) -> Callable[[LossT], LossT]:
+    """Decorator that makes a loss available to `build` under `name`.
+
+    It decorates a function `(student, teacher, *, parameters) -> 0-d tensor`, or an `nn.Module` class
+    whose `forward` takes (student, teacher) and whose `__init__` takes the parameters. In a spec the
+    parameters may be given by position or by keyword: `name(2.0)`, `name(temperature=2.0)`.
+
+    Args:
+        name: A Python identifier.
+        family: "paired", "logits" or "features": the loss gets the family's checked inputs in float32
+            (float64 kept), for "paired" with image and text L2-normalised. None: it takes anything
+            and gets what the caller passed, the teacher detached.
+        override: Replace a loss of the same name.
+
+    Raises:
+        TypeError: `name` is not a string, or what is decorated is not callable.
+        ValueError: `name` is not an identifier or is taken, the family is unknown, or a function's
+            signature does not have the form above.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"register needs the loss's name, got {name!r}; write @register('my_loss')")
+    # A term is a submodule of the criterion, so it cannot be called what a container already has.
+    if not name.isidentifier() or keyword.iskeyword(name) or hasattr(nn.ModuleDict, name):
+        raise ValueError(f"a loss's name must be a free identifier such as my_loss, got {name!r}")
+    known = None if family is None else _family(family)
+
+    def add(loss: LossT) -> LossT:
+        if name in _ENTRIES and not override:
+            raise ValueError(
+                f"a loss named {name!r} is registered already; choose another name, or pass "
+                "override=True to replace it"
+            )
+        _ENTRIES[name] = _Entry(_factory(name, loss), known)
+        return loss
+
+    return add
+
+
+def available(family: str | None = None) -> list[str]:
+    """Names of the registered losses, sorted; those of one family where it is given.
+
+    Raises:
+        ValueError: The family is unknown.
+    """
+    wanted = None if family is None else _family(family)
+    return sorted(n for n, e in _ENTRIES.items() if wanted is None or e.family == wanted)
+
+
+def build(spec: str | Mapping[str, float] | Criterion) -> Criterion:
+    """Build a criterion: a weighted sum of registered losses.
+
+    Args:
+        spec: "3.90625*fd + crd + temperature_kl(2.0)", or a mapping of term to coefficient such as
+            {"fd": 3.90625, "temperature_kl(2.0)": 1.0}, or a criterion, which is returned as it is.
+
+    Raises:
+        TypeError: `spec` is none of these, a coefficient is not a number, or a term's arguments do not
+            fit.
+        ValueError: The spec cannot be read, is empty, names an unknown loss or one loss twice, mixes
+            families, or has a coefficient that is negative or not finite.
+    """
+    if isinstance(spec, Criterion):
+        return spec
+    if isinstance(spec, Mapping):
+        return Criterion((coefficient, parse_call(term)) for term, coefficient in spec.items())
+    if isinstance(spec, str):
+        return Criterion(parse_sum(spec))
+    raise TypeError(
+        "spec must be a string such as '0.5*fd + crd', a mapping of term to coefficient, or a "
+        f"Criterion, got {type(spec).__name__}"
+    )
+
+
+class Criterion(nn.Module):
+    """The weighted sum sum_i c_i l_i(student, teacher); made by `build`.
+
+    The teacher is detached here, for every loss. Autocast is switched off inside and the inputs are
+    raised to float32 (float64 stays), so that logits are never rounded to half precision. Losses with
+    parameters or buffers (`afd`, `dino`) are submodules: move the criterion to the device, give its
+    parameters to the optimizer and save its `state_dict`.
+
+    Attributes:
+        coefficients: Name -> coefficient, read at every call. A term with coefficient 0 is computed
+            and reported.
+        terms: Name -> the loss as a module.
+        family: The family of its losses; None where all of them take anything.
+    """
+
+    def __init__(self, terms: Iterable[tuple[float, Call]]) -> None:
+        """Build the terms.
+
+        Args:
+            terms: (coefficient, call) pairs, as `wmateacher.spec.parse_sum` gives.
+
+        Raises:
+            TypeError: As in `build`.
+            ValueError: As in `build`.
+        """
+        super().__init__()
+        self.coefficients: dict[str, float] = {}
+        self.family: str | None = None
+        self._calls: dict[str, Call] = {}
+        families: dict[str, Family | None] = {}
+        modules: dict[str, nn.Module] = {}
+        for coefficient, call in terms:
+            if call.name in modules:
+                raise ValueError(
+                    f"the loss {call.name!r} is given twice; write it once with one coefficient, or "
+                    "build a second criterion"
+                )
+            entry = _entry(call.name)
+            self.coefficients[call.name] = _coefficient(call.name, coefficient)
+            self._calls[call.name] = call
+            families[call.name] = entry.family
+            modules[call.name] = call.build(entry.factory)
+        if not modules:
+            raise ValueError("a criterion needs at least one term, got none; write such as 'fd + crd'")
+        self.terms = nn.ModuleDict(modules)
+        self._with_family = frozenset(n for n, f in families.items() if f is not None)
+        family = _one_family(families)
+        self.family = None if family is None else family.name
+
+    @property
+    def spec(self) -> str:
+        """The text from which `build` makes an equal criterion."""
+        return " + ".join(
+            str(self._calls[name]) if c == 1 else f"{c!r}*{self._calls[name]}"
+            for name, c in self.coefficients.items()
+        )
+
+    def __str__(self) -> str:
+        return self.spec
+
+    def extra_repr(self) -> str:
+        """The spec, shown in the module's repr."""
+        return self.spec
+
+    def forward(self, student: Any, teacher: Any) -> LossOutput:
+        """Compute the weighted sum and its terms.
+
+        Args:
+            student: The student's output, of the kind that the family takes.
+            teacher: The teacher's output; gets no gradient.
+
+        Returns:
+            The total with the student's gradient, and the unweighted, detached terms.
+
+        Raises:
+            TypeError: An input is not what the family takes, or a registered function does not return
+                a tensor.
+            ValueError: Shapes that do not fit, an empty batch, or a registered function returns more
+                than one number.
+        """
+        teacher = _detach(teacher)
+        values: dict[str, Tensor] = {}
+        with full_precision(student):
+            prepared = as_given = (student, teacher)
+            if self.family is not None:
+                prepared = _FAMILIES[self.family].prepare(student, teacher)
+            for name, term in self.terms.items():
+                value = term(*(prepared if name in self._with_family else as_given))
+                values[name] = _scalar(name, value)
+            weighted = [self.coefficients[name] * value for name, value in values.items()]
+            total = torch.stack(weighted).sum()
+        return LossOutput(total, {name: value.detach() for name, value in values.items()})
+
+
+class _FunctionLoss(nn.Module):
+    """A registered function with its parameters."""
+
+    def __init__(self, function: Callable[..., Tensor], parameters: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.keywords = dict(parameters)
+
+    def forward(self, student: Any, teacher: Any) -> Tensor:
+        return self.function(student, teacher, **self.keywords)
+
+    def extra_repr(self) -> str:
+        return ", ".join([self.function.__name__, *(f"{k}={v!r}" for k, v in self.keywords.items())])
+
+
+def _factory(name: str, loss: Any) -> Callable[..., nn.Module]:
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        return loss
+    if not inspect.isfunction(loss):
+        raise TypeError(f"{name}: register a function or an nn.Module class, got {loss!r}")
+    inputs, parameters = _split(list(inspect.signature(loss).parameters.values()))
+    if len(inputs) != 2 or any(p.kind in _VARIADIC for p in parameters):
+        raise ValueError(
+            f"{name}: a loss function takes (student, teacher, *, named parameters), got "
+            f"{loss.__name__}{inspect.signature(loss)}"
+        )
+    signature = inspect.Signature(
+        [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters]
+    )
+
+    def factory(*args: Any, **kwargs: Any) -> nn.Module:
+        return _FunctionLoss(loss, signature.bind(*args, **kwargs).arguments)
+
+    # `Call.build` reads it to check a spec's arguments and to say what is allowed.
+    factory.__signature__ = signature  # type: ignore[attr-defined]
+    return factory
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+Parameters = list[inspect.Parameter]
+
+
+def _split(parameters: Parameters) -> tuple[Parameters, Parameters]:
+    inputs = [p for p in parameters[:2] if p.kind in _POSITIONAL]
+    return inputs, parameters[len(inputs) :]
+
+
+def _family(name: str) -> Family:
+    if name not in _FAMILIES:
+        raise ValueError(f"unknown family {name!r}; {nearest(str(name), _FAMILIES)}")
+    return _FAMILIES[name]
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _ENTRIES:
+        raise ValueError(f"unknown loss {name!r}; {nearest(name, _ENTRIES)}")
+    return _ENTRIES[name]
+
+
+def _coefficient(name: str, value: Any) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"the coefficient of {name!r} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"the coefficient of {name!r} must be finite and >= 0, got {value!r}; "
+            "write such as 0.5*fd, or leave the term out"
+        )
+    return float(value)
+
+
+def _one_family(families: Mapping[str, Family | None]) -> Family | None:
+    found = {f.name: f for f in families.values() if f is not None}
+    if len(found) > 1:
+        who = "; ".join(
+            f"{', '.join(n for n, g in families.items() if g == f)} ({f.name}) takes {f.takes}"
+            for f in found.values()
+        )
+        raise ValueError(
+            f"these losses take different inputs: {who}. Build one criterion for each family and add "
+            "their totals"
+        )
+    return next(iter(found.values()), None)
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the loss {name!r} must return a 0-d tensor, got {type(value).__name__}")
+    if value.ndim != 0:
+        raise ValueError(
+            f"the loss {name!r} must return a 0-d tensor, got shape {list(value.shape)}; "
+            "reduce it, for instance with .mean()"
+        )
+    return value
+
+
+def _detach(value: Any) -> Any:
+    """`value` with every tensor in its tuples, lists and dictionaries detached."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_detach, value))
+    if isinstance(value, tuple | list):
+        return type(value)(map(_detach, value))
+    if isinstance(value, MutableMapping):
+        detached = copy.copy(value)
+        for key in value:
+            detached[key] = _detach(value[key])
+        return detached
+    return value
