@@ -117,6 +117,12 @@ class WMATeacher(nn.Module):
         """
         return self._clock.weights()
 
+    def averaged_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """(student, average) of every averaged tensor, the average at full precision; for diagnostics."""
+        ours = self._averages()
+        theirs = pairing.match(ours, self._student[0], self._roles)
+        return [(theirs[n].detach(), ours[n].detach()) for n in self._roles.averaged]
+
     def set_total_steps(self, total_steps: int) -> None:
         """Change the horizon mid-run.
 

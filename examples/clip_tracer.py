@@ -1,0 +1,119 @@
+"""Robust fine-tuning of a small CLIP: what each kind of teacher keeps, and what it costs.
+
+Pre-trains a small CLIP on digits in many domains (kept for the next run), fine-tunes it on one narrow
+domain by several methods, and compares them there (ID) and under shift (OOD). Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from wmateacher import kernels
+from wmateacher.integrations.clip import recipes, report
+from wmateacher.integrations.clip.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Robust fine-tuning of a small CLIP: what each kind of teacher keeps, and what it costs.
+
+    Pre-trains a small CLIP on digits in many domains (kept for the next run), fine-tunes it on one
+    narrow domain by several methods, and compares them there (ID) and under shift (OOD).
+    """
+
+    recipe: str = "digits"
+    """digits, or colored-mnist: the paper's toy experiment, with the published figures beside."""
+    methods: tuple[str, ...] = ()
+    """Only these, e.g. --methods zero-shot flyp tracer; all of the recipe's by default."""
+    kernel: str | None = None
+    """Kernel of tracer's teacher, e.g. 'beta(0.2,0.7)' or 'ema(0.999)'."""
+    strength: float | None = None
+    """lambda_SD, the weight of the distillation, of every method that has a teacher."""
+    model: str | None = None
+    """Towers: tiny-conv-32, tiny-vit-16, tiny-resnet-32, light-vit-28, or any that open_clip can build."""
+    data: str | None = None
+    """digits, mnist or fashion-mnist; the recipe's by default. All but digits need --data-root."""
+    data_root: Path | None = None
+    """Folder with torchvision's MNIST/raw or FashionMNIST/raw."""
+    download: bool = False
+    """Download the data to --data-root where it is not there."""
+    seeds: int = 1
+    """Fine-tune with this many seeds and report mean and deviation."""
+    steps: int | None = None
+    """Optimizer steps of fine-tuning."""
+    pretrain_steps: int | None = None
+    """Optimizer steps of pre-training."""
+    output: Path | None = None
+    """Results folder; one that was interrupted is continued. Default: runs/clip_tracer-TIME."""
+    cache: Path | None = None
+    """Where pretrained towers are kept. Default: ~/.cache/wmateacher."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+
+
+def configured(arguments: Arguments) -> recipes.Recipe:
+    """The recipe with the command line's changes."""
+    recipe = recipes.get(arguments.recipe).with_steps(arguments.pretrain_steps, arguments.steps)
+    methods = dict(recipe.methods)
+    if arguments.kernel is not None:
+        kernels.build(arguments.kernel)  # a misspelt one should not be found after pre-training
+        methods["tracer"] = replace(methods["tracer"], kernel=arguments.kernel)
+    if arguments.strength is not None:
+        methods = {
+            name: m if m.kernel is None else replace(m, strength=arguments.strength)
+            for name, m in methods.items()
+        }
+    return replace(
+        recipe,
+        methods=methods,
+        model=arguments.model or recipe.model,
+        data=arguments.data or recipe.data,
+    )
+
+
+def main(arguments: Arguments) -> None:
+    if arguments.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
+    recipe = configured(arguments)
+    names = [recipe.method(name).name for name in arguments.methods or recipe.methods]
+    output = arguments.output or Path(time.strftime("runs/clip_tracer-%Y%m%d-%H%M%S"))
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    run = Experiment(
+        recipe, output, root=arguments.data_root, download=arguments.download,
+        cache=arguments.cache, device=device,
+    )  # fmt: skip
+    print(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}", flush=True)
+    try:
+        print(
+            f"pre-trained for {recipe.pretrain.steps} steps, {run.pretrain():.0f} s of training", flush=True
+        )
+        for seed in range(arguments.seeds):
+            for name in names:
+                record = run.run(name, seed)
+                print(
+                    f"{name} (seed {seed}): ID {record['id']:.1f}, mean OOD {record['ood']:.1f}", flush=True
+                )
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr)
+        sys.exit(130)
+    print(f"\n{report.table(run.results)}\n")
+    if recipe.published_forgetting:
+        print(f"{report.forgetting_table(run.results, recipe.published_forgetting)}\n")
+    gaps = {name: run.gap_file(name, 0) for name in names if run.gap_file(name, 0).exists()}
+    report.picture(run.results, gaps, output / "methods.png")
+    print(f"wrote {output}/results.json, gaps/*.csv, methods.png")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Arguments))
+    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

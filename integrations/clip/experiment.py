@@ -1,0 +1,220 @@
+"""Run methods over a recipe: shared data and pretrained towers, one record a method and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wmateacher.integrations import digits, runs
+from wmateacher.integrations.clip.evaluation import Labelled, Scores, score, summarise
+from wmateacher.integrations.clip.methods import METHODS
+from wmateacher.integrations.clip.pairs import DrawnPairs, normalise
+from wmateacher.integrations.clip.recipes import Recipe
+from wmateacher.integrations.clip.towers import Towers, build, zero_shot_head
+from wmateacher.integrations.clip.training import Settings, fit
+from wmateacher.integrations.digits import Domain, Split
+
+_EVALUATION_BATCH = 500
+
+
+def default_cache() -> Path:
+    """Where pretrained towers are kept: `$XDG_CACHE_HOME/wmateacher`, by default in `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wmateacher"
+
+
+class Experiment:
+    """A recipe with its data loaded, and a folder that its results go to.
+
+    The folder holds `results.json`, `gaps/METHOD-SEED.csv` and `checkpoints/`. A folder with results of
+    the same configuration is continued: finished methods are not run again, an interrupted one goes on
+    from its checkpoint.
+
+    Args:
+        recipe: What to run.
+        output: The folder.
+        root: Where the recipe's data lies.
+        download: Let torchvision download it.
+        cache: Where pretrained towers are kept between runs.
+        device: To train on.
+        progress: Show progress bars.
+
+    Raises:
+        ValueError: The folder holds results of another configuration.
+        FileNotFoundError: The data is not there.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        output: Path,
+        *,
+        root: Path | None = None,
+        download: bool = False,
+        cache: Path | None = None,
+        device: torch.device | str = "cpu",
+        progress: bool = True,
+    ):
+        self.recipe, self.output, self.progress = recipe, output, progress
+        self.device = torch.device(device)
+        self.cache = cache or default_cache()
+        self.source = digits.load(recipe.data, root, download=download)
+        self.train = self.source.train.subset(recipe.train_images)
+        self.towers, self.tokenizer = self._fresh_towers()
+        self.results = self._open()
+
+    # --- one method ---------------------------------------------------------------------------------
+
+    def pretrain(self) -> float:
+        """Pre-train the towers, or load them from the cache; seconds that the training took."""
+        key = hashlib.sha256(json.dumps(self._pretraining(), sort_keys=True).encode()).hexdigest()[:16]
+        stream = self._pairs(self.recipe.wide, self.recipe.pretrain)
+        file = self.cache / f"{self.recipe.model}-{self.recipe.data}-{key}.pt"
+        pretrained = fit(
+            self.towers, METHODS["flyp"], stream, self.recipe.pretrain,
+            checkpoint=file, label="pre-training", progress=self.progress,
+        )  # fmt: skip
+        return pretrained.seconds
+
+    def done(self, method: str, seed: int) -> bool:
+        """Whether the folder has this record already."""
+        runs_of = self.results["methods"].get(method, {}).get("runs", [])
+        return any(run["seed"] == seed for run in runs_of)
+
+    def run(
+        self, name: str, seed: int = 0, after_step: Callable[[int], None] | None = None
+    ) -> dict[str, Any]:
+        """Fine-tune by one method from the pretrained towers, evaluate, and record it.
+
+        Args:
+            name: Of the method, in the recipe.
+            seed: Of data order, drawing and initialisation; the pretrained towers are the same.
+            after_step: As in `fit`.
+
+        Returns:
+            The method's record in `results`, over all seeds so far.
+        """
+        if self.done(name, seed):
+            return self.results["methods"][name]
+        method = self.recipe.method(name)
+        towers, seconds, gaps = deepcopy(self.towers), 0.0, []
+        if method.trains:
+            settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
+            fitted = fit(
+                towers, method, self._pairs(self.recipe.narrow, settings), settings,
+                checkpoint=self.output / "checkpoints" / f"{name}-{seed}.pt",
+                label=f"{name} (seed {seed})", progress=self.progress, after_step=after_step,
+            )  # fmt: skip
+            seconds, gaps = fitted.seconds, fitted.gaps
+        if gaps:
+            runs.write_csv(("step", "gap"), enumerate(gaps, 1), self.gap_file(name, seed))
+        scores = self.evaluate(towers, self.source.test, {"id": self.recipe.narrow, **self.recipe.shifts})
+        validation = self.evaluate(
+            towers, self.source.val, {"id": self.recipe.narrow, "wide": self.recipe.wide}
+        )
+        record = {
+            "seed": seed,
+            **summarise(scores),
+            "seconds": seconds,
+            "final_gap": gaps[-1] if gaps else None,
+            "validation": {k: s.accuracy for k, s in validation.items()},
+        }
+        return self._record(name, record)
+
+    def evaluate(self, towers: Towers, split: Split, domains: Mapping[str, Domain]) -> dict[str, Scores]:
+        """Score the zero-shot head of `towers` on a split drawn in each domain, always the same way."""
+        head = zero_shot_head(towers, self.tokenizer, self.source.classes, self.source.templates)
+        return {name: score(towers, head, self._drawn(split, domain)) for name, domain in domains.items()}
+
+    def gap_file(self, method: str, seed: int) -> Path:
+        """Where the teacher-student gap after every step is written."""
+        return self.output / "gaps" / f"{method}-{seed}.csv"
+
+    # --- pieces -------------------------------------------------------------------------------------
+
+    def _fresh_towers(self) -> tuple[Towers, Any]:
+        torch.manual_seed(self.recipe.pretrain.seed)
+        towers, tokenizer = build(self.recipe.model)
+        return towers.to(self.device), tokenizer
+
+    def _pairs(self, domain: Domain, settings: Settings) -> DrawnPairs:
+        return DrawnPairs(
+            self.train, domain, self.source.classes, self.source.templates, self.tokenizer,
+            size=self.towers.image_size, batch_size=settings.batch_size, seed=settings.seed,
+        )  # fmt: skip
+
+    def _drawn(self, split: Split, domain: Domain) -> Labelled:
+        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            generator = torch.Generator().manual_seed(0)
+            for first in range(0, len(split), _EVALUATION_BATCH):
+                chosen = slice(first, first + _EVALUATION_BATCH)
+                part = Split(split.images[chosen], split.labels[chosen])
+                yield normalise(domain.draw(part, self.towers.image_size, generator)), part.labels
+
+        return batches()
+
+    def _pretraining(self) -> dict[str, Any]:
+        """What the pretrained towers depend on."""
+        recipe = self.recipe
+        return {
+            "model": recipe.model,
+            "data": recipe.data,
+            "images": len(self.train),
+            "domain": asdict(recipe.wide),
+            "pretrain": asdict(recipe.pretrain),
+        }
+
+    # --- records ------------------------------------------------------------------------------------
+
+    def _configuration(self) -> dict[str, Any]:
+        # Through JSON, so that it compares equal with what is read back.
+        return json.loads(json.dumps(asdict(self.recipe)))
+
+    def _open(self) -> dict[str, Any]:
+        file, config = self.output / "results.json", self._configuration()
+        if not file.exists():
+            packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
+            return {
+                "config": config,
+                "environment": runs.environment(self.device, packages),
+                "methods": {},
+            }
+        results = runs.read_json(file)
+        there = results.get("config", {}) if isinstance(results, dict) else {}
+        differing = [k for k in {**there, **config} if there.get(k) != config.get(k)]
+        if differing:
+            raise ValueError(
+                f"output folder {self.output} holds results of another configuration (different: "
+                f"{', '.join(differing)}): choose another folder, or delete it"
+            )
+        return results
+
+    def _record(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
+        all_runs = [*self.results["methods"].get(name, {}).get("runs", []), record]
+        self.results["methods"][name] = {**_over_seeds(all_runs), "runs": all_runs}
+        runs.write_json(self.results, self.output / "results.json")
+        return self.results["methods"][name]
+
+
+def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means, and under `std` sample deviations, of every number in records of equal form."""
+    means, deviations = {}, {}
+    for key, first in records[0].items():
+        values = [r[key] for r in records]
+        if isinstance(first, dict):
+            inner = _over_seeds(values)
+            deviations[key] = inner.pop("std")
+            means[key] = inner
+        elif key != "seed":
+            known = [v for v in values if v is not None]
+            means[key] = statistics.fmean(known) if known else None
+            deviations[key] = statistics.stdev(known) if len(known) > 1 else 0.0
+    return {**means, "std": deviations}
