@@ -1,4 +1,4 @@
-"""The two lines in a plain training loop: digits, a student with label noise, a teacher that is its average."""
+"""The two lines in a plain training loop: a student that learns from noisy labels, and its average."""
 
 from __future__ import annotations
 

@@ -235,12 +235,18 @@ def _torchvision(name: str, root: Path, train: bool, download: bool) -> Split:
     except ImportError as error:
         raise ImportError(f"{name} needs torchvision: pip install 'wmateacher[examples]'") from error
     kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST}[name]
+    folder = root / kind.__name__ / "raw"
+    if not download and not folder.is_dir():
+        raise FileNotFoundError(
+            f"no {name} in {folder}: give the folder above {kind.__name__!r} as root (--data-root), or "
+            "pass download=True (--download)"
+        )
     try:
         data = kind(str(root), train=train, download=download)
-    except RuntimeError as error:
-        raise FileNotFoundError(
-            f"no {name} in {root / kind.__name__ / 'raw'} ({error}): give the folder above "
-            f"{kind.__name__!r} as root (--data-root), or pass download=True (--download)"
+    except (RuntimeError, ValueError, AssertionError, IndexError, EOFError, TypeError) as error:
+        raise ValueError(
+            f"{name} in {folder} cannot be read ({error}): delete it and pass download=True (--download), "
+            "or unpack it there again"
         ) from error
     return Split(data.data[:, None].float() / 255, data.targets.long())
 

@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+# One thread each: the tensors are small, and tests may share their cores with other processes.
+torch.set_num_threads(1)
+
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")

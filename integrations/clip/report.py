@@ -63,7 +63,7 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
 
     methods = results["methods"]
     colours = {name: f"C{i}" for i, name in enumerate(methods)}
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
     plane, course = figure.subplots(1, 2)
     for name, record in methods.items():
         many = len(record["runs"]) > 1
@@ -83,7 +83,7 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
     )
     course.grid(alpha=0.3)
     if gaps:
-        course.legend()
+        course.legend(loc="upper left", bbox_to_anchor=(0, -0.12), frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 

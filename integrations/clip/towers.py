@@ -135,13 +135,13 @@ def build(model: str, pretrained: str | None = None) -> tuple[Towers, Tokenizer]
             f"unknown weights {pretrained!r} for {model!r}: neither a file nor a tag; "
             f"{nearest(pretrained, tags)}"
         )
-    with _quiet_about_random_weights(pretrained is None):
-        clip = open_clip.create_model(model, pretrained=pretrained, load_weights=pretrained is not None)
-    if isinstance(getattr(clip, "logit_bias", None), Tensor):
+    if "init_logit_bias" in (open_clip.get_model_config(model) or {}):
         raise ValueError(
             f"model {model!r} has a logit bias (SigLIP); the contrastive objective here has none: take a "
             "CLIP model"
         )
+    with _quiet_about_random_weights(pretrained is None):
+        clip = open_clip.create_model(model, pretrained=pretrained, load_weights=pretrained is not None)
     return Towers(clip), open_clip.get_tokenizer(model)
 
 

@@ -286,9 +286,10 @@ def read(file: Path, keys: set[str]) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, depending on which byte is wrong
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"cannot read checkpoint {file} ({type(error).__name__}: {str(error).splitlines()[0]}): it is "
-            "damaged or something else; delete it to start again"
+            f"cannot read checkpoint {file} ({reason}): it is damaged or something else; delete it to "
+            "start again"
         ) from error
     if not isinstance(state, dict) or not keys <= state.keys() or state.get("format", _FORMAT) != _FORMAT:
         raise ValueError(

@@ -26,7 +26,7 @@ def embeddings(seed, batch=6, width=5):
 @pytest.mark.parametrize("name", ["tiny-vit-16", "tiny-resnet-32", "tiny-conv-32"])
 def test_projection_terms_are_their_formulas(name):
     towers = build(name)[0]
-    v, u = towers.image_projection.double(), towers.text_projection.double()
+    v, u = (p.detach().double() for p in (towers.image_projection, towers.text_projection))
     expected = sum(float(v[i] @ u[j]) ** 2 for i in range(len(v)) for j in range(len(u))) ** 0.5
     assert cross_frobenius(towers).item() == pytest.approx(expected, rel=1e-5)
     gram = v.T @ v

@@ -46,8 +46,7 @@ def test_the_image_projection_is_the_last_linear_map(name):
 
 def test_published_towers_are_buildable_by_name():
     """CLIP's own ViT-B/16, without its weights: 149.6M parameters in 302 tensors."""
-    with torch.device("meta"):
-        towers, _ = build("ViT-B-16")
+    towers, _ = build("ViT-B-16")
     assert sum(p.numel() for p in towers.parameters()) == 149_620_737
     assert len(list(towers.parameters())) == 302
     assert towers.image_projection.shape == (768, 512)
@@ -99,7 +98,7 @@ def test_bad_models_say_what_to_do(tmp_path):
         match="unknown weights 'opnai' for 'ViT-B-32': neither a file nor a tag; did you mean 'openai'",
     ):
         build("ViT-B-32", "opnai")
-    with pytest.raises(ValueError, match=r"has a logit bias \(SigLIP\)"), torch.device("meta"):
+    with pytest.raises(ValueError, match=r"has a logit bias \(SigLIP\)"):
         build("ViT-B-16-SigLIP")
 
 
