@@ -206,7 +206,8 @@ class Experiment:
 
 def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Means, and under `std` sample deviations, of every number in records of equal form."""
-    means, deviations = {}, {}
+    means: dict[str, Any] = {}
+    deviations: dict[str, Any] = {}
     for key, first in records[0].items():
         values = [r[key] for r in records]
         if isinstance(first, dict):

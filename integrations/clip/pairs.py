@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -101,5 +102,6 @@ class DrawnPairs:
         return Batch(images, self.captions[distinct], which)
 
     def _generator(self, *stream: int) -> torch.Generator:
-        kind, index = stream
-        return torch.Generator().manual_seed(self.seed * 2**40 + kind * 2**39 + index)
+        # torch's CPU generator reads only the low 32 bits of a seed: mix, never shift.
+        mixed = np.random.SeedSequence([self.seed, *stream]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(mixed))

@@ -28,6 +28,8 @@ class Towers(nn.Module):
         clip: The open_clip model.
     """
 
+    clip: Any
+
     def __init__(self, clip: nn.Module):
         super().__init__()
         self.clip = clip
@@ -51,22 +53,22 @@ class Towers(nn.Module):
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Image features `[B, d]`."""
-        return self.clip.encode_image(images, normalize=normalize)  # type: ignore[operator]
+        return self.clip.encode_image(images, normalize=normalize)
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
         """Text features `[U, d]`."""
-        return self.clip.encode_text(tokens, normalize=normalize)  # type: ignore[operator]
+        return self.clip.encode_text(tokens, normalize=normalize)
 
     @property
     def logit_scale(self) -> Tensor:
         """The multiplier of the cosine similarities, 0-d."""
-        return self.clip.logit_scale.exp()  # type: ignore[operator, union-attr]
+        return self.clip.logit_scale.exp()
 
     @property
     def image_size(self) -> int:
         """Height and width of the images, in pixels."""
-        size = self.clip.visual.image_size  # type: ignore[union-attr]
-        return int(size if isinstance(size, int) else size[0])  # type: ignore[index]
+        size = self.clip.visual.image_size
+        return int(size if isinstance(size, int) else size[0])
 
     @property
     def image_projection(self) -> Tensor:
@@ -77,14 +79,13 @@ class Towers(nn.Module):
         Raises:
             ValueError: The tower ends in something else.
         """
-        visual: Any = self.clip.visual
-        attention_pool, head = getattr(visual, "attnpool", None), getattr(visual, "head", None)
-        if isinstance(attention_pool, nn.Module) and hasattr(attention_pool, "c_proj"):
-            return attention_pool.c_proj.weight.mT
-        return _projection(
-            getattr(head, "proj", None) if head is not None else getattr(visual, "proj", None),
-            f"image tower ({type(visual).__name__})",
-        )
+        visual = self.clip.visual
+        last, name = visual, "proj"
+        if hasattr(visual, "attnpool"):
+            last, name = visual.attnpool, "c_proj"
+        elif hasattr(visual, "head"):
+            last = visual.head
+        return _projection(getattr(last, name, None), f"image tower ({type(visual).__name__})")
 
     @property
     def text_projection(self) -> Tensor:
@@ -93,13 +94,13 @@ class Towers(nn.Module):
         Raises:
             ValueError: The tower ends in something else.
         """
-        owner: Any = getattr(self.clip, "text", self.clip)
+        owner = getattr(self.clip, "text", self.clip)
         found = getattr(owner, "text_projection", getattr(owner, "proj", None))
         return _projection(found, f"text tower ({type(owner).__name__})")
 
     def freeze_text(self) -> None:
         """Train the image tower and the logit scale only."""
-        images = {id(p) for p in self.clip.visual.parameters()}  # type: ignore[union-attr]
+        images = {id(p) for p in self.clip.visual.parameters()}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in images or parameter is self.clip.logit_scale)
 

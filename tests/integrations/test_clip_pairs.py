@@ -13,7 +13,8 @@ def tokenizer(texts):
 
 
 def pairs(batch_size=8, seed=0, count=30):
-    split = Split(torch.rand(count, 1, 8, 8), torch.arange(count) % 3)
+    images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(count) % 3)
     return DrawnPairs(
         split,
         NARROW,
@@ -35,7 +36,16 @@ def test_a_step_is_always_the_same_batch():
     whole = list(islice(stream(0), 10))
     assert all(same(a, b) for a, b in zip(whole[4:], islice(stream(4), 6), strict=True))
     assert not same(whole[0], whole[1])
-    assert not same(whole[0], pairs(seed=1).batch(0))
+    assert same(whole[0], pairs().batch(0))
+
+
+@pytest.mark.parametrize("other", [1, 2, 2**31])
+def test_seeds_give_other_orders_drawings_and_captions(other):
+    first, second = pairs(batch_size=24).batch(0), pairs(batch_size=24, seed=other).batch(0)
+    assert not torch.equal(first.caption, second.caption)
+    assert not torch.equal(first.images, second.images)
+    orders = [torch.randperm(30, generator=pairs(seed=s)._generator(0, 0)) for s in (0, other)]
+    assert not torch.equal(*orders)
 
 
 def test_every_caption_belongs_to_its_image_and_stands_once():

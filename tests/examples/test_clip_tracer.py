@@ -1,0 +1,162 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_tracer.py"
+SHORT = ("--pretrain-steps", "30", "--steps", "12", "--model", "tiny-vit-16")
+
+
+def command(tmp_path, *arguments, short=SHORT):
+    return [sys.executable, str(EXAMPLE), *short, "--cache", str(tmp_path / "cache"), *arguments]
+
+
+def run(tmp_path, *arguments, short=SHORT):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command(tmp_path, *arguments, short=short),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+
+
+def without_seconds(results):
+    if isinstance(results, dict):
+        return {k: without_seconds(v) for k, v in results.items() if k not in ("seconds", "environment")}
+    return [without_seconds(v) for v in results] if isinstance(results, list) else results
+
+
+@pytest.mark.slow
+def test_all_methods_leave_a_table_results_gaps_and_a_picture(tmp_path):
+    done = run(tmp_path, "--output", "out")
+    assert done.returncode == 0, done.stderr
+    header = "method ID gray inverted rotated noisy swapped background mean OOD OOD ECE seconds"
+    assert header in " ".join(done.stdout.split())
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert set(results) == {"config", "environment", "methods"}
+    methods = {"zero-shot", "flyp", "l2-sp", "static-sd", "ema", "tracer"}
+    assert set(results["methods"]) == methods
+    for name, record in results["methods"].items():
+        assert {"id", "ood", "ood_per_shift", "ece", "seconds"} <= set(record)
+        assert set(record["ood_per_shift"]) == {
+            "gray",
+            "inverted",
+            "rotated",
+            "noisy",
+            "swapped",
+            "background",
+        }
+        mean = sum(record["ood_per_shift"].values()) / 6
+        assert record["ood"] == pytest.approx(mean)
+        assert 0 <= record["ece"] <= 1, name
+    for name in ("static-sd", "ema", "tracer"):
+        rows = list(csv.DictReader((tmp_path / f"out/gaps/{name}-0.csv").read_text().splitlines()))
+        assert [int(r["step"]) for r in rows] == list(range(1, 13))
+        assert all(float(r["gap"]) >= 0 for r in rows)
+    assert (tmp_path / "out/methods.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
+    chosen = (
+        "--model", "tiny-vit-16", "--pretrain-steps", "30", "--steps", "220", "--seeds", "2",
+        "--methods", "zero-shot", "tracer",
+    )  # fmt: skip
+    whole = run(tmp_path, *chosen, "--output", "whole", short=())
+    assert whole.returncode == 0, whole.stderr
+    victim = subprocess.Popen(
+        command(tmp_path, *chosen, "--output", "killed", short=()), cwd=tmp_path,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "killed/checkpoints/tracer-0.pt").exists():
+        assert victim.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert "tracer" not in json.loads((tmp_path / "killed/results.json").read_text())["methods"]
+    resumed = run(tmp_path, *chosen, "--output", "killed", short=())
+    assert resumed.returncode == 0, resumed.stderr
+    results = [json.loads((tmp_path / d / "results.json").read_text()) for d in ("whole", "killed")]
+    assert without_seconds(results[0]) == without_seconds(results[1])
+    for seed in (0, 1):
+        gaps = [(tmp_path / d / f"gaps/tracer-{seed}.csv").read_text() for d in ("whole", "killed")]
+        assert gaps[0] == gaps[1]
+    assert "±" in resumed.stdout
+
+
+@pytest.mark.slow
+def test_options_change_what_they_name(tmp_path):
+    done = run(
+        tmp_path, "--pretrain-steps", "30", "--steps", "12", "--model", "tiny-resnet-32",
+        "--output", "out", "--methods", "tracer", "--kernel", "ema(0.5)", "--strength", "0.25",
+        short=(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out/results.json").read_text())["config"]
+    assert config["model"] == "tiny-resnet-32"
+    assert config["methods"]["tracer"]["kernel"] == "ema(0.5)"
+    assert config["methods"]["tracer"]["strength"] == 0.25
+    assert config["methods"]["static-sd"]["strength"] == 0.25
+    assert (config["pretrain"]["steps"], config["finetune"]["steps"]) == (30, 12)
+    again = run(
+        tmp_path, "--pretrain-steps", "30", "--steps", "12", "--model", "tiny-resnet-32",
+        "--output", "out", "--methods", "tracer", short=(),
+    )  # fmt: skip
+    assert again.returncode == 1
+    assert (
+        "holds results of another configuration (different: methods): choose another folder" in again.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "trcer"), "error: unknown method 'trcer'; did you mean 'tracer'"),
+        (("--kernel", "bta(1,1)"), "error: unknown kernel 'bta'; did you mean 'beta'"),
+        (("--kernel", "beta(-1,1)"), "error: beta: a must be a finite number above 0, got -1"),
+        (("--recipe", "digit"), "error: unknown recipe 'digit'; did you mean 'digits'"),
+        (
+            ("--data", "mnist"),
+            "needs the folder that holds it, got root=None: pass root=DIR (--data-root DIR)",
+        ),
+        (("--data", "mnist", "--data-root", "nowhere"), "error: no mnist in nowhere/MNIST/raw"),
+        (("--data", "svhn"), "error: unknown data 'svhn'"),
+        (("--model", "tiny-conv"), "error: unknown model 'tiny-conv'; did you mean 'tiny-conv-32'"),
+        (("--seeds", "0"), "error: --seeds must be at least 1, got 0"),
+        (("--steps", "0"), "error: steps must be at least 1, got 0"),
+        (("--device", "gpu"), "error: device 'gpu' cannot be used"),
+    ],
+)
+def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
+    done = run(tmp_path, *arguments, short=())
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_help_names_every_option(tmp_path):
+    done = run(tmp_path, "--help", short=())
+    assert done.returncode == 0
+    for option in (
+        "--recipe",
+        "--methods",
+        "--kernel",
+        "--data",
+        "--data-root",
+        "--seeds",
+        "--output",
+        "--device",
+    ):
+        assert option in done.stdout
+    assert "lambda_SD" in done.stdout

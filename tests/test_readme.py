@@ -1,0 +1,47 @@
+"""The README's code runs, and its commands name what exists."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import wmateacher
+from wmateacher import kernels, losses
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_block_runs():
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    model = nn.Linear(4, 3)
+    scope = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(5)],
+        "total_steps": 5,
+        "task_loss": nn.functional.cross_entropy,
+    }
+    exec(block, scope)
+    assert isinstance(scope["teacher"], wmateacher.WMATeacher)
+    assert scope["teacher"].step == 5
+
+
+def test_the_kernels_and_losses_that_it_lists_are_those_there_are():
+    table = README.split("## Kernels")[1].split("## Losses")[0]
+    named = [
+        k for k in re.findall(r"`([^`]+)`", table.split("print(")[0]) if "lambda" not in k and "a,b" not in k
+    ]
+    names = {str(kernels.build(k)).split("(")[0] for k in named}
+    assert set(kernels.available()) <= names
+    listed = README.split("## Losses")[1].split("## Options")[0]
+    for name in losses.available():
+        assert f"`{name}`" in listed
+    built = re.search(r'losses.build\("([^"]+)"\)` is', README)
+    assert losses.build(built[1]).family == "paired"
+
+
+def test_links_to_files_exist():
+    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
