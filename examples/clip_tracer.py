@@ -59,7 +59,10 @@ class Arguments:
 
 def configured(arguments: Arguments) -> recipes.Recipe:
     """The recipe with the command line's changes."""
-    recipe = recipes.get(arguments.recipe).with_steps(arguments.pretrain_steps, arguments.steps)
+    recipe = recipes.get(arguments.recipe)
+    if arguments.data is not None:
+        recipe = recipe.with_data(arguments.data)
+    recipe = recipe.with_steps(arguments.pretrain_steps, arguments.steps)
     methods = dict(recipe.methods)
     if arguments.kernel is not None:
         kernels.build(arguments.kernel)  # a misspelt one should not be found after pre-training
@@ -69,12 +72,7 @@ def configured(arguments: Arguments) -> recipes.Recipe:
             name: m if m.kernel is None else replace(m, strength=arguments.strength)
             for name, m in methods.items()
         }
-    return replace(
-        recipe,
-        methods=methods,
-        model=arguments.model or recipe.model,
-        data=arguments.data or recipe.data,
-    )
+    return replace(recipe, methods=methods, model=arguments.model or recipe.model)
 
 
 def chosen_device(name: str) -> str:

@@ -84,11 +84,6 @@ class Experiment:
         )  # fmt: skip
         return pretrained.seconds
 
-    def done(self, method: str, seed: int) -> bool:
-        """Whether the folder has this record already."""
-        runs_of = self.results["methods"].get(method, {}).get("runs", [])
-        return any(run["seed"] == seed for run in runs_of)
-
     def run(
         self, name: str, seed: int = 0, after_step: Callable[[int], None] | None = None
     ) -> dict[str, Any]:
@@ -100,10 +95,11 @@ class Experiment:
             after_step: As in `fit`.
 
         Returns:
-            The method's record in `results`, over all seeds so far.
+            This seed's record; `results["methods"]` has the means over all seeds so far.
         """
-        if self.done(name, seed):
-            return self.results["methods"][name]
+        recorded = self._recorded(name, seed)
+        if recorded is not None:
+            return recorded
         method = self.recipe.method(name)
         towers, seconds, gaps = deepcopy(self.towers), 0.0, []
         if method.trains:
@@ -127,7 +123,8 @@ class Experiment:
             "final_gap": gaps[-1] if gaps else None,
             "validation": {k: s.accuracy for k, s in validation.items()},
         }
-        return self._record(name, record)
+        self._record(name, record)
+        return record
 
     def evaluate(self, towers: Towers, split: Split, domains: Mapping[str, Domain]) -> dict[str, Scores]:
         """Score the zero-shot head of `towers` on a split drawn in each domain, always the same way."""
@@ -197,11 +194,14 @@ class Experiment:
             )
         return results
 
-    def _record(self, name: str, record: dict[str, Any]) -> dict[str, Any]:
+    def _recorded(self, method: str, seed: int) -> dict[str, Any] | None:
+        all_runs = self.results["methods"].get(method, {}).get("runs", [])
+        return next((run for run in all_runs if run["seed"] == seed), None)
+
+    def _record(self, name: str, record: dict[str, Any]) -> None:
         all_runs = [*self.results["methods"].get(name, {}).get("runs", []), record]
         self.results["methods"][name] = {**_over_seeds(all_runs), "runs": all_runs}
         runs.write_json(self.results, self.output / "results.json")
-        return self.results["methods"][name]
 
 
 def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:

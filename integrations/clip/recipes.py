@@ -28,6 +28,7 @@ class Recipe:
         finetune: How every method is fine-tuned.
         methods: By name; their settings may differ from the published ones.
         train_images: At most that many training images are used.
+        large_data_steps: Pre-training steps where `with_data` changes to a source of 60,000 images.
         published_forgetting: What the paper reports, in points of accuracy on the first shift.
     """
 
@@ -42,6 +43,7 @@ class Recipe:
     finetune: Settings
     methods: Mapping[str, Method]
     train_images: int = 10**9
+    large_data_steps: int | None = None
     published_forgetting: Mapping[str, float] = field(default_factory=dict)
 
     def method(self, name: str) -> Method:
@@ -53,6 +55,11 @@ class Recipe:
         if name not in self.methods:
             raise ValueError(f"unknown method {name!r}; {nearest(name, self.methods)}")
         return self.methods[name]
+
+    def with_data(self, data: str) -> Recipe:
+        """The same on other images; sources larger than the bundled one are pre-trained on for longer."""
+        larger = self.large_data_steps if data not in (self.data, "digits") else None
+        return replace(self, data=data, pretrain=_with_steps(self.pretrain, larger))
 
     def with_steps(self, pretrain: int | None, finetune: int | None) -> Recipe:
         """The same with other numbers of optimizer steps, the warm-up shortened in proportion."""
@@ -80,6 +87,7 @@ _DIGITS = Recipe(
     pretrain=Settings(steps=1000, learning_rate=3e-3, batch_size=128, warmup=100, clip_norm=1.0),
     finetune=Settings(steps=400, learning_rate=2e-3, batch_size=128, warmup=40, clip_norm=1.0),
     methods=METHODS,
+    large_data_steps=3000,
 )
 
 _MNIST_MEAN = 0.1307

@@ -1,0 +1,77 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wmateacher.integrations import digits
+from wmateacher.integrations.clip import recipes
+from wmateacher.integrations.clip.experiment import Experiment, _over_seeds
+from wmateacher.integrations.digits import Split
+
+
+def test_data_larger_than_the_bundled_is_pretrained_on_for_longer():
+    recipe = recipes.get("digits")
+    assert recipe.with_data("digits") == recipe
+    assert recipe.with_data("mnist").data == "mnist"
+    assert recipe.with_data("mnist").pretrain.steps == 3000
+    assert recipe.with_data("mnist").finetune == recipe.finetune
+
+
+def test_other_steps_shorten_the_warm_up_in_proportion():
+    recipe = recipes.get("digits").with_steps(100, 20)
+    assert (recipe.pretrain.steps, recipe.pretrain.warmup) == (100, 10)
+    assert (recipe.finetune.steps, recipe.finetune.warmup) == (20, 2)
+    assert recipes.get("digits").with_steps(None, None) == recipes.get("digits")
+
+
+def test_the_toy_experiment_is_the_papers():
+    recipe = recipes.get("colored-mnist")
+    epochs = recipe.finetune.steps * recipe.finetune.batch_size / recipe.train_images
+    assert epochs == pytest.approx(10)
+    assert recipe.pretrain.steps == recipe.finetune.steps
+    assert recipe.finetune.freeze_text
+    static, wma = recipe.method("static-sd"), recipe.method("tracer")
+    assert replace(static, name="", summary="", kernel="") == replace(wma, name="", summary="", kernel="")
+    assert wma.kernel == "beta(0.5,0.5)"
+
+
+def test_toy_colours_multiply_normalised_pixels():
+    """Channel factors .8/.2/.2 on pixels normalised with MNIST's mean and deviation."""
+    grey = torch.rand(64, 1, 28, 28)
+    narrow = replace(recipes.get("colored-mnist").narrow, agreement=1.0)
+    drawn = narrow.draw(Split(grey, torch.zeros(64, dtype=torch.int64)), 28, torch.Generator())
+    mean, std = 0.1307, 0.3081
+    factors = torch.tensor([0.8, 0.2, 0.2])[None, :, None, None]
+    torch.testing.assert_close((drawn - mean) / std, (grey - mean) / std * factors, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(ValueError, match="unknown recipe 'mnist-colored'; did you mean 'colored-mnist'"):
+        recipes.get("mnist-colored")
+    with pytest.raises(ValueError, match="unknown method 'ema'; .*available: flyp, l2-sp, static-sd"):
+        recipes.get("colored-mnist").method("ema")
+
+
+def test_means_and_deviations_over_seeds():
+    record = _over_seeds(
+        [{"seed": 0, "id": 90.0, "shift": {"a": 1.0}}, {"seed": 1, "id": 94.0, "shift": {"a": 3.0}}]
+    )
+    assert record["id"] == 92
+    assert record["shift"] == {"a": 2}
+    assert record["std"]["id"] == pytest.approx(8**0.5)
+    assert record["std"]["shift"]["a"] == pytest.approx(2**0.5)
+
+
+def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):
+    recipe = replace(recipes.get("digits").with_steps(4, 4), model="tiny-vit-16")
+    experiment = Experiment(recipe, tmp_path / "out", cache=tmp_path / "cache", progress=False)
+    experiment.pretrain()
+    for seed in (0, 1):
+        experiment.run("zero-shot", seed)
+        experiment.run("tracer", seed)
+    gaps = [experiment.gap_file("tracer", seed).read_text() for seed in (0, 1)]
+    assert gaps[0] != gaps[1]
+    assert experiment.results["methods"]["zero-shot"]["std"]["id"] == 0
+    domains = {"id": digits.NARROW, **digits.SHIFTS}
+    once, again = (experiment.evaluate(experiment.towers, experiment.source.test, domains) for _ in "ab")
+    assert once == again
