@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from wmateacher import averaging
+from wmateacher.averaging import Average, Update
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(), (3,), (4, 5), (0,), (2**20 + 17,), (3, 700_000), (96, 64, 16, 16)]
 
 
 def lerp_oracle(average, value, omega):
@@ -11,34 +13,141 @@ def lerp_oracle(average, value, omega):
     return average + omega * (value - average)
 
 
-@pytest.mark.parametrize("value_dtype", FLOATS)
-@pytest.mark.parametrize("average_dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("omega", [1.0, 0.7, 0.01, 0.0])
-def test_lerp_is_the_float64_formula(average_dtype, value_dtype, omega):
-    shapes = [(), (3,), (4, 5), (0,), (2**20 + 17,)]
-    averages = [torch.randn(s, dtype=average_dtype) for s in shapes]
-    values = [torch.randn(s).to(value_dtype) for s in shapes]
-    expected = [lerp_oracle(a, v, omega) for a, v in zip(averages, values, strict=True)]
-    averaging.lerp_(averages, values, omega)
-    for a, e in zip(averages, expected, strict=True):
-        torch.testing.assert_close(a, e.to(average_dtype), rtol=2e-7, atol=2e-7)
+def assert_rounded(own, average):
+    """The forward's tensor is a nearest of its dtype to the average, whichever of two at a tie."""
+    gap = (own.double() - average.double()).abs()
+    assert (gap <= (average.to(own.dtype).double() - average.double()).abs()).all()
 
 
-def test_mixed_dtypes_and_layouts_in_one_call():
-    averages = [torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last), torch.randn(3, 4).t()]
-    values = [torch.randn(4, 3, 5, 5).bfloat16(), torch.randn(4, 3)]
-    expected = [lerp_oracle(a, v, 0.3) for a, v in zip(averages, values, strict=True)]
-    averaging.lerp_(averages, values, 0.3)
-    for a, e in zip(averages, expected, strict=True):
-        torch.testing.assert_close(a, e.float())
+def tensors(dtype):
+    made = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    made[-1] = made[-1].to(memory_format=torch.channels_last)  # larger than the scratch
+    return made
 
 
-def test_a_whole_step_copies_even_from_infinity():
-    average = torch.tensor([float("inf"), float("nan"), 1.0])
-    averaging.lerp_([average], [torch.tensor([1.0, 2.0, 3.0])], 1.0)
-    assert average.tolist() == [1.0, 2.0, 3.0]
+@pytest.mark.parametrize("value_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("own_dtype", "average_dtype", "split"),
+    [
+        (torch.float64, torch.float64, False),
+        (torch.float32, torch.float32, False),
+        (torch.float32, torch.float64, False),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float16, torch.float32, False),
+        (torch.bfloat16, torch.float32, True),
+    ],
+    ids=["double", "direct", "wide double", "wide bf16", "wide fp16", "split"],
+)
+def test_an_update_is_the_float64_formula(own_dtype, average_dtype, split, value_dtype):
+    starts = [torch.randn(shape, dtype=average_dtype) for shape in SHAPES]
+    owns, values = tensors(own_dtype), tensors(value_dtype)
+    averages = [Average.of(s, o, split=split) for s, o in zip(starts, owns, strict=True)]
+    assert all(torch.equal(a.read(), s) for a, s in zip(averages, starts, strict=True))
+    update = Update(averages, values)
+    expected = starts
+    for omega in (0.3, 1e-4, 0.9):
+        update(omega)
+        expected = [lerp_oracle(e, v, omega) for e, v in zip(expected, values, strict=True)]
+    for average, own, e in zip(averages, owns, expected, strict=True):
+        torch.testing.assert_close(average.read(), e.to(average_dtype), rtol=5e-7, atol=5e-7)
+        assert_rounded(own, average.read())
+    update(1.0)
+    for average, own, value in zip(averages, owns, values, strict=True):
+        assert torch.equal(average.read(), value.to(average_dtype))
+        assert_rounded(own, average.read())
+
+
+def test_tensors_of_many_kinds_in_one_update():
+    owns = [
+        torch.randn(3, 4).t(),
+        torch.randn(4, 3),
+        torch.randn(4, 3).bfloat16(),
+        torch.randn(4, 3).double(),
+    ]
+    starts = [o.detach().to(torch.promote_types(o.dtype, torch.float32)) for o in owns]
+    values = [torch.randn(4, 3), torch.randn(4, 3).bfloat16(), torch.randn(3, 4).t(), torch.randn(4, 3)]
+    averages = [Average.of(s, o) for s, o in zip(starts, owns, strict=True)]
+    expected = [lerp_oracle(s, v, 0.3) for s, v in zip(starts, values, strict=True)]
+    Update(averages, values)(0.3)
+    for average, e in zip(averages, expected, strict=True):
+        torch.testing.assert_close(average.read().double(), e, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["wide", "split"])
+def test_a_whole_step_copies_even_from_infinity(split):
+    average = Average.of(
+        torch.tensor([float("inf"), float("nan"), 1.0]), torch.zeros(3).bfloat16(), split=split
+    )
+    Update([average], [torch.tensor([1.0, 2.0, 3.001])])(1.0)
+    assert average.read().tolist() == torch.tensor([1.0, 2.0, 3.001]).tolist()
+
+
+def test_splitting_keeps_every_float32_bit():
+    bits = torch.randint(-(2**31), 2**31, (200_000,), dtype=torch.int64).to(torch.int32)
+    corners = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-45, -1e-40, 3.4028234e38, 1.00390625])
+    values = torch.cat([bits.view(torch.float32), corners])
+    own = torch.empty(len(values), dtype=torch.bfloat16)
+    average = Average.of(values, own, split=True)
+    assert torch.equal(average.read().view(torch.int32), values.view(torch.int32))
+    finite = values.isfinite() & values.bfloat16().isfinite()
+    assert_rounded(own[finite], values[finite])
+    assert average.beside.element_size() == 2
+
+
+def test_complex_averages():
+    own = torch.randn(5, dtype=torch.complex64)
+    start, value = own.clone(), torch.randn(5, dtype=torch.complex64)
+    Update([Average(own)], [value])(0.25)
+    torch.testing.assert_close(own, 0.75 * start + 0.25 * value)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_values_that_arrive_through_a_relay(dtypes):
+    """The path of a teacher that is offloaded, with the relays in the CPU's memory."""
+    held = [torch.randn(s, dtype=dtypes[0]) for s in SHAPES if 0 not in s]
+    values = [torch.randn(t.shape).to(dtypes[1]) for t in held]
+    expected = [lerp_oracle(h, v, 0.3) for h, v in zip(held, values, strict=True)]
+    room = 2**20
+    relays = [torch.empty(room, dtype=dtypes[1]) for _ in range(2)]
+    scratch = torch.empty(room) if dtypes[0] != dtypes[1] else None
+    update = Update([], [])
+    batches = list(averaging._batches(list(zip(held, values, strict=True)), room))
+    update._steps = [averaging._Step(b, relays[i % 2], scratch) for i, b in enumerate(batches)]
+    assert len(batches) > 3
+    update(0.3)
+    for h, e in zip(held, expected, strict=True):
+        torch.testing.assert_close(h, e.float())
+
+
+def test_batches_fill_the_scratch_and_lose_nothing():
+    rows = [(torch.arange(n).view(shape),) for n, shape in [(7, (7,)), (1, ()), (60, (3, 20)), (36, (6, 6))]]
+    rows.append((torch.arange(64).view(8, 8).t(),))
+    batches = list(averaging._batches(rows, 10))
+    assert max(sum(p[0].numel() for p in batch) for batch in batches) <= 10
+    pieces = torch.cat([p[0].reshape(-1) for batch in batches for p in batch])
+    assert sorted(pieces.tolist()) == sorted([*range(7), 0, *range(60), *range(36), *range(64)])
 
 
 def test_nothing_to_do():
-    averaging.lerp_([], [], 0.5)
+    Update([], [])(0.5)
     averaging.copy_([], [])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_on_a_gpu_and_offloaded_from_it(device, value_dtype):
+    values = [t.cuda() for t in tensors(value_dtype)]
+    owns = [v.to(device, copy=True) for v in values]
+    starts = [torch.randn(o.shape, device=device) for o in owns]
+    averages = [Average.of(s, o) for s, o in zip(starts, owns, strict=True)]
+    expected = [lerp_oracle(s, v.to(device), 0.3).float() for s, v in zip(starts, values, strict=True)]
+    update = Update(averages, values)
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(0.3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for average, e in zip(averages, expected, strict=True):
+        torch.testing.assert_close(average.read(), e, rtol=5e-7, atol=5e-7)

@@ -24,9 +24,7 @@ PARAMETERS = ("embed.weight", "norm.weight", "norm.bias")
 
 
 def test_tied_tensors_have_one_role_and_buffers_are_copied():
-    assert roles() == pairing.Roles(
-        averaged=PARAMETERS, copied=(*BUFFERS[:0], *roles().copied), kept=(), shared=()
-    )
+    assert (roles().averaged, roles().kept, roles().shared) == (PARAMETERS, (), ())
     assert set(roles().copied) == set(BUFFERS)
 
 
@@ -46,7 +44,9 @@ def test_frozen_parameters_are_shared_or_averaged():
     assert roles(model).shared == ("embed.weight",)
     assert roles(model).averaged == ("norm.weight", "norm.bias")
     assert roles(model, frozen="copy").shared == ()
+    assert roles(model).trained == roles(model).averaged
     assert roles(model, frozen="copy").averaged == PARAMETERS
+    assert roles(model, frozen="copy").trained == ()
 
 
 def test_excluded_tensors_are_copied_whatever_the_buffer_policy():
@@ -80,13 +80,94 @@ def test_wrappers_are_seen_through():
 
 def test_a_student_that_differs_is_an_error_that_names_the_tensors():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    ours, assigned = pairing.tensors(model), roles(model)
-    with pytest.raises(ValueError, match=r"missing '1.weight', '1.bias'\. Pass the model that"):
-        pairing.match(ours, nn.Sequential(nn.Linear(3, 4)), assigned)
-    with pytest.raises(ValueError, match="unexpected '2.weight', '2.bias'"):
-        pairing.match(ours, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)), assigned)
-    with pytest.raises(ValueError, match=r"'1.weight' has shape \(5, 4\), the teacher's has \(2, 4\)"):
-        pairing.match(ours, nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), assigned)
+    ours = pairing.tensors(model)
+    for student, message in [
+        ([nn.Linear(3, 4)], r"missing '1.weight', '1.bias'\. Pass the model that .* build a new teacher"),
+        ([nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)], "unexpected '2.weight', '2.bias'"),
+        ([nn.Linear(3, 4), nn.Linear(4, 5)], r"'1.weight' has shape \(5, 4\), the teacher's has \(2, 4\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            pairing.match(ours, pairing.tensors(nn.Sequential(*student)))
+
+
+def _replace_tensor(model):
+    model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+
+
+def _replace_module(model):
+    model.norm = nn.BatchNorm1d(3)
+
+
+def _add_module(model):
+    model.more = nn.ReLU()
+
+
+def _add_parameter(model):
+    model.scale = nn.Parameter(torch.ones(()))
+
+
+def _fill_empty_slot(model):
+    model.head.bias = nn.Parameter(torch.zeros(5))
+
+
+def _remove(model):
+    del model.cache
+
+
+def _reassign_buffer(model):
+    model.cache = model.cache + 1
+
+
+def _set_data(model):
+    model.norm.weight.data = torch.ones(3)
+
+
+def _shorten_data(model):
+    model.norm.weight.data = model.norm.weight.data[:2]
+
+
+def _cast(model):
+    model.bfloat16()
+
+
+def _freeze(model):
+    model.norm.bias.requires_grad_(False)
+
+
+CHANGES = [
+    _replace_tensor,
+    _replace_module,
+    _add_module,
+    _add_parameter,
+    _fill_empty_slot,
+    _remove,
+    _reassign_buffer,
+    _set_data,
+    _shorten_data,
+    _cast,
+    _freeze,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__.strip("_"))
+def test_a_binding_notices_every_change_of_a_models_tensors(change):
+    model = Tied()
+    binding = pairing.Binding(model)
+    assert binding.is_current()
+    change(model)
+    assert not binding.is_current()
+    assert pairing.Binding(model).is_current()
+
+
+def test_a_binding_stays_current_through_training():
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters())
+    binding = pairing.Binding(model)
+    model.norm(model.embed(torch.arange(5))).sum().backward()
+    optimizer.step()
+    model.load_state_dict(Tied().state_dict())
+    model.train().eval()
+    assert binding.is_current()
 
 
 def test_long_differences_are_shortened():
@@ -101,7 +182,9 @@ def test_long_differences_are_shortened():
         (torch.float32, "auto", torch.float32),
         (torch.float64, "auto", torch.float64),
         (torch.float32, torch.float64, torch.float64),
-        (torch.complex64, torch.float64, torch.complex64),
+        (torch.bfloat16, "split", torch.float32),
+        (torch.complex64, "auto", torch.complex64),
+        (torch.complex64, torch.float64, torch.complex128),
     ],
 )
 def test_accumulator_dtypes(own, asked, expected):

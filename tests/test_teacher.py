@@ -12,6 +12,16 @@ from wmateacher import WMATeacher
 from wmateacher.pairing import tensors
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# The student's dtype and the average's: every path by which a tensor is averaged.
+PRECISIONS = {
+    "float32": (torch.float32, "auto"),
+    "float64": (torch.float64, "auto"),
+    "bfloat16": (torch.bfloat16, "auto"),
+    "float16": (torch.float16, "auto"),
+    "complex64": (torch.complex64, "auto"),
+    "split": (torch.bfloat16, "split"),
+    "float32 in float64": (torch.float32, torch.float64),
+}
 
 
 class OneHot(nn.Module):
@@ -62,31 +72,68 @@ def held(teacher, name="state"):
     return teacher.state_dict()[f"module.{name}"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 50])
 @pytest.mark.parametrize("kernel", oracle.KERNELS)
-def test_realised_weights_equal_the_kernels(kernel, every, dtype):
+def test_realised_weights_equal_the_kernels(kernel, every, precision):
     """The property: one-hot students, resumed at a random step, read the kernel's weights out."""
     total = 60
+    dtype, asked = PRECISIONS[precision]
     resume_at = int(torch.randint(0, total + 1, ()))
     student = OneHot(total + 1, dtype)
-    teacher = WMATeacher(student, kernel, total, update_every=every)
-    accumulator = torch.float64 if dtype is torch.float64 else torch.float32
-    assert held(teacher).dtype is accumulator
-    eps = torch.finfo(accumulator).eps
+    teacher = WMATeacher(student, kernel, total, update_every=every, dtype=asked)
+    double = torch.float64 in (dtype, asked)
+    assert held(teacher).dtype is (dtype if dtype.is_complex else torch.float64 if double else torch.float32)
+    eps = torch.finfo(held(teacher).dtype).eps
     for step in range(1, total + 1):
         if step == resume_at:
             state = saved(teacher)
-            teacher = WMATeacher(OneHot(total + 1, dtype), kernel, total, update_every=every)
+            teacher = WMATeacher(OneHot(total + 1, dtype), kernel, total, update_every=every, dtype=asked)
             teacher.load_state_dict(state)
         student.at(step)
         teacher.update(student)
         expected = oracle.realised(kernel, total, every, step)
         np.testing.assert_allclose(teacher.weights(), expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(
-            held(teacher)[: step + 1].double().numpy(), expected, rtol=1e-9 + step * eps, atol=eps
+            held(teacher)[: step + 1].real.double().numpy(), expected, rtol=1e-9 + step * eps, atol=eps
         )
     assert teacher().dtype is dtype
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "split", "float32"])
+@pytest.mark.parametrize("kernel", ["beta(0.5,0.5)", "uniform", "ema(0.99995)"])
+def test_the_weights_of_25_000_updates(kernel, precision):
+    """Students of a thousand steps each are told apart; their weights hold to 1e-3 of themselves."""
+    total = 25_000
+    dtype, asked = PRECISIONS[precision]
+    student = OneHot(26, dtype)
+    teacher = WMATeacher(student, kernel, total, dtype=asked)
+    for step in range(1, total + 1):
+        if step % 1000 == 1:
+            student.at(1 + step // 1000)
+        teacher.update()
+    weights = teacher.weights()
+    expected = np.concatenate([weights[:1], weights[1:].reshape(25, 1000).sum(1)])
+    np.testing.assert_allclose(held(teacher).double().numpy(), expected, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bfloat16", "split", "float32"])
+def test_25_000_small_updates_track_the_float64_average(precision):
+    dtype, asked = PRECISIONS[precision]
+    student = OneHot(64, dtype)
+    teacher = WMATeacher(student, "ema(0.99995)", dtype=asked)
+    expected = student.state.detach().double().clone()
+    walk = expected.clone()
+    for _ in range(25_000):
+        walk += 0.01 * torch.randn(64, dtype=torch.float64)
+        student.state.data.copy_(walk)
+        teacher.update()
+        expected += teacher.omega * (student.state.detach().double() - expected)
+    error = (held(teacher).double() - expected).norm() / expected.norm()
+    assert error < 1e-4
+    assert (student.state.detach().double() - expected).norm() / expected.norm() > 0.1  # they are apart
 
 
 def test_a_slow_average_of_a_bf16_student_does_not_stall():
@@ -242,7 +289,7 @@ def test_a_factory_builds_what_cannot_be_copied():
     class Cached(Net):
         def __init__(self):
             super().__init__()
-            self.last = self.body.weight * 1  # not a leaf: refuses deepcopy
+            self.last = [self.body.weight * 1]  # not a leaf: refuses deepcopy
 
     student = Cached()
     with pytest.raises(ValueError, match=r"\(Cached\) cannot be deep-copied .*pass module=FACTORY"):
@@ -310,10 +357,22 @@ def test_the_state_nests_in_another_modules():
     assert not second.teacher.module.training
 
 
-def test_moves_and_casts_keep_the_averages_precision():
-    teacher = WMATeacher(Net().bfloat16(), "ema(0.9)")
-    teacher.half().to("cpu")
-    assert held(teacher, "head.weight").dtype is torch.float32
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("cast", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_cast_changes_the_forward_and_never_the_average(precision, cast):
+    dtype, asked = PRECISIONS[precision]
+    student = OneHot(5, dtype)
+    teacher, uncast = (WMATeacher(student, "ema(0.9)", dtype=asked) for _ in range(2))
+    for cast_now in (False, True, False):
+        with torch.no_grad():
+            student.state.add_(torch.rand(5).to(dtype))
+        if cast_now and not dtype.is_complex:
+            assert teacher.to(cast)().dtype is cast
+        teacher.update()
+        uncast.update()
+    assert held(teacher).dtype is held(uncast).dtype
+    assert torch.equal(held(teacher), held(uncast))
+    assert torch.equal(teacher(), held(uncast).to(teacher().dtype))
 
 
 def test_a_refused_state_changes_nothing():
@@ -387,7 +446,19 @@ def test_a_student_that_changed_shape_is_an_error_and_no_step_is_counted():
         ({"kernel": "beta(-1,1)"}, ValueError, "beta: a must be a finite number above 0, got -1"),
         ({"update_every": 0}, ValueError, "update_every must be a whole number of at least 1, got 0"),
         ({"buffers": "none"}, ValueError, "buffers must be one of 'copy', 'average', 'keep', got 'none'"),
-        ({"dtype": torch.int32}, ValueError, "dtype must be 'auto' or a floating-point torch.dtype"),
+        ({"dtype": torch.int32}, ValueError, "dtype must be 'auto', 'split' or a floating-point torch.dtype"),
+        ({"dtype": "bf16"}, ValueError, "dtype must be 'auto', 'split' or .*, got 'bf16'"),
+        ({"dtype": "split"}, ValueError, "no averaged tensor of this one is bfloat16: use dtype='auto'"),
+        (
+            {"dtype": "split", "model": Net().half()},
+            ValueError,
+            r"'body.weight' is torch.float16: use dtype='auto'",
+        ),
+        (
+            {"model": nn.LazyLinear(3)},
+            ValueError,
+            "'weight' is not initialised yet .*run one batch through the student before",
+        ),
         ({"model": "resnet"}, TypeError, "model must be an nn.Module, got str"),
     ],
 )

@@ -6,19 +6,28 @@ Names are seen through DDP, DataParallel and torch.compile; tied tensors count o
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, getitem, is_
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from wmateacher import spec
 
 Buffers = Literal["copy", "average", "keep"]
 Frozen = Literal["share", "copy"]
+Precision = torch.dtype | Literal["auto", "split"]
 BUFFERS: tuple[Buffers, ...] = ("copy", "average", "keep")
 FROZEN: tuple[Frozen, ...] = ("share", "copy")
+
+_WIDER = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex32: torch.complex64,
+}
 
 # Components that wrappers inside a model add to its tensors' names.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -33,12 +42,14 @@ class Roles:
         copied: Set to the student's value at each snapshot.
         kept: Left as they were when the teacher was built.
         shared: The student's own tensors: frozen parameters, no copy.
+        trained: Parameters that must go on requiring grad, because those that do not are shared.
     """
 
     averaged: tuple[str, ...]
     copied: tuple[str, ...]
     kept: tuple[str, ...]
     shared: tuple[str, ...]
+    trained: tuple[str, ...]
 
     @property
     def owned(self) -> tuple[str, ...]:
@@ -57,6 +68,45 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+class Binding:
+    """A model's tensors by name, looked up once, with a test that they are still the same.
+
+    The test runs no Python per tensor: modules and tensors must be the same objects where they were
+    found, and their memory, sizes and `requires_grad` flags as they were (`tensor.data = ...` changes
+    these and not the object).
+    """
+
+    def __init__(self, model: nn.Module):
+        """Look up the tensors of an unwrapped module."""
+        self.model = model
+        self.tensors = tensors(model)
+        self._tables = [table for m in model.modules() for table in (m._parameters, m._buffers, m._modules)]
+        slots = [(table, key) for table in self._tables for key in table]
+        self._where, self._keys = [table for table, _ in slots], [key for _, key in slots]
+        self._objects = [table[key] for table, key in slots]
+        self._fingerprint = self._take_fingerprint()
+
+    def is_current(self) -> bool:
+        """Whether the model still has these tensors and no others."""
+        try:
+            same = all(map(is_, map(getitem, self._where, self._keys), self._objects))
+        except KeyError:
+            return False
+        return (
+            same
+            and sum(map(len, self._tables)) == len(self._objects)
+            and self._take_fingerprint() == self._fingerprint
+        )
+
+    def _take_fingerprint(self) -> list[int]:
+        named = self.tensors.values()
+        return [
+            *map(Tensor.data_ptr, named),
+            *map(Tensor.numel, named),
+            *map(attrgetter("requires_grad"), named),
+        ]
+
+
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of an unwrapped module by canonical name; tied ones once."""
     return dict(_named(model.named_parameters()) | _named(model.named_buffers()))
@@ -66,11 +116,18 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     """Decide each tensor's role from the policies of `WMATeacher`.
 
     Raises:
-        ValueError: A policy that does not exist, or a pattern in `exclude` that matches no tensor.
+        ValueError: A policy that does not exist, a pattern in `exclude` that matches no tensor, or a
+            tensor that has no value yet.
     """
     _require_choice("buffers", buffers, BUFFERS)
     _require_choice("frozen", frozen, FROZEN)
     parameters, others = _named(model.named_parameters()), _named(model.named_buffers())
+    for name, tensor in (parameters | others).items():
+        if is_lazy(tensor):
+            raise ValueError(
+                f"the student's {name!r} is not initialised yet (a lazy module's): run one batch through "
+                "the student before building the teacher, whose average begins at its weights"
+            )
     excluded = _matching(exclude, [*parameters, *others])
     shared = {n for n, p in parameters.items() if frozen == "share" and not p.requires_grad}
     excluded -= shared
@@ -86,40 +143,54 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     def ordered(names: set[str]) -> tuple[str, ...]:
         return tuple(n for n in (*parameters, *others) if n in names)
 
-    return Roles(ordered(averaged), ordered(copied), ordered(kept), ordered(shared))
+    trained = set(parameters) - shared if frozen == "share" else set()
+    return Roles(*map(ordered, (averaged, copied, kept, shared, trained)))
 
 
-def match(teacher: dict[str, Tensor], student: nn.Module, roles: Roles) -> dict[str, Tensor]:
-    """The student's tensors by name, each checked against the teacher's.
+def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
+    """Check that a student has the teacher's tensors.
 
     Raises:
-        ValueError: A tensor that is missing, extra, of another shape, or trained though it was frozen
-            (and therefore shared) when the teacher was built.
+        ValueError: A tensor that is missing, extra, or of another shape.
     """
-    found = tensors(unwrap(student))
-    missing = [n for n in (*roles.owned, *roles.shared) if n not in found]
-    extra = [n for n in found if n not in teacher]
+    missing = [n for n in teacher if n not in student]
+    extra = [n for n in student if n not in teacher]
     if missing or extra:
         raise ValueError(
             "the student's tensors are not those that the teacher was built from: "
             + describe_difference(missing, extra)
-            + ". Pass the model that the teacher was built from, or build a new teacher for this one"
+            + ". Pass the model that the teacher was built from; if it has changed since, build a new "
+            "teacher for it (add and remove parameters before)"
         )
-    for name in roles.owned:
-        if found[name].shape != teacher[name].shape:
+    for name, tensor in teacher.items():
+        if student[name].shape != tensor.shape:
             raise ValueError(
-                f"the student's {name!r} has shape {tuple(found[name].shape)}, the teacher's has "
-                f"{tuple(teacher[name].shape)}: the student changed shape since the teacher was built; "
+                f"the student's {name!r} has shape {tuple(student[name].shape)}, the teacher's has "
+                f"{tuple(tensor.shape)}: the student changed shape since the teacher was built; "
                 "build a new teacher for it"
             )
+
+
+def check_frozen(student: Mapping[str, Tensor], roles: Roles) -> None:
+    """Check that where the teacher shares what is frozen, the same is frozen as when it was built.
+
+    Raises:
+        ValueError: A parameter that was frozen or unfrozen since.
+    """
     for name in roles.shared:
-        if found[name].requires_grad:
+        if student[name].requires_grad:
             raise ValueError(
                 f"the student's {name!r} was frozen when the teacher was built and shared with it, but "
                 "it now requires grad: unfreeze before building the teacher, or build it with "
                 "frozen='copy'"
             )
-    return found
+    for name in roles.trained:
+        if not student[name].requires_grad:
+            raise ValueError(
+                f"the student's {name!r} was trained when the teacher was built and is now frozen, and "
+                "this teacher shares frozen parameters: freeze before building the teacher, or build it "
+                "with frozen='copy', which lets parameters be frozen and unfrozen at any time"
+            )
 
 
 def share(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
@@ -131,6 +202,26 @@ def share(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
         if name in wanted:
             owner, _, leaf = path.rpartition(".")
             teacher.get_submodule(owner)._parameters[leaf] = source[name]  # type: ignore[assignment]
+
+
+def clone(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """A parameter or buffer of its own kind, frozen, on a device."""
+    values = tensor.detach().to(device, copy=True)
+    return nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
+
+
+def computed(model: nn.Module) -> dict[int, Tensor]:
+    """Detached copies, by `id`, of tensors that modules keep as plain attributes and that have a graph.
+
+    Such a tensor (the `weight` that the hooks of old `weight_norm` and `spectral_norm` compute from
+    others, a cached activation) refuses to be deep-copied; as a `memo` these copies stand in for it.
+    """
+    return {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
 
 
 def canonical_name(path: str) -> str:
@@ -181,12 +272,13 @@ def _few(names: Sequence[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
-def accumulator_dtype(tensor: Tensor, dtype: torch.dtype | Literal["auto"]) -> torch.dtype:
+def accumulator_dtype(tensor: Tensor, dtype: Precision) -> torch.dtype:
     """The dtype in which a tensor is averaged.
 
-    `"auto"` is float32 for bfloat16 and float16 tensors, whose own spacing swallows small updates (at
-    1.0, bfloat16 cannot take an update of 1e-3), and the tensor's own dtype otherwise.
+    `"auto"` and `"split"` are float32 for bfloat16 and float16 tensors, whose own spacing swallows small
+    updates (at 1.0, bfloat16 cannot take an update of 1e-3), and the tensor's own dtype otherwise. Of a
+    complex tensor it is the complex dtype of that precision.
     """
-    if dtype == "auto":
-        return torch.float32 if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.dtype
-    return tensor.dtype if tensor.is_complex() else dtype
+    if not isinstance(dtype, torch.dtype):
+        return _WIDER.get(tensor.dtype, tensor.dtype)
+    return dtype.to_complex() if tensor.is_complex() else dtype

@@ -61,7 +61,7 @@ class Clock:
                 warnings.warn(
                     f"update() was called after step {total} of total_steps={total}: the teacher is "
                     "finished and stays as it is; if the run is longer, call set_total_steps first",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 self._held = True
             return None

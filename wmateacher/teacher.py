@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from wmateacher import averaging, kernels, pairing
+from wmateacher import averaging, kernels, pairing, swapping
+from wmateacher.attachment import Attachment
+from wmateacher.averaging import Average
 from wmateacher.kernels import Array, Kernel
+from wmateacher.pairing import Binding
 from wmateacher.schedule import Clock
 
 _FORMAT = 1
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that an update needs, as long as both modules keep their tensors."""
+
+    student: Binding
+    own: Binding
+    average: averaging.Update
+    copied: tuple[Sequence[Tensor], Sequence[Tensor]]
+
+    def fits(self, student: nn.Module) -> bool:
+        return self.student.model is student and self.student.is_current() and self.own.is_current()
 
 
 class WMATeacher(nn.Module):
@@ -45,7 +64,7 @@ class WMATeacher(nn.Module):
         total_steps: int | None = None,
         *,
         update_every: int = 1,
-        dtype: torch.dtype | Literal["auto"] = "auto",
+        dtype: pairing.Precision = "auto",
         device: torch.device | str | None = None,
         buffers: pairing.Buffers = "copy",
         frozen: pairing.Frozen = "share",
@@ -61,8 +80,11 @@ class WMATeacher(nn.Module):
             total_steps: Optimizer steps of the whole run; may be None for kernels without a horizon.
             update_every: Average every n-th step; the window, in steps, stays the same.
             dtype: Of the average. `"auto"`: float32 for bf16 and fp16 students, else the student's.
-                The forward runs in the student's dtype.
-            device: Where the teacher lives; None: with the student.
+                `"split"`: the same float32 average of a bf16 student for 2 bytes a parameter beside
+                the module instead of 4, and an update that takes about twice as long; saving it makes
+                the float32 tensors. The forward runs in the student's dtype.
+            device: Where the teacher lives; None: with the student. `"cpu"` keeps a GPU's memory
+                free: updates fetch the student through pinned memory, and wait for it.
             buffers: `"copy"` the student's at each snapshot, `"average"` the floating-point ones, or
                 `"keep"` those of the start.
             frozen: `"share"` the student's own tensors for parameters that do not require grad (they
@@ -78,16 +100,19 @@ class WMATeacher(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be 'auto' or a floating-point torch.dtype, got {dtype!r}")
+        if dtype not in ("auto", "split") and not getattr(dtype, "is_floating_point", False):
+            raise ValueError(f"dtype must be 'auto', 'split' or a floating-point torch.dtype, got {dtype!r}")
         self._clock = Clock(kernels.build(kernel), total_steps, update_every)
         self.omega = 0.0
         student = pairing.unwrap(model)
         self._roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
-        self._dtype = dtype
         self._student = (model,)  # in a tuple, so that it does not become a submodule
         self.module = self._build(student, module, device)
-        self._accumulators = self._make_accumulators(pairing.tensors(student))
+        self._beside = self._start(pairing.tensors(student), dtype)
+        self._plan: _Plan | None = None
+        self._attachment: Attachment | None = None
+        self._swapped: nn.Module | None = None
+        self.register_state_dict_pre_hook(_refuse_swapped)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_check_state)
 
@@ -117,11 +142,11 @@ class WMATeacher(nn.Module):
         """
         return self._clock.weights()
 
-    def averaged_pairs(self) -> list[tuple[Tensor, Tensor]]:
+    def averaged_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(student, average) of every averaged tensor, the average at full precision; for diagnostics."""
-        ours = self._averages()
-        theirs = pairing.match(ours, self._student[0], self._roles)
-        return [(theirs[n].detach(), ours[n].detach()) for n in self._roles.averaged]
+        plan = self._planned(self._student[0])
+        for name in self._roles.averaged:
+            yield plan.student.tensors[name].detach(), self._average(plan.own, name).read()
 
     def set_total_steps(self, total_steps: int) -> None:
         """Change the horizon mid-run.
@@ -158,17 +183,109 @@ class WMATeacher(nn.Module):
 
         Raises:
             ValueError: The student's tensors are no longer those that the teacher was built from.
+            RuntimeError: Inside `swap`, or while `attach`ed to an optimizer, whose steps count by
+                themselves.
         """
-        ours = self._averages()
-        theirs = pairing.match(ours, self._student[0] if model is None else model, self._roles)
-        omega = self._clock.tick()
-        self.omega = omega or 0.0
-        if not omega:
+        if self._attachment is not None and self._attachment.active:
+            raise RuntimeError(
+                f"this teacher is attached to {type(self._attachment.optimizer).__name__} and counts its "
+                "steps by itself, so that update() would count them twice: drop the call, or remove() "
+                "what attach() returned"
+            )
+        self._advance(model)
+
+    def attach(self, optimizer: Optimizer) -> Attachment:
+        """Call `update` after each step that an optimizer takes.
+
+        Steps that a `GradScaler` skips do not count, nor do the micro-batches of an accumulated
+        gradient. Where several optimizers train the student, attach to the one whose steps count. With
+        a fused optimizer and a `GradScaler`, whether a step was skipped is known to the device alone,
+        and counting waits for it.
+
+        Returns:
+            A handle with `remove()`, also a context manager.
+
+        Raises:
+            TypeError: Not one `torch.optim.Optimizer`.
+            ValueError: The optimizer trains none of the student's parameters.
+            RuntimeError: The teacher is attached already.
+        """
+        if self._attachment is not None and self._attachment.active:
+            raise RuntimeError(
+                f"this teacher is already attached to {type(self._attachment.optimizer).__name__}: of "
+                "several optimizers, attach it to the one whose steps count, or remove() the other first"
+            )
+        self._attachment = Attachment(optimizer, self._student[0].parameters(), self._advance)
+        return self._attachment
+
+    @contextmanager
+    def swap(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
+        """A context in which the student holds the averaged weights, and its own again after.
+
+        Its own come back bit for bit, also after an exception; they wait in a copy, one student's
+        memory. Buffers go with the weights; the mode (train or eval) is the caller's. The context may
+        be entered again inside. The teacher itself stays as it is and may be called.
+
+        Args:
+            model: Who holds them; None: the model that the teacher was built from.
+
+        Yields:
+            The model.
+
+        Raises:
+            RuntimeError: At `update` or `state_dict` inside (also the student's: a checkpoint would
+                mix the two), at swapping a second model inside, and at the end if the student's
+                parameters were written inside.
+        """
+        model = self._student[0] if model is None else model
+        student = pairing.unwrap(model)
+        if self._swapped is student:
+            yield model
             return
-        averaged, copied = self._roles.averaged, self._roles.copied
-        averaging.lerp_([ours[n] for n in averaged], [theirs[n] for n in averaged], omega)
-        averaging.copy_([ours[n] for n in copied], [theirs[n] for n in copied])
-        self._refresh()
+        if self._swapped is not None or swapping.owner(student) is not None:
+            raise RuntimeError(
+                "swap() inside swap(): another model holds this teacher's weights, or this one another "
+                "teacher's, already; leave that with block first"
+            )
+        targets, sources = self._counterparts(student)
+        self._swapped = student
+        try:
+            with swapping.lend(student, self, targets, sources):
+                yield model
+        finally:
+            self._swapped = None
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Write the averaged weights and buffers into a model of the student's architecture, by name.
+
+        A model of higher precision than the student's gets the average at full precision.
+
+        Raises:
+            ValueError: The model's tensors are not the student's.
+            RuntimeError: The model is lent another teacher's weights by `swap`.
+        """
+        student = pairing.unwrap(model)
+        swapping.refuse(student, "copy_to()")
+        averaging.copy_(*self._counterparts(student))
+
+    def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """A copy of the averaged weights and buffers that the student's `load_state_dict` reads.
+
+        Tensors are contiguous and share no memory, as `safetensors.torch.save_file` wants them. What
+        resumes a run is `state_dict`, which has the clock.
+
+        Args:
+            dtype: Of floating-point tensors, from the average at full precision; None: the student's.
+        """
+        own = Binding(self.module)
+        names = {id(t): n for n, t in own.tensors.items()}
+        state: dict[str, Any] = self.module.state_dict(keep_vars=True)
+        for key, value in state.items():
+            if id(value) in names:
+                wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+                full = self._precise(own, names[id(value)], wanted)
+                state[key] = full.detach().to(dtype=wanted, copy=True).contiguous()
+        return state
 
     def train(self, mode: bool = True) -> WMATeacher:
         """Set the flag; the averaged module stays in eval mode."""
@@ -185,16 +302,18 @@ class WMATeacher(nn.Module):
         device: torch.device | str | None,
     ) -> nn.Module:
         named = pairing.tensors(student)
-        shared = {id(named[n]): named[n] for n in self._roles.shared}
         target = None if device is None else torch.empty(0, device=device).device
+        shared = {id(named[n]): named[n] for n in self._roles.shared}
         if target is not None and any(t.device != target for t in shared.values()):
             raise ValueError(
                 f"device={device!r} differs from that of the student's frozen parameters, which "
                 "frozen='share' uses in place: pass frozen='copy' to give the teacher its own"
             )
         if factory is None:
+            owned = {} if target is None else {id(named[n]): named[n] for n in self._roles.owned}
+            away = {i: pairing.clone(t, target) for i, t in owned.items()}  # not first here, then there
             try:
-                module = copy.deepcopy(student, dict(shared))
+                module = copy.deepcopy(student, {**shared, **pairing.computed(student), **away})
             except (RuntimeError, TypeError, NotImplementedError) as error:
                 raise ValueError(
                     f"the student ({type(student).__name__}) cannot be deep-copied ({error}): pass "
@@ -202,39 +321,96 @@ class WMATeacher(nn.Module):
                 ) from error
         else:
             module = factory()
-            pairing.match(named, module, _without_shared(self._roles))
+            pairing.match(named, pairing.tensors(module))
             pairing.share(module, student, self._roles.shared)
             own = pairing.tensors(module)
             averaging.copy_([own[n] for n in self._roles.owned], [named[n] for n in self._roles.owned])
         module.requires_grad_(False)
         return (module if device is None else module.to(device)).eval()
 
-    def _make_accumulators(self, student: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Higher-precision averages, where the module's own tensors cannot hold them."""
-        own = pairing.tensors(self.module)
-        wanted = {n: pairing.accumulator_dtype(student[n], self._dtype) for n in self._roles.averaged}
-        return {
-            n: own[n].detach().to(dtype=dtype, copy=True)
-            for n, dtype in wanted.items()
-            if own[n].dtype != dtype
-        }
+    def _start(self, student: dict[str, Tensor], dtype: pairing.Precision) -> dict[str, Tensor]:
+        """Begin the averages at the student; what they need beside the module's own tensors."""
+        own, beside = pairing.tensors(self.module), {}
+        for name in self._roles.averaged:
+            wanted = pairing.accumulator_dtype(student[name], dtype)
+            split = dtype == "split" and wanted != own[name].dtype
+            if split and own[name].dtype != torch.bfloat16:
+                raise ValueError(
+                    f"dtype='split' is for bfloat16 students, whose values are the upper halves of float32, "
+                    f"but {name!r} is {own[name].dtype}: use dtype='auto'"
+                )
+            average = Average.of(student[name].detach().to(wanted), own[name], split=split)
+            if average.beside is not None:
+                beside[name] = average.beside
+        if dtype == "split" and not beside:
+            raise ValueError(
+                "dtype='split' is for bfloat16 students, and no averaged tensor of this one is bfloat16: "
+                "use dtype='auto', which needs no memory beside the module here"
+            )
+        return beside
 
-    def _averages(self) -> dict[str, Tensor]:
-        """The tensors that hold the average, by name."""
-        return pairing.tensors(self.module) | self._accumulators
+    # --- what it works on ---------------------------------------------------------------------------
 
-    def _refresh(self) -> None:
-        """Round the accumulators into the module that runs the forward."""
-        if self._accumulators:
-            own = pairing.tensors(self.module)
-            averaging.copy_([own[n] for n in self._accumulators], list(self._accumulators.values()))
+    def _average(self, own: Binding, name: str) -> Average:
+        return Average(own.tensors[name], self._beside.get(name))
+
+    def _precise(self, own: Binding, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor of the teacher's, at full precision where `dtype` is not its own."""
+        tensor = own.tensors[name]
+        if tensor.dtype == dtype or name not in self._beside:
+            return tensor.detach()
+        return self._average(own, name).read()
+
+    def _counterparts(self, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """A model's tensors and the teacher's for them, without those that are the same."""
+        own, theirs = Binding(self.module), pairing.tensors(student)
+        pairing.match(own.tensors, theirs)
+        pairs = [(theirs[n], self._precise(own, n, theirs[n].dtype)) for n in own.tensors]
+        pairs = [(t, s) for t, s in pairs if t.data_ptr() != s.data_ptr() or not t.numel()]
+        return [t for t, _ in pairs], [s for _, s in pairs]
+
+    def _planned(self, model: nn.Module) -> _Plan:
+        """The plan for averaging this student in."""
+        student = pairing.unwrap(model)
+        if self._plan is None or not self._plan.fits(student):
+            theirs, own, roles = Binding(student), Binding(self.module), self._roles
+            pairing.match(own.tensors, theirs.tensors)
+            if student is pairing.unwrap(self._student[0]):
+                pairing.check_frozen(theirs.tensors, roles)
+            averages = [self._average(own, n) for n in roles.averaged]
+            update = averaging.Update(averages, [theirs.tensors[n] for n in roles.averaged])
+            targets, sources = ([b.tensors[n].detach() for n in roles.copied] for b in (own, theirs))
+            self._plan = _Plan(theirs, own, update, (targets, sources))
+        return self._plan
+
+    def _advance(self, model: nn.Module | None = None) -> None:
+        """Count one step; `update` without its guard."""
+        model = self._student[0] if model is None else model
+        if self._swapped is not None:
+            swapping.refuse(self._swapped, "update()")
+        swapping.refuse(pairing.unwrap(model), "update()")
+        plan = self._planned(model)
+        omega = self._clock.tick()
+        self.omega = omega or 0.0
+        if omega:
+            plan.average(omega)
+            averaging.copy_(*plan.copied)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WMATeacher:
+        """Move or cast the forward; the averages follow a move and keep their precision in a cast."""
+        before = Binding(self.module)
+        averages = {n: Average(before.tensors[n].detach(), self._beside.get(n)) for n in self._roles.averaged}
         super()._apply(fn, recurse)
-        own = pairing.tensors(self.module)
-        # A move follows the module; a cast of the module leaves the accumulators' precision alone.
-        self._accumulators = {n: a.to(own[n].device) for n, a in self._accumulators.items()}
+        own, self._beside, self._plan = pairing.tensors(self.module), {}, None
+        for name, average in averages.items():
+            if own[name].dtype != average.own.dtype:
+                average = Average.of(average.read().to(own[name].device), own[name])
+            if average.beside is not None:
+                self._beside[name] = average.beside.to(own[name].device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_plan": None, "_attachment": None, "_swapped": None}
 
     # --- state --------------------------------------------------------------------------------------
 
@@ -254,24 +430,29 @@ class WMATeacher(nn.Module):
         self.omega = state["omega"]
 
 
-def _without_shared(roles: pairing.Roles) -> pairing.Roles:
-    """Roles under which a fresh module is checked: it need not be frozen yet."""
-    return pairing.Roles(roles.owned + roles.shared, (), (), ())
+def _refuse_swapped(teacher: nn.Module, *unused: Any) -> None:
+    assert isinstance(teacher, WMATeacher)
+    if teacher._swapped is not None:
+        swapping.refuse(teacher._swapped, "state_dict() of the teacher")
 
 
 def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     """Put the averages in the state at full precision, and leave out what is the student's."""
     assert isinstance(teacher, WMATeacher)
+    own, full = Binding(teacher.module), {}
     for key, name in teacher._state_names(prefix).items():
         if name in teacher._roles.shared:
             state.pop(key, None)
-        elif name in teacher._accumulators:
-            state[key] = teacher._accumulators[name]
+        elif name in teacher._beside:
+            if name not in full:  # tied tensors stay one
+                full[name] = teacher._average(own, name).read()
+            state[key] = full[name]
 
 
 def _check_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
     """Refuse a state that does not fit before anything is written, then take the averages from it."""
     assert isinstance(teacher, WMATeacher)
+    _refuse_swapped(teacher)
     clock = state.get(f"{prefix}_extra_state")
     if not isinstance(clock, Mapping) or "format" not in clock:
         raise ValueError(
@@ -284,7 +465,7 @@ def _check_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused
             "with the version of wmateacher that wrote it"
         )
     teacher._clock.check(dict(clock))
-    own, names = pairing.tensors(teacher.module), teacher._state_names(prefix)
+    own, names = Binding(teacher.module), teacher._state_names(prefix)
     missing = [k for k, n in names.items() if k not in state and n not in teacher._roles.shared]
     extra = [k for k in state if k.startswith(f"{prefix}module.") and k not in names]
     if missing or extra:
@@ -292,14 +473,15 @@ def _check_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused
             "the state was written for another architecture: " + pairing.describe_difference(missing, extra)
         )
     for key, name in names.items():
+        tensor = own.tensors[name]
         if name in teacher._roles.shared:
-            state[key] = own[name]
-        elif state[key].shape != own[name].shape:
+            state[key] = tensor
+        elif state[key].shape != tensor.shape:
             raise ValueError(
                 f"the state was written for another architecture: {key!r} has shape "
-                f"{tuple(state[key].shape)} there and {tuple(own[name].shape)} here"
+                f"{tuple(state[key].shape)} there and {tuple(tensor.shape)} here"
             )
     for key, name in names.items():
-        if name in teacher._accumulators:
-            averaging.copy_([teacher._accumulators[name]], [state[key]])
-            state[key] = state[key].to(own[name].dtype)
+        if name in teacher._beside:
+            teacher._average(own, name).write(state[key])
+            state[key] = own.tensors[name]

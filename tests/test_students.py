@@ -1,0 +1,377 @@
+"""Every kind of module that people train, under one loop: train, update, read the average back."""
+
+import copy
+import pickle
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wmateacher import WMATeacher
+from wmateacher.pairing import tensors
+
+
+def follow(student, inputs, steps=4, **options):
+    """Train for a few steps; check the averages against float64 ones, and return the teacher."""
+    teacher = WMATeacher(student, "ema(0.7)", **options)
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
+    expected = {
+        n: p.detach().to(torch.promote_types(p.dtype, torch.float64), copy=True)
+        for n, p in student.named_parameters()
+    }
+    for _ in range(steps):
+        student(inputs).abs().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        teacher.update()
+        for name, p in student.named_parameters():
+            expected[name].lerp_(p.detach().to(expected[name].dtype), 0.3)
+    held = teacher.averaged_state_dict(torch.float64)
+    moved = 0
+    for name, value in expected.items():
+        torch.testing.assert_close(held[name], value.to(held[name].dtype), rtol=1e-4, atol=1e-5)
+        moved += not torch.equal(tensors(student)[name].to(held[name].dtype), held[name])
+    assert moved
+    return teacher
+
+
+X = torch.linspace(-1, 1, 24).view(6, 4)
+IMAGES = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+
+
+def old_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch would rather have the new one
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 2))
+
+
+def new_weight_norm():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 2))
+
+
+def old_spectral_norm():
+    return nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 2))
+
+
+def new_spectral_norm():
+    return nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Linear(5, 2))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [old_weight_norm, new_weight_norm, old_spectral_norm, new_spectral_norm],
+    ids=lambda b: b.__name__,
+)
+def test_normalised_weights(build):
+    """The average is of what is trained; the weight is computed from it, as the student's is."""
+    student = build()
+    student(X)  # a weight with a graph refuses deepcopy
+    teacher = follow(student, X)
+    rebuilt = build()
+    rebuilt.load_state_dict(teacher.averaged_state_dict())
+    torch.testing.assert_close(teacher(X), rebuilt.eval()(X))
+    assert teacher(X).isfinite().all()
+
+
+def test_power_iteration_vectors_are_the_students_and_not_averages():
+    student = old_spectral_norm()
+    teacher = follow(student, X)
+    assert torch.equal(teacher.module[0].weight_u, student[0].weight_u)
+
+
+def test_complex_parameters():
+    class Phase(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.complex64))
+
+        def forward(self, x):
+            return x.to(self.weight.dtype) @ self.weight
+
+    teacher = follow(Phase(), X)
+    assert teacher(X).dtype is torch.complex64
+    assert follow(Phase(), X, dtype=torch.float64).state_dict()["module.weight"].dtype is torch.complex128
+
+
+def test_channels_last():
+    student = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 2))
+    student = student.to(memory_format=torch.channels_last)
+    teacher = follow(student, IMAGES)
+    assert teacher.module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    later = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(288, 2))
+    teacher = WMATeacher(later, "ema(0.5)")
+    start = later[0].weight.detach().clone()
+    later.to(memory_format=torch.channels_last)  # after the teacher was built
+    nn.init.ones_(later[0].weight)
+    teacher.update()
+    torch.testing.assert_close(teacher.module[0].weight, (start + 1) / 2)
+
+
+def test_lazy_modules_once_they_have_run():
+    student = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(2))
+    with pytest.raises(ValueError, match="'0.weight' is not initialised yet"):
+        WMATeacher(student, "uniform")
+    student(X)
+    follow(student, X)
+
+
+def test_buffers_that_no_checkpoint_holds_follow_the_student():
+    class Cached(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.register_buffer("scale", torch.ones(()), persistent=False)
+
+        def forward(self, x):
+            self.scale = self.scale + 1  # a new tensor each time
+            return super().forward(x) * self.scale
+
+    student = Cached()
+    teacher = follow(student, X, buffers="average")
+    assert teacher.module.scale == student.scale == 5
+    assert "module.scale" not in teacher.state_dict()
+
+
+def test_parameters_added_frozen_or_unfrozen_since():
+    student = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    student[0].requires_grad_(False)
+    teacher = follow(student, X)
+    step = teacher.step
+    for change, undo, message in [
+        (
+            lambda: student.add_module("2", nn.Linear(2, 2)),
+            lambda: student.pop(2),
+            "unexpected '2.weight', '2.bias'.* build a new teacher for it",
+        ),
+        (
+            lambda: student[1].bias.requires_grad_(False),
+            lambda: student[1].bias.requires_grad_(True),
+            "'1.bias' was trained when the teacher was built and is now frozen.* or build it with frozen='copy'",
+        ),
+        (
+            lambda: student[0].bias.requires_grad_(True),
+            lambda: student[0].bias.requires_grad_(False),
+            "'0.bias' was frozen when .* unfreeze before building the teacher, or build it with frozen='copy'",
+        ),
+    ]:
+        change()
+        with pytest.raises(ValueError, match=message):
+            teacher.update()
+        assert teacher.step == step
+        undo()
+        teacher.update()
+        step += 1
+    free = WMATeacher(student, "uniform", frozen="copy")
+    student.requires_grad_(True)
+    free.update()
+    student.requires_grad_(False)
+    free.update()
+
+
+def test_moved_and_replaced_tensors_are_followed():
+    student = nn.Linear(4, 2)
+    teacher = WMATeacher(student, "ema(0.5)", dtype=torch.float32)
+    start = student.weight.detach().clone()
+    teacher.update()
+    student.weight.data = torch.ones(2, 4)
+    teacher.update()
+    student.weight = nn.Parameter(torch.full((2, 4), 3.0))
+    teacher.update()
+    student.bfloat16()
+    teacher.update()
+    torch.testing.assert_close(teacher.module.weight, start / 8 + 1 / 8 + 9 / 4)
+
+
+def test_ddp_students(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        student = nn.parallel.DistributedDataParallel(nn.Linear(4, 2))
+        teacher = WMATeacher(student, "ema(0.5)")
+        assert type(teacher.module) is nn.Linear
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        teacher.attach(optimizer)
+        student(X).sum().backward()
+        optimizer.step()
+        assert teacher.step == 1
+        with teacher.swap():
+            assert torch.equal(student(X), teacher(X))
+        with teacher.swap(), pytest.raises(RuntimeError, match="state_dict"):
+            student.state_dict()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_lora_teacher_costs_the_adapter(dtype):
+    import peft
+
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(4, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 2)).to(
+        dtype
+    )
+    student = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, target_modules=["0", "2"]), autocast_adapter_dtype=False
+    )
+    frozen = {id(p) for p in student.parameters() if not p.requires_grad}
+    adapter = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    teacher = follow(student, X.to(dtype))
+    own = [t for t in tensors(teacher.module).values() if id(t) not in frozen]
+    assert sum(t.numel() for t in own) == adapter
+    saved = [t for t in teacher.state_dict().values() if torch.is_tensor(t)]
+    assert sum(t.numel() for t in saved) == adapter
+    assert {t.dtype for t in saved} == {torch.float32}
+    with teacher.swap(), torch.no_grad():
+        torch.testing.assert_close(student.eval()(X.to(dtype)), teacher(X.to(dtype)))
+    student.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"unexpected .*second.*add and remove parameters before"):
+        teacher.update()
+
+
+# --- what people do with a teacher ----------------------------------------------------------------------
+
+
+def run(student, teacher, seed):
+    torch.manual_seed(seed)
+    for p in student.parameters():
+        with torch.no_grad():
+            p.add_(torch.randn_like(p))
+    teacher.update()
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "split"}, {"frozen": "copy"}], ids=str)
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))], ids=["deepcopy", "pickle"]
+)
+def test_a_duplicate_goes_on_with_a_student_of_its_own(duplicate, options):
+    student = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).bfloat16()
+    student[0].bias.requires_grad_(False)
+    holder = {"teacher": WMATeacher(student, "beta(0.5,0.5)", 10, **options), "student": student}
+    holder["teacher"].attach(torch.optim.SGD([student[0].weight], lr=0.1))
+    twin = duplicate(holder)
+    holder["teacher"]._attachment.remove()
+    before = copy.deepcopy(holder["teacher"].state_dict())
+    run(twin["student"], twin["teacher"], 1)
+    for key, value in holder["teacher"].state_dict().items():
+        assert torch.equal(value, before[key]) if torch.is_tensor(value) else value == before[key]
+    run(holder["student"], holder["teacher"], 1)
+    for key, value in holder["teacher"].state_dict().items():
+        other = twin["teacher"].state_dict()[key]
+        assert torch.equal(value, other) if torch.is_tensor(value) else value == other
+
+
+def test_the_average_as_safetensors(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+            self.norm = nn.BatchNorm1d(4).to(memory_format=torch.channels_last)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.norm(self.embed(x)))
+
+    student = Tied().bfloat16()
+    student.norm.requires_grad_(False)
+    teacher = WMATeacher(student, "uniform", 10)
+    run(student, teacher, 0)
+    save_file(teacher.averaged_state_dict(), tmp_path / "average.safetensors")
+    plain = Tied().bfloat16()
+    assert not any(plain.load_state_dict(load_file(tmp_path / "average.safetensors")))
+    tokens = torch.arange(7)
+    assert torch.equal(plain.eval()(tokens), teacher(tokens))
+    save_file(teacher.averaged_state_dict(torch.float32), tmp_path / "float32.safetensors")
+    precise = load_file(tmp_path / "float32.safetensors")
+    assert torch.equal(precise["head.weight"], teacher.state_dict()["module.head.weight"])
+    assert precise["norm.num_batches_tracked"].dtype is torch.int64
+    kept = precise["head.weight"].clone()
+    run(student, teacher, 1)
+    assert torch.equal(precise["head.weight"], kept)
+
+
+def test_a_compiled_teacher_is_not_compiled_again_by_updates():
+    student = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+    teacher = WMATeacher(student, "ema(0.5)")
+    counter = CompileCounter()
+    compiled = torch.compile(teacher, backend=counter, fullgraph=True)
+    for seed in range(4):
+        run(student, teacher, seed)
+        assert torch.equal(compiled(X), teacher(X))
+        assert not compiled(X).requires_grad
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_a_teacher_compiled_in_place_by_the_default_backend():
+    student = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+    teacher = WMATeacher(student, "ema(0.5)")
+    eager = copy.deepcopy(teacher)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        teacher.compile()
+        for seed in range(3):
+            run(student, teacher, seed)
+            eager.update(student)
+            torch.testing.assert_close(teacher(X), eager(X))
+
+
+class Forbid(TorchDispatchMode):
+    """Raises at whatever makes the host wait for a tensor's value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "split"}, {"buffers": "average"}], ids=str)
+def test_an_update_never_reads_a_tensors_value(options):
+    student = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).bfloat16()
+    teacher = WMATeacher(student, "beta(0.5,0.5)", 20, update_every=2, **options)
+    with Forbid():
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.ones(()).item()
+        for _ in range(20):
+            teacher.update()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"dtype": "split"}], ids=str)
+def test_an_update_on_a_gpu_never_waits_for_it(options):
+    student = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).bfloat16().cuda()
+    teacher = WMATeacher(student, "beta(0.5,0.5)", 20, **options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            teacher.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def python_calls(teacher):
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        teacher.update()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_runs_in_python_does_not_grow_with_the_number_of_tensors(dtype):
+    counts = []
+    for tensors_ in (6, 3000):
+        student = nn.Sequential(*(nn.Linear(4, 4, dtype=dtype) for _ in range(tensors_ // 2)))
+        teacher = WMATeacher(student, "ema(0.9)")
+        teacher.update()
+        counts.append(python_calls(teacher))
+    assert counts[0] == counts[1] < 200
