@@ -1,0 +1,153 @@
+"""Memory of a teacher and of one update, against other helpers.
+
+    python benchmarks/memory.py
+
+Each cell runs in a process of its own, which builds the student, then the helper, then updates. *Held* is
+what the helper adds to the process, beside the student; *peak* is by how much the most memory in use
+during the first two updates exceeds what was in use before them. On a CPU both are the process's resident
+memory (Linux), on a GPU what torch has allocated there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import sys
+from pathlib import Path
+from typing import Any
+
+import averagers
+import torch
+
+from wmateacher.integrations import runs
+
+PACKAGES = ("timm", "open_clip_torch", "peft", "ema-pytorch", "torch-ema")
+MIB = 2**20
+
+
+def main() -> None:
+    """Measure, print, and write results.json and memory.png."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=averagers.MODELS, default=list(averagers.MODELS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("runs/memory"))
+    arguments = parser.parse_args()
+    if arguments.device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        parser.error("measuring a CPU's memory needs Linux (/proc/self/clear_refs)")
+    results: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": runs.environment(arguments.device, PACKAGES),
+        "models": {},
+    }
+    # A fresh process for each cell: what another has freed would be used again unseen.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for model in arguments.models:
+            for precision in averagers.PRECISIONS:
+                name = f"{model}, {precision} -> fp32"
+                cells = [(model, precision, helper, arguments.device) for helper in averagers.AVERAGERS]
+                rows = dict(zip(averagers.AVERAGERS, pool.map(measure, cells, chunksize=1), strict=True))
+                results["models"][name] = rows
+                runs.write_json(results, arguments.output / "results.json")
+                print(f"{table(name, rows)}\n", flush=True)
+    picture(results, arguments.output / "memory.png")
+    print(f"wrote {arguments.output}/results.json, memory.png")
+
+
+def measure(cell: tuple[str, str, str, str]) -> dict[str, Any]:
+    """Held and peak memory of one helper, in MiB."""
+    model, precision, helper, device = cell
+    torch.set_num_threads(1)
+    averagers.start(helper, averagers.Small().to(device))  # what a first use loads and keeps
+    student = averagers.build(model, precision, device)
+    before = in_use(device)
+    try:
+        made = averagers.AVERAGERS[helper](student)
+        held = in_use(device)
+        reset_peak(device)
+        for _ in range(2):
+            made.update()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+    trained = sum(p.nbytes for p in averagers.averaged(student))
+    return {
+        "held_mib": (held - before) / MIB,
+        "peak_mib": (peak(device) - held) / MIB,
+        "trained_mib": trained / MIB,
+    }
+
+
+def in_use(device: str) -> int:
+    """Bytes in use now, freed ones given back to the system."""
+    gc.collect()
+    if device != "cpu":
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
+
+
+def reset_peak(device: str) -> None:
+    """Let `peak` begin anew."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    """The most bytes in use since `reset_peak`."""
+    return torch.cuda.max_memory_allocated() if device != "cpu" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def table(name: str, rows: dict[str, Any]) -> str:
+    """Rows of one model, as printed and as shown in benchmarks/results."""
+    trained = next(row["trained_mib"] for row in rows.values() if "error" not in row)
+    lines = [f"{name}: {trained:,.1f} MiB trained", f"{'':34} {'held MiB':>9} {'peak MiB':>9}"]
+    for helper, row in rows.items():
+        if "error" in row:
+            lines.append(f"{helper:34} {row['error'][:76]}")
+        else:
+            lines.append(f"{helper:34} {row['held_mib']:9.1f} {row['peak_mib']:9.1f}")
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, Any], file: Path) -> None:
+    """Held and peak memory, one panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = results["models"]
+    columns = min(2, len(models))
+    lines = -(-len(models) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(7 * columns, 2.6 * lines), squeeze=False)
+    for axis in axes.flat[len(models) :]:
+        axis.axis("off")
+    for axis, (name, rows) in zip(axes.flat, models.items(), strict=False):
+        helpers = [h for h in reversed(rows) if "error" not in rows[h]]
+        held = [max(rows[h]["held_mib"], 0) for h in helpers]
+        extra = [max(rows[h]["peak_mib"], 0) for h in helpers]
+        axis.barh(
+            helpers, held, color=["tab:blue" if h.startswith("wmateacher") else "tab:gray" for h in helpers]
+        )
+        axis.barh(helpers, extra, left=held, color="tab:orange")
+        axis.set_title(name, fontsize=10)
+        axis.tick_params(labelsize=8)
+    figure.supxlabel("MiB held beside the student, and in orange the peak of an update above it", fontsize=10)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

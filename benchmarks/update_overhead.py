@@ -1,0 +1,170 @@
+"""Time of one update of the average, against other helpers and against the memory's speed.
+
+    python benchmarks/update_overhead.py
+
+The floor of an update is a flat lerp that moves as many bytes as the update must: it reads the student
+and reads and writes the float32 average, 12 bytes a parameter from float32 and 10 from bfloat16; and a
+helper that also keeps the average in the student's dtype, to run the forward with, writes 2 more. All
+helpers and the floors of one model take turns in one process; figures are medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import averagers
+import torch
+
+from wmateacher.integrations import runs
+
+PACKAGES = ("timm", "open_clip_torch", "peft", "ema-pytorch", "torch-ema")
+
+
+def main() -> None:
+    """Measure, print, and write results.json and overhead.png."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=averagers.MODELS, default=list(averagers.MODELS))
+    parser.add_argument("--rounds", type=int, default=15, help="updates timed of each helper (default: 15)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--output", type=Path, default=Path("runs/update-overhead"))
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    results: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": runs.environment(arguments.device, PACKAGES),
+        "copy_bandwidth_gb_s": copy_bandwidth(arguments.device),
+        "models": {},
+    }
+    for model in arguments.models:
+        for precision in averagers.PRECISIONS:
+            name = f"{model}, {precision} -> fp32"
+            results["models"][name] = measure(model, precision, arguments.device, arguments.rounds)
+            runs.write_json(results, arguments.output / "results.json")
+            print(f"{table(name, results['models'][name])}\n", flush=True)
+    picture(results, arguments.output / "overhead.png")
+    print(f"wrote {arguments.output}/results.json, overhead.png")
+
+
+def measure(model: str, precision: str, device: str, rounds: int) -> dict[str, Any]:
+    """Medians over rounds in which every helper and every floor takes its turn."""
+    student = averagers.build(model, precision, device)
+    numel = sum(p.numel() for p in averagers.averaged(student))
+    read = averagers.PRECISIONS[precision].itemsize
+    jobs: dict[str, Callable[[], object]] = {}
+    bytes_moved, errors = {}, {}
+    for name in averagers.AVERAGERS:
+        made = averagers.start(name, student)
+        if isinstance(made, str):
+            errors[name] = made
+            continue
+        jobs[name] = made.update
+        bytes_moved[name] = numel * (read + 8 + (read if made.forward else 0))
+    floors = {}
+    for total in sorted(set(bytes_moved.values())):
+        a, b = (torch.randn(total // 12, device=device) for _ in range(2))
+        floors[total] = f"floor {total}"
+        jobs[floors[total]] = lambda a=a, b=b: a.lerp_(b, 1e-3)
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    with torch.no_grad():
+        for i in range(rounds + 2):
+            for name, job in jobs.items():
+                seconds = timed(job, device)
+                if i >= 2:
+                    times[name].append(seconds)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    return {
+        "averaged_parameters": numel,
+        "tensors": len(averagers.averaged(student)),
+        "helpers": {
+            name: {
+                "milliseconds": 1e3 * medians[name],
+                "fastest_milliseconds": 1e3 * min(times[name]),
+                "bytes": moved,
+                "floor_milliseconds": 1e3 * medians[floors[moved]],
+                "ratio_to_floor": medians[name] / medians[floors[moved]],
+                "fastest_ratio_to_floor": min(times[name]) / min(times[floors[moved]]),
+            }
+            for name, moved in bytes_moved.items()
+        },
+        "errors": errors,
+    }
+
+
+def timed(job: Callable[[], object], device: str) -> float:
+    """Seconds, the device's work included."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    job()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(device: str) -> float:
+    """GB/s read and written by a large copy, the median of several."""
+    a, b = (torch.zeros(2**26, device=device) for _ in range(2))
+    seconds = statistics.median(timed(lambda: a.copy_(b), device) for _ in range(9))
+    return 2 * a.nbytes / seconds / 1e9
+
+
+def table(name: str, measured: dict[str, Any]) -> str:
+    """Rows of one model, as printed and as shown in benchmarks/results."""
+    lines = [
+        f"{name}: {measured['averaged_parameters']:,} averaged parameters in {measured['tensors']:,} tensors",
+        f"{'':34} {'ms':>8} {'floor':>8} {'ratio':>7} {'fastest':>8}",
+    ]
+    for helper, row in measured["helpers"].items():
+        lines.append(
+            f"{helper:34} {row['milliseconds']:8.2f} {row['floor_milliseconds']:8.2f} "
+            f"{row['ratio_to_floor']:7.2f} {row['fastest_ratio_to_floor']:8.2f}"
+        )
+    lines += [f"{helper:34} {error[:76]}" for helper, error in measured["errors"].items()]
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, Any], file: Path) -> None:
+    """Ratios to the floor, one panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = results["models"]
+    columns = min(2, len(models))
+    rows = -(-len(models) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(7 * columns, 2.6 * rows), squeeze=False)
+    for axis in axes.flat[len(models) :]:
+        axis.axis("off")
+    for axis, (name, measured) in zip(axes.flat, models.items(), strict=False):
+        helpers = list(reversed(measured["helpers"]))
+        ratios = [measured["helpers"][h]["ratio_to_floor"] for h in helpers]
+        colours = ["tab:blue" if h.startswith("wmateacher") else "tab:gray" for h in helpers]
+        axis.barh(helpers, ratios, color=colours)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.bar_label(axis.containers[0], fmt="%.2f", padding=3, fontsize=8)
+        axis.set_title(name, fontsize=10)
+        axis.set_xscale("log")
+        axis.margins(x=0.15)
+        axis.tick_params(labelsize=8)
+    figure.supxlabel("time of an update / time of a flat lerp that moves as many bytes", fontsize=10)
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
