@@ -74,6 +74,14 @@ def _wmateacher(model: nn.Module, **options: object) -> Averager:
     return Averager(teacher.update, teacher, forward=_dtype(model) != torch.float32)
 
 
+def _float32_forward(model: nn.Module) -> Averager:
+    if _dtype(model) == torch.float32:
+        raise ValueError("the forward of a float32 student's teacher is in float32 already")
+    averager = _wmateacher(model, module=lambda: copy.deepcopy(model).float())
+    averager.forward = False
+    return averager
+
+
 def _split(model: nn.Module) -> Averager:
     return _wmateacher(model, dtype="split")
 
@@ -99,7 +107,7 @@ def _timm(model: nn.Module) -> Averager:
 
     options = {} if _dtype(model) == torch.float32 else {"dtype": torch.float32}
     average = ModelEmaV3(model, decay=RETENTION, **options)
-    return Averager(lambda: average.update(model, step=1), average)
+    return Averager(lambda: average.update(model), average)
 
 
 def _ema_pytorch(model: nn.Module) -> Averager:
@@ -118,7 +126,7 @@ def _ema_pytorch(model: nn.Module) -> Averager:
 def _torch_ema(model: nn.Module) -> Averager:
     from torch_ema import ExponentialMovingAverage
 
-    average = ExponentialMovingAverage(list(model.parameters()), decay=RETENTION)
+    average = ExponentialMovingAverage(list(model.parameters()), RETENTION, use_num_updates=False)
     average.shadow_params = [p.float() for p in average.shadow_params]
     return Averager(average.update, average)
 
@@ -137,6 +145,7 @@ def _by_hand(model: nn.Module) -> Averager:
 AVERAGERS: dict[str, Callable[[nn.Module], Averager]] = {
     "wmateacher": _wmateacher,
     "wmateacher, split": _split,
+    "wmateacher, fp32 forward": _float32_forward,
     "torch AveragedModel, multi_avg_fn": _averaged_model,
     "torch AveragedModel, avg_fn": _averaged_model_promoting,
     "timm ModelEmaV3": _timm,

@@ -33,6 +33,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=averagers.MODELS, default=list(averagers.MODELS))
+    parser.add_argument(
+        "--helpers", nargs="+", choices=averagers.AVERAGERS, default=list(averagers.AVERAGERS)
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/memory"))
     arguments = parser.parse_args()
@@ -48,8 +51,8 @@ def main() -> None:
         for model in arguments.models:
             for precision in averagers.PRECISIONS:
                 name = f"{model}, {precision} -> fp32"
-                cells = [(model, precision, helper, arguments.device) for helper in averagers.AVERAGERS]
-                rows = dict(zip(averagers.AVERAGERS, pool.map(measure, cells, chunksize=1), strict=True))
+                cells = [(model, precision, helper, arguments.device) for helper in arguments.helpers]
+                rows = dict(zip(arguments.helpers, pool.map(measure, cells, chunksize=1), strict=True))
                 results["models"][name] = rows
                 runs.write_json(results, arguments.output / "results.json")
                 print(f"{table(name, rows)}\n", flush=True)
@@ -63,6 +66,7 @@ def measure(cell: tuple[str, str, str, str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     averagers.start(helper, averagers.Small().to(device))  # what a first use loads and keeps
     student = averagers.build(model, precision, device)
+    trained = sum(p.nbytes for p in averagers.averaged(student)) / MIB
     before = in_use(device)
     try:
         made = averagers.AVERAGERS[helper](student)
@@ -71,12 +75,11 @@ def measure(cell: tuple[str, str, str, str]) -> dict[str, Any]:
         for _ in range(2):
             made.update()
     except (RuntimeError, TypeError, ValueError) as error:
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    trained = sum(p.nbytes for p in averagers.averaged(student))
+        return {"trained_mib": trained, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     return {
+        "trained_mib": trained,
         "held_mib": (held - before) / MIB,
         "peak_mib": (peak(device) - held) / MIB,
-        "trained_mib": trained / MIB,
     }
 
 
@@ -109,7 +112,7 @@ def _status(field: str) -> int:
 
 def table(name: str, rows: dict[str, Any]) -> str:
     """Rows of one model, as printed and as shown in benchmarks/results."""
-    trained = next(row["trained_mib"] for row in rows.values() if "error" not in row)
+    trained = max(row.get("trained_mib", 0) for row in rows.values())
     lines = [f"{name}: {trained:,.1f} MiB trained", f"{'':34} {'held MiB':>9} {'peak MiB':>9}"]
     for helper, row in rows.items():
         if "error" in row:

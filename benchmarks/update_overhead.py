@@ -5,7 +5,9 @@
 The floor of an update is a flat lerp that moves as many bytes as the update must: it reads the student
 and reads and writes the float32 average, 12 bytes a parameter from float32 and 10 from bfloat16; and a
 helper that also keeps the average in the student's dtype, to run the forward with, writes 2 more. All
-helpers and the floors of one model take turns in one process; figures are medians over the rounds.
+helpers and the floors of one model take turns in one process; `ms`, `floor` and their `ratio` are medians
+over the rounds, `fastest` is the ratio of the fastest rounds, and `of copy` is the update's bytes per
+second as a share of a large copy's.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=averagers.MODELS, default=list(averagers.MODELS))
     parser.add_argument("--rounds", type=int, default=15, help="updates timed of each helper (default: 15)")
+    parser.add_argument(
+        "--helpers", nargs="+", choices=averagers.AVERAGERS, default=list(averagers.AVERAGERS)
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--output", type=Path, default=Path("runs/update-overhead"))
@@ -50,21 +55,26 @@ def main() -> None:
     for model in arguments.models:
         for precision in averagers.PRECISIONS:
             name = f"{model}, {precision} -> fp32"
-            results["models"][name] = measure(model, precision, arguments.device, arguments.rounds)
+            measured = measure(model, precision, arguments)
+            for row in measured["helpers"].values():
+                speed = row["bytes"] / row["milliseconds"] / 1e6
+                row["share_of_copy_bandwidth"] = speed / results["copy_bandwidth_gb_s"]
+            results["models"][name] = measured
             runs.write_json(results, arguments.output / "results.json")
-            print(f"{table(name, results['models'][name])}\n", flush=True)
+            print(f"{table(name, measured)}\n", flush=True)
     picture(results, arguments.output / "overhead.png")
     print(f"wrote {arguments.output}/results.json, overhead.png")
 
 
-def measure(model: str, precision: str, device: str, rounds: int) -> dict[str, Any]:
+def measure(model: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians over rounds in which every helper and every floor takes its turn."""
+    device, rounds = arguments.device, arguments.rounds
     student = averagers.build(model, precision, device)
     numel = sum(p.numel() for p in averagers.averaged(student))
     read = averagers.PRECISIONS[precision].itemsize
     jobs: dict[str, Callable[[], object]] = {}
     bytes_moved, errors = {}, {}
-    for name in averagers.AVERAGERS:
+    for name in arguments.helpers:
         made = averagers.start(name, student)
         if isinstance(made, str):
             errors[name] = made
@@ -124,42 +134,44 @@ def table(name: str, measured: dict[str, Any]) -> str:
     """Rows of one model, as printed and as shown in benchmarks/results."""
     lines = [
         f"{name}: {measured['averaged_parameters']:,} averaged parameters in {measured['tensors']:,} tensors",
-        f"{'':34} {'ms':>8} {'floor':>8} {'ratio':>7} {'fastest':>8}",
+        f"{'':34} {'ms':>8} {'floor':>8} {'ratio':>7} {'fastest':>8} {'of copy':>8}",
     ]
     for helper, row in measured["helpers"].items():
         lines.append(
             f"{helper:34} {row['milliseconds']:8.2f} {row['floor_milliseconds']:8.2f} "
-            f"{row['ratio_to_floor']:7.2f} {row['fastest_ratio_to_floor']:8.2f}"
+            f"{row['ratio_to_floor']:7.2f} {row['fastest_ratio_to_floor']:8.2f} "
+            f"{row['share_of_copy_bandwidth']:8.0%}"
         )
     lines += [f"{helper:34} {error[:76]}" for helper, error in measured["errors"].items()]
     return "\n".join(lines)
 
 
 def picture(results: dict[str, Any], file: Path) -> None:
-    """Ratios to the floor, one panel a model."""
+    """Milliseconds and the floor's, one panel a model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    models = results["models"]
-    columns = min(2, len(models))
-    rows = -(-len(models) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(7 * columns, 2.6 * rows), squeeze=False)
+    models = {name: measured for name, measured in results["models"].items() if measured["helpers"]}
+    columns = min(2, len(models)) or 1
+    lines = -(-len(models) // columns) or 1
+    figure, axes = plt.subplots(lines, columns, figsize=(7 * columns, 2.6 * lines), squeeze=False)
     for axis in axes.flat[len(models) :]:
         axis.axis("off")
     for axis, (name, measured) in zip(axes.flat, models.items(), strict=False):
         helpers = list(reversed(measured["helpers"]))
-        ratios = [measured["helpers"][h]["ratio_to_floor"] for h in helpers]
+        rows = [measured["helpers"][h] for h in helpers]
         colours = ["tab:blue" if h.startswith("wmateacher") else "tab:gray" for h in helpers]
-        axis.barh(helpers, ratios, color=colours)
-        axis.axvline(1, color="black", linewidth=0.8)
-        axis.bar_label(axis.containers[0], fmt="%.2f", padding=3, fontsize=8)
+        bars = axis.barh(helpers, [row["milliseconds"] for row in rows], color=colours)
+        axis.plot([row["floor_milliseconds"] for row in rows], helpers, "k|", markersize=9)
+        labels = [f"{row['milliseconds']:.1f} ms, {row['ratio_to_floor']:.2f}x" for row in rows]
+        axis.bar_label(bars, labels, padding=3, fontsize=8)
         axis.set_title(name, fontsize=10)
         axis.set_xscale("log")
-        axis.margins(x=0.15)
+        axis.set_xlim(right=max(row["milliseconds"] for row in rows) * 8)
         axis.tick_params(labelsize=8)
-    figure.supxlabel("time of an update / time of a flat lerp that moves as many bytes", fontsize=10)
+    figure.supxlabel("an update in ms; black: a flat lerp that moves as many bytes", fontsize=10)
     figure.tight_layout()
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

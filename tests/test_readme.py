@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_block_runs():
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_python_blocks_run():
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     model = nn.Linear(4, 3)
     scope = {
         "model": model,
@@ -22,10 +22,13 @@ def test_the_python_block_runs():
         "loader": [(torch.randn(8, 4), torch.randint(0, 3, (8,))) for _ in range(5)],
         "total_steps": 5,
         "task_loss": nn.functional.cross_entropy,
+        "validate": lambda model: model(torch.randn(8, 4)),
     }
-    exec(block, scope)
+    for block in blocks:
+        exec(block, scope)
     assert isinstance(scope["teacher"], wmateacher.WMATeacher)
     assert scope["teacher"].step == 5
+    assert model.load_state_dict(scope["best"])
 
 
 def test_the_kernels_and_losses_that_it_lists_are_those_there_are():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmateacher import WMATeacher
@@ -228,6 +229,23 @@ def test_a_lora_teacher_costs_the_adapter(dtype):
     student.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
     with pytest.raises(ValueError, match=r"unexpected .*second.*add and remove parameters before"):
         teacher.update()
+
+
+def test_a_frozen_base_of_wrapped_tensors_is_shared():
+    """A stand-in for quantised weights: tensors around tensors, without memory of their own."""
+    student = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    inner = student[0].weight.detach()
+    student[0].weight = nn.Parameter(TwoTensor(inner, inner.clone()), requires_grad=False)
+    teacher = WMATeacher(student, "ema(0.5)")
+    assert teacher.module[0].weight is student[0].weight
+    start = student[1].weight.detach().clone()
+    for _ in range(2):
+        nn.init.ones_(student[1].weight)
+        teacher.update()
+    torch.testing.assert_close(teacher.module[1].weight, start / 4 + 3 / 4)
+    with teacher.swap():
+        torch.testing.assert_close(student[1].weight, start / 4 + 3 / 4)
+    assert (student[1].weight == 1).all()
 
 
 # --- what people do with a teacher ----------------------------------------------------------------------

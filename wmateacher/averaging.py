@@ -182,8 +182,9 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
     rows: list[Row] = [
         (a.held, v) if a.beside is None else (a.held, v, a.own.detach()) for a, v in group if v.numel()
     ]
-    away = value.device != held.device and held.device.type == "cpu"
-    cast = average.split or value.dtype != held.dtype
+    elsewhere = value.device != held.device
+    away = elsewhere and held.device.type == "cpu"
+    cast = average.split or value.dtype != held.dtype or (elsewhere and not away)
     if not rows or not (away or cast):
         return [_Step(rows, None, None)] if rows else []
     dtype = torch.float32 if average.split else held.dtype

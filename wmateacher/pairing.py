@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wmateacher import spec
 
@@ -84,6 +85,8 @@ class Binding:
         slots = [(table, key) for table in self._tables for key in table]
         self._where, self._keys = [table for table, _ in slots], [key for _, key in slots]
         self._objects = [table[key] for table, key in slots]
+        # A wrapper around other tensors (a quantised weight) has no memory of its own.
+        self._plain = [t for t in self.tensors.values() if not is_traceable_wrapper_subclass(t)]
         self._fingerprint = self._take_fingerprint()
 
     def is_current(self) -> bool:
@@ -101,7 +104,7 @@ class Binding:
     def _take_fingerprint(self) -> list[int]:
         named = self.tensors.values()
         return [
-            *map(Tensor.data_ptr, named),
+            *map(Tensor.data_ptr, self._plain),
             *map(Tensor.numel, named),
             *map(attrgetter("requires_grad"), named),
         ]

@@ -365,9 +365,8 @@ class WMATeacher(nn.Module):
         """A model's tensors and the teacher's for them, without those that are the same."""
         own, theirs = Binding(self.module), pairing.tensors(student)
         pairing.match(own.tensors, theirs)
-        pairs = [(theirs[n], self._precise(own, n, theirs[n].dtype)) for n in own.tensors]
-        pairs = [(t, s) for t, s in pairs if t.data_ptr() != s.data_ptr() or not t.numel()]
-        return [t for t, _ in pairs], [s for _, s in pairs]
+        names = [n for n, tensor in own.tensors.items() if tensor is not theirs[n]]
+        return [theirs[n] for n in names], [self._precise(own, n, theirs[n].dtype) for n in names]
 
     def _planned(self, model: nn.Module) -> _Plan:
         """The plan for averaging this student in."""
