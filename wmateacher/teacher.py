@@ -142,11 +142,11 @@ class WMATeacher(nn.Module):
         """
         return self._clock.weights()
 
-    def averaged_pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(student, average) of every averaged tensor, the average at full precision; for diagnostics."""
+    def averaged_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, student, average) of every averaged tensor, at full precision; for diagnostics."""
         plan = self._planned(self._student[0])
         for name in self._roles.averaged:
-            yield plan.student.tensors[name].detach(), self._average(plan.own, name).read()
+            yield name, plan.student.tensors[name].detach(), self._average(plan.own, name).read()
 
     def set_total_steps(self, total_steps: int) -> None:
         """Change the horizon mid-run.
