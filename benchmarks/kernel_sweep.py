@@ -1,0 +1,276 @@
+"""Which kernel should the teacher have? Every kernel on one task, over strengths and seeds.
+
+    python benchmarks/kernel_sweep.py
+    python benchmarks/kernel_sweep.py --seeds 3 --strengths 0.5 0.9
+    python benchmarks/kernel_sweep.py --kernels 'beta(0.3,0.3)' 'ema(0.995)' none --output DIR
+
+Cells run side by side, one process and one thread each. Each writes its result when it is done, and the
+same command with the same --output goes on where it was stopped. The folder gets results.json, cells.csv,
+plane.png, profiles.png, gaps.png and report.html, which opens offline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import sweep_report
+import torch
+
+from wmateacher import kernels
+from wmateacher.integrations import runs
+from wmateacher.integrations.clip import recipes
+from wmateacher.integrations.clip.experiment import Experiment
+from wmateacher.integrations.clip.methods import METHODS
+
+KERNELS = (
+    "none",
+    "static",
+    "beta(0.2,0.2)",
+    "beta(0.5,0.5)",
+    "beta(0.7,0.7)",
+    "beta(1.0,1.0)",
+    "beta(1.5,1.5)",
+    "beta(0.5,1.0)",
+    "beta(1.0,0.5)",
+    "uniform",
+    "tail(0.25)",
+    "power(sigma_rel=0.1)",
+    "ema(0.9)",
+    "ema(0.99)",
+    "ema(0.999)",
+    "ema(0.9999)",
+    "ema(0.05,0.9,schedule=linear,warmup=0.2)",
+)
+QUICK = ("none", "static", "beta(0.5,0.5)", "uniform", "ema(0.99)")
+PACKAGES = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the sweep.
+
+    Attributes:
+        kernel: The teacher's; `"none"`: no teacher.
+        strength: lambda_SD, the weight of the distillation.
+        seed: Of fine-tuning.
+    """
+
+    kernel: str
+    strength: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """A name for its folder that a file system takes."""
+        text = f"{self.kernel}-{self.strength}-{self.seed}"
+        return re.sub(r"[^A-Za-z0-9.]+", "-", text) + "-" + hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+@dataclass(frozen=True)
+class ClipTask:
+    """TRACER on colour-shifted digits: `examples/clip_tracer.py` with another teacher."""
+
+    data: str
+    root: Path | None
+    steps: int | None
+    pretrain_steps: int | None
+    output: Path
+    cache: Path | None
+
+    def recipe(self, cell: Cell | None = None) -> recipes.Recipe:
+        """The digits recipe, with the cell's method in it alone."""
+        recipe = recipes.get("digits").with_data(self.data).with_steps(self.pretrain_steps, self.steps)
+        if cell is None:
+            return recipe
+        method = replace(METHODS["tracer"], name="cell", kernel=cell.kernel, strength=cell.strength)
+        if cell.kernel == "none":
+            method = replace(method, kernel=None, distillation=None, strength=1.0)
+        return replace(recipe, methods={"cell": method})
+
+    @property
+    def total_steps(self) -> int:
+        """The horizon of the teachers."""
+        return self.recipe().finetune.steps
+
+    def prepare(self) -> str:
+        """What all cells share: the pretrained towers."""
+        experiment = self._experiment(None)
+        seconds = experiment.pretrain()
+        return f"pre-trained for {experiment.recipe.pretrain.steps} steps, {seconds:.0f} s of training"
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """One cell's record."""
+        experiment = self._experiment(cell)
+        experiment.pretrain()
+        record = experiment.run("cell", cell.seed)
+        shutil.rmtree(experiment.output / "checkpoints", ignore_errors=True)  # of use until now
+        gaps = experiment.gap_file("cell", cell.seed)
+        return {**record, "gaps": str(gaps.relative_to(self.output)) if gaps.exists() else None}
+
+    def _experiment(self, cell: Cell | None) -> Experiment:
+        folder = self.output / "cells" / (cell.folder if cell else "pretraining")
+        return Experiment(self.recipe(cell), folder, root=self.root, cache=self.cache, progress=cell is None)
+
+
+TASKS = {"clip": ClipTask}
+
+
+def main() -> int:
+    """Run what is missing of the sweep, and report on all of it."""
+    arguments = parsed()
+    cells = [
+        Cell(kernel, strength, seed)
+        for seed in range(arguments.seeds)
+        for strength in arguments.strengths
+        for kernel in arguments.kernels
+        if kernel != "none" or strength == arguments.strengths[0]
+    ]
+    task = TASKS[arguments.task](
+        arguments.data, arguments.data_root, arguments.steps, arguments.pretrain_steps,
+        arguments.output, arguments.cache,
+    )  # fmt: skip
+    config = {"task": arguments.task, "data": arguments.data, "total_steps": task.total_steps,
+              "pretrain_steps": task.recipe().pretrain.steps}  # fmt: skip
+    results = opened(arguments.output / "results.json", config)
+    missing = [cell for cell in cells if record_of(results, cell) is None]
+    print(
+        f"{len(cells)} cells, {len(missing)} to run, {arguments.jobs} at a time; "
+        f"results in {arguments.output}"
+    )
+    failed = 0
+    if missing:
+        print(task.prepare(), flush=True)
+        failed = run_cells(task, missing, arguments.jobs, results, arguments.output)
+    wanted = {**results, "cells": [r for c in cells if (r := record_of(results, c)) is not None]}
+    if not wanted["cells"]:
+        print("no cell has a result", file=sys.stderr)
+        return 1
+    print(f"\n{sweep_report.table(wanted)}\n")
+    sweep_report.write(wanted, arguments.output)
+    print(f"wrote {arguments.output}/results.json, cells.csv, plane.png, profiles.png, gaps.png, report.html")
+    return 1 if failed else 0
+
+
+def parsed() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", choices=TASKS, default="clip")
+    parser.add_argument("--data", default="digits", help="digits, mnist or fashion-mnist (default: digits)")
+    parser.add_argument("--data-root", type=Path, help="folder with the data, for all but digits")
+    parser.add_argument("--kernels", nargs="+", help="specs as in wmateacher.kernels; none: no teacher")
+    parser.add_argument("--strengths", nargs="+", type=float, default=[0.9], help="lambda_SD (default: 0.9)")
+    parser.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="cells at a time (default: the cores)"
+    )
+    parser.add_argument("--steps", type=int, help="fine-tuning steps (default: the recipe's)")
+    parser.add_argument("--pretrain-steps", type=int, help="pre-training steps (default: the recipe's)")
+    parser.add_argument("--quick", action="store_true", help="five kernels, few steps: does it work?")
+    parser.add_argument("--output", type=Path, help="results folder; default: runs/kernel_sweep-TASK-DATA")
+    parser.add_argument("--cache", type=Path, help="for pretrained towers; default: ~/.cache/wmateacher")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.kernels = arguments.kernels or list(QUICK)
+        arguments.steps, arguments.pretrain_steps = arguments.steps or 60, arguments.pretrain_steps or 200
+    suffix = "-quick" if arguments.quick else ""
+    default = Path(f"runs/kernel_sweep-{arguments.task}-{arguments.data}{suffix}")
+    arguments.output = arguments.output or default
+    for name in ("seeds", "jobs", "steps", "pretrain_steps"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if min(arguments.strengths) <= 0:
+        parser.error(
+            f"--strengths must be above 0, got {min(arguments.strengths)}: --kernels none is no teacher"
+        )
+    try:
+        specs = [k if k == "none" else str(kernels.build(k)) for k in arguments.kernels or KERNELS]
+    except (ValueError, TypeError) as error:
+        parser.error(f"--kernels: {error}")
+    arguments.kernels = list(dict.fromkeys(specs))
+    return arguments
+
+
+def opened(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The sweep so far.
+
+    Raises:
+        ValueError: The folder holds another one.
+    """
+    if not file.exists():
+        return {"config": config, "environment": runs.environment("cpu", PACKAGES), "cells": []}
+    results = runs.read_json(file)
+    there = results.get("config", {})
+    differing = [f"{k}={there.get(k)!r} there, {v!r} here" for k, v in config.items() if there.get(k) != v]
+    if differing:
+        raise ValueError(
+            f"{file.parent} holds another sweep ({'; '.join(differing)}): choose another --output"
+        )
+    return results
+
+
+def record_of(results: dict[str, Any], cell: Cell) -> dict[str, Any] | None:
+    """A cell's record, if it has been run."""
+    key = (cell.kernel, cell.strength, cell.seed)
+    return next((r for r in results["cells"] if (r["kernel"], r["strength"], r["seed"]) == key), None)
+
+
+def run_cells(task: Any, cells: list[Cell], jobs: int, results: dict[str, Any], output: Path) -> int:
+    """Run cells side by side, recording each as it ends; how many failed."""
+    started, failed = time.perf_counter(), 0
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=alone)
+    try:
+        futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(task.run, cell): cell for cell in cells}
+        for done, future in enumerate(as_completed(futures), 1):
+            cell = futures[future]
+            name = f"{cell.kernel} x{cell.strength:g}, seed {cell.seed}"
+            left = (time.perf_counter() - started) / done * (len(cells) - done)
+            try:
+                record = future.result()
+            except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+                failed += 1
+                print(f"[{done}/{len(cells)}] {name}: failed: {error}", file=sys.stderr, flush=True)
+                continue
+            results["cells"].append({"kernel": cell.kernel, "strength": cell.strength, **record})
+            runs.write_json(results, output / "results.json")
+            print(
+                f"[{done}/{len(cells)}] {name}: ID {record['id']:.1f}, OOD {record['ood']:.1f}, "
+                f"about {left / 60:.0f} min left",
+                flush=True,
+            )
+    except KeyboardInterrupt:
+        for process in list(pool._processes.values()):
+            process.terminate()
+        print(f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return failed
+
+
+def alone() -> None:
+    """Each cell has one thread, and leaves Ctrl-C to the sweep."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

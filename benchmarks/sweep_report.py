@@ -1,0 +1,197 @@
+"""A sweep's results to read and to look at: table, CSV, pictures, one HTML page."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import statistics
+from pathlib import Path
+from typing import Any
+
+from wmateacher import kernels
+from wmateacher.integrations import runs
+
+Row = dict[str, Any]
+FIGURES = {"id": ("ID", 1), "ood": ("OOD", 1), "ece": ("OOD ECE", 3), "final_gap": ("final gap", 4)}
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """One row a kernel and strength: means and sample deviations over seeds, and the kernel's numbers."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for cell in results["cells"]:
+        groups.setdefault((cell["kernel"], cell["strength"]), []).append(cell)
+    found = []
+    for (kernel, strength), cells in groups.items():
+        row: Row = {"kernel": kernel, "strength": strength, "seeds": len(cells)}
+        for key in FIGURES:
+            values = [c[key] for c in cells if c[key] is not None]
+            row[key] = statistics.fmean(values) if values else None
+            row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        if kernel != "none":
+            summary = kernels.build(kernel).summary(results["config"]["total_steps"])
+            row["start_weight"] = summary.start_weight
+            row["mean_age"] = summary.mean_age / results["config"]["total_steps"]
+        row["gaps"] = cells[0]["gaps"]
+        found.append(row)
+    for row in found:
+        row["front"] = not any(dominates(other, row) for other in found)
+    return found
+
+
+def dominates(one: Row, other: Row) -> bool:
+    """Whether `one` is at least as good in ID and OOD accuracy, and better in one of them."""
+    mine, theirs = (one["id"], one["ood"]), (other["id"], other["ood"])
+    return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
+
+
+def table(results: dict[str, Any]) -> str:
+    """Aligned text; `*` marks the Pareto front of mean ID and OOD accuracy."""
+    lines = [[name for name, _ in cells(rows(results)[0])]]
+    lines += [[value for _, value in cells(row)] for row in rows(results)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    )
+
+
+def cells(row: Row) -> list[tuple[str, str]]:
+    """A row's columns, by name."""
+
+    def figure(key: str, digits: int) -> str:
+        if row[key] is None:
+            return ""
+        deviation = f" ±{row[f'{key}_std']:.{digits}f}" if row["seeds"] > 1 else ""
+        return f"{row[key]:.{digits}f}{deviation}"
+
+    return [
+        ("kernel", row["kernel"]),
+        ("strength", f"{row['strength']:g}" if row["kernel"] != "none" else ""),
+        ("front", "*" if row["front"] else ""),
+        *((name, figure(key, digits)) for key, (name, digits) in FIGURES.items()),
+        ("weight of W^0", f"{row['start_weight']:.4f}" if "start_weight" in row else ""),
+        ("mean age / T", f"{row['mean_age']:.3f}" if "mean_age" in row else ""),
+    ]
+
+
+def write(results: dict[str, Any], output: Path) -> None:
+    """Everything that one looks at, beside results.json."""
+    found = rows(results)
+    header = ["kernel", "strength", "seed", "id", "ood", "ece", "final_gap", "seconds"]
+    runs.write_csv(header, ([cell[key] for key in header] for cell in results["cells"]), output / "cells.csv")
+    pictures = {
+        "plane.png": plane(found),
+        "profiles.png": profiles(found, results["config"]["total_steps"]),
+        "gaps.png": gaps(found, output),
+    }
+    for name, figure in pictures.items():
+        figure.savefig(output / name, dpi=130)
+    (output / "report.html").write_text(page(results, found, [output / name for name in pictures]), "utf-8")
+
+
+def plane(found: list[Row]) -> Any:
+    """ID against OOD accuracy, with the Pareto front."""
+    figure, axis = _figure(9, 6)
+    front = sorted((r for r in found if r["front"]), key=lambda r: r["id"])
+    axis.plot([r["id"] for r in front], [r["ood"] for r in front], color="0.7", linewidth=1, zorder=0)
+    for i, row in enumerate(found):
+        many = row["seeds"] > 1
+        axis.errorbar(
+            row["id"], row["ood"],
+            xerr=row["id_std"] if many else None, yerr=row["ood_std"] if many else None,
+            fmt="os^D"[i // 10 % 4], color=f"C{i % 10}", label=_label(row, found), elinewidth=0.6,
+            markeredgecolor="black" if row["front"] else "none",
+        )  # fmt: skip
+    axis.set(
+        xlabel="ID accuracy (%)", ylabel="mean OOD accuracy (%)", title="Outlined: not dominated in both"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def profiles(found: list[Row], total_steps: int) -> Any:
+    """The weight of every student state at the end, relative to the uniform kernel's."""
+    figure, axis = _figure(9, 5)
+    names = list(dict.fromkeys(r["kernel"] for r in found if r["kernel"] != "none"))
+    for i, name in enumerate(names):
+        weights = kernels.build(name).profile(total_steps) * (total_steps + 1)
+        style = ("-", "--", ":")[i // 10 % 3]
+        axis.plot(
+            [k / total_steps for k in range(total_steps + 1)], weights, style, color=f"C{i % 10}", label=name
+        )
+    axis.set(xlabel="step / T", ylabel="weight x (T + 1)", yscale="symlog", title="What each kernel averages")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def gaps(found: list[Row], output: Path) -> Any:
+    """The distance of each teacher from its student over training, first seed."""
+    figure, axis = _figure(9, 5)
+    for i, row in enumerate(r for r in found if r["gaps"]):
+        with (output / row["gaps"]).open(newline="", encoding="utf-8") as stream:
+            course = [(int(line["step"]), float(line["gap"])) for line in csv.DictReader(stream)]
+        steps, values = zip(*course, strict=True)
+        style = ("-", "--", ":")[i // 10 % 3]
+        axis.plot(steps, values, style, color=f"C{i % 10}", label=_label(row, found))
+    axis.set(xlabel="optimizer step", ylabel="|W - M| / |W|", yscale="log", title="Teacher and student apart")
+    axis.grid(alpha=0.3)
+    if axis.has_data():
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def page(results: dict[str, Any], found: list[Row], pictures: list[Path]) -> str:
+    """One HTML file with everything in it."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in cells(found[0]))
+    body = "".join(
+        f"<tr{' class=front' if row['front'] else ''}>"
+        + "".join(f"<td>{html.escape(value)}</td>" for _, value in cells(row))
+        + "</tr>"
+        for row in found
+    )
+    images = "".join(
+        f'<img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
+        for p in pictures
+    )
+    facts = {**results["config"], **results["environment"]["packages"]}
+    facts["processor"] = results["environment"]["processor"]
+    listed = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Kernel sweep: {html.escape(results["config"]["task"])}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+div.table {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .2rem .7rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; font-family: ui-monospace, monospace; }}
+tr.front {{ font-weight: 600; }}
+img {{ max-width: 100%; background: white; margin: 1rem 0; }}
+dl {{ display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; }}
+dd {{ margin: 0; }}
+</style></head><body>
+<h1>Kernel sweep: {html.escape(results["config"]["task"])} on {html.escape(results["config"]["data"])}</h1>
+<p>Accuracies in percent, ECE in [0, 1]; bold: no other kernel is better in ID and OOD accuracy together.</p>
+<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+{images}
+<h2>How it was run</h2><dl>{listed}</dl>
+</body></html>
+"""
+
+
+def _label(row: Row, found: list[Row]) -> str:
+    many = len({r["strength"] for r in found}) > 1 and row["kernel"] != "none"
+    return f"{row['kernel']} x{row['strength']:g}" if many else row["kernel"]
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
