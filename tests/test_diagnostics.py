@@ -66,6 +66,11 @@ def test_gaps_of_complex_weights():
     assert diagnostics.parameter_gap(teacher).item() == pytest.approx(0.5**0.5)
 
 
+def test_a_teacher_that_averages_nothing_has_no_gap():
+    with pytest.raises(ValueError, match="the teacher averages no tensor: everything is frozen"):
+        diagnostics.parameter_gap(WMATeacher(nn.ReLU(), "uniform"))
+
+
 def test_outputs_are_compared_in_nats_and_by_their_choice():
     student, teacher = torch.randn(7, 4), torch.randn(7, 4)
     p, q = teacher.double().softmax(-1), student.double().softmax(-1)

@@ -248,6 +248,68 @@ def test_a_frozen_base_of_wrapped_tensors_is_shared():
     assert (student[1].weight == 1).all()
 
 
+def test_tensors_that_have_no_average_are_copied():
+    student = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    student.bits = nn.Parameter(torch.ones(4, dtype=torch.int8), requires_grad=False)
+    student.register_buffer("mask", torch.zeros(1).expand(5))
+    student.register_buffer("graph", torch.eye(3).to_sparse())
+    teacher = WMATeacher(student, "ema(0.5)", frozen="copy", buffers="average")
+    student.bits.data = torch.full((4,), 7, dtype=torch.int8)
+    student.mask = torch.ones(1).expand(5)
+    student.graph = 2 * student.graph
+    for _ in range(2):
+        teacher.update()
+    assert (teacher.module.bits == 7).all()
+    assert (teacher.module.mask == 1).all()
+    assert torch.equal(teacher.module.graph.to_dense(), 2 * torch.eye(3))
+    with teacher.swap():
+        assert (student.mask == 1).all()
+
+
+def test_recurrent_networks():
+    student = nn.LSTM(4, 3, batch_first=True)
+    teacher = WMATeacher(student, "ema(0.5)")
+    nn.init.ones_(student.weight_hh_l0)
+    teacher.update()
+    x = X.view(2, 3, 4)
+    with teacher.swap(), torch.no_grad():
+        torch.testing.assert_close(student(x)[0], teacher(x)[0])
+
+
+def test_float8_is_averaged_in_float32():
+    student = nn.Linear(4, 2)
+    student.scale = nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn))
+    teacher = WMATeacher(student, "ema(0.9)")
+    student.scale.data = torch.full((3,), 2.0).to(torch.float8_e4m3fn)
+    teacher.update()
+    torch.testing.assert_close(teacher.state_dict()["module.scale"], torch.full((3,), 1.1))
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "message"),
+    [
+        (nn.Linear(2, 2, device="meta"), ValueError, "'weight' is on the meta device .* materialise"),
+        (torch.jit.ScriptModule(), TypeError, "must not be a ScriptModule: build the teacher before"),
+    ],
+    ids=["meta", "scripted"],
+)
+def test_students_that_cannot_be_averaged(model, error, message):
+    with pytest.raises(error, match=message):
+        WMATeacher(model, "uniform")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_split_average_whose_module_was_cast_behind_its_back(dtype):
+    student = nn.Linear(4, 2).bfloat16()
+    teacher = WMATeacher(student, "ema(0.9)", dtype="split")
+    teacher.module.to(dtype)
+    for action in (teacher.update, teacher.state_dict):
+        with pytest.raises(
+            RuntimeError, match="'weight' was cast to .*: cast the teacher .*, not teacher.mod"
+        ):
+            action()
+
+
 # --- what people do with a teacher ----------------------------------------------------------------------
 
 

@@ -28,6 +28,9 @@ def parameter_gap(teacher: WMATeacher) -> Tensor:
 
     Returns:
         0-d float32 tensor on the student's device.
+
+    Raises:
+        ValueError: The teacher averages nothing.
     """
     return _relative(list(_gaps(teacher).values()))
 
@@ -48,6 +51,8 @@ def module_gaps(teacher: WMATeacher) -> dict[str, Tensor]:
 def _gaps(teacher: WMATeacher) -> dict[str, tuple[Tensor, Tensor]]:
     """|W - M| and |W| of every averaged tensor."""
     pairs = {n: (_real(w), _real(m.to(w.device))) for n, w, m in teacher.averaged_pairs()}
+    if not pairs:
+        raise ValueError("the teacher averages no tensor: everything is frozen, excluded or a buffer")
     students, averages = zip(*pairs.values(), strict=True)
     apart = torch._foreach_norm(torch._foreach_sub(students, averages))
     return dict(zip(pairs, zip(apart, torch._foreach_norm(students), strict=True), strict=True))

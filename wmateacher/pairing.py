@@ -24,12 +24,6 @@ Precision = torch.dtype | Literal["auto", "split"]
 BUFFERS: tuple[Buffers, ...] = ("copy", "average", "keep")
 FROZEN: tuple[Frozen, ...] = ("share", "copy")
 
-_WIDER = {
-    torch.bfloat16: torch.float32,
-    torch.float16: torch.float32,
-    torch.complex32: torch.complex64,
-}
-
 # Components that wrappers inside a model add to its tensors' names.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -85,8 +79,12 @@ class Binding:
         slots = [(table, key) for table in self._tables for key in table]
         self._where, self._keys = [table for table, _ in slots], [key for _, key in slots]
         self._objects = [table[key] for table, key in slots]
-        # A wrapper around other tensors (a quantised weight) has no memory of its own.
-        self._plain = [t for t in self.tensors.values() if not is_traceable_wrapper_subclass(t)]
+        # A wrapper around other tensors (a quantised weight) has no memory of its own, nor a sparse one.
+        self._plain = [
+            t
+            for t in self.tensors.values()
+            if t.layout == torch.strided and not is_traceable_wrapper_subclass(t)
+        ]
         self._fingerprint = self._take_fingerprint()
 
     def is_current(self) -> bool:
@@ -131,15 +129,23 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
                 f"the student's {name!r} is not initialised yet (a lazy module's): run one batch through "
                 "the student before building the teacher, whose average begins at its weights"
             )
+        if tensor.is_meta:
+            raise ValueError(
+                f"the student's {name!r} is on the meta device and has no value: materialise and initialise "
+                "the student before building the teacher, whose average begins at its weights"
+            )
     excluded = _matching(exclude, [*parameters, *others])
     shared = {n for n, p in parameters.items() if frozen == "share" and not p.requires_grad}
     excluded -= shared
-    averaged = set(parameters) - shared - excluded
-    if buffers == "average":
-        # A counter or an index has no average, and what no checkpoint holds could not be resumed.
-        lasting = _persistent(model)
-        floating = {n for n, b in others.items() if b.is_floating_point() or b.is_complex()}
-        averaged |= (floating & lasting) - excluded
+    # A counter or an index has no average, nor has a tensor that an average could not be written to, and
+    # what no checkpoint holds could not be resumed.
+    continuous = {
+        n
+        for n, t in (parameters | others).items()
+        if (t.is_floating_point() or t.is_complex()) and t.layout == torch.strided and unexpanded(t) is t
+    }
+    candidates = set(parameters) | (_persistent(model) if buffers == "average" else set())
+    averaged = (candidates & continuous) - shared - excluded
     kept = set(others) - excluded if buffers == "keep" else set()
     copied = (set(parameters) | set(others)) - averaged - shared - kept
 
@@ -205,6 +211,14 @@ def share(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
         if name in wanted:
             owner, _, leaf = path.rpartition(".")
             teacher.get_submodule(owner)._parameters[leaf] = source[name]  # type: ignore[assignment]
+
+
+def unexpanded(tensor: Tensor) -> Tensor:
+    """The part of a tensor that has memory of its own: along expanded dimensions, the first entry."""
+    for dim in range(tensor.dim() if tensor.layout == torch.strided else 0):
+        if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def clone(tensor: Tensor, device: torch.device | None) -> Tensor:
@@ -278,10 +292,11 @@ def _few(names: Sequence[str]) -> str:
 def accumulator_dtype(tensor: Tensor, dtype: Precision) -> torch.dtype:
     """The dtype in which a tensor is averaged.
 
-    `"auto"` and `"split"` are float32 for bfloat16 and float16 tensors, whose own spacing swallows small
-    updates (at 1.0, bfloat16 cannot take an update of 1e-3), and the tensor's own dtype otherwise. Of a
-    complex tensor it is the complex dtype of that precision.
+    `"auto"` and `"split"` are float32 for bfloat16, float16 and narrower tensors, whose own spacing
+    swallows small updates (at 1.0, bfloat16 cannot take an update of 1e-3), and the tensor's own dtype
+    otherwise. Of a complex tensor it is the complex dtype of that precision.
     """
     if not isinstance(dtype, torch.dtype):
-        return _WIDER.get(tensor.dtype, tensor.dtype)
+        narrow = tensor.dtype.itemsize < torch.float32.itemsize * (2 if tensor.is_complex() else 1)
+        dtype = torch.float32 if narrow else tensor.real.dtype
     return dtype.to_complex() if tensor.is_complex() else dtype

@@ -95,7 +95,8 @@ class WMATeacher(nn.Module):
         Raises:
             ValueError: A parameter out of range, a kernel that needs `total_steps` without it, a
                 pattern that matches nothing, or a factory whose module differs from the student.
-            TypeError: `model` is not a module, or `kernel` is nothing that a kernel is made from.
+            TypeError: `model` is not a module or a scripted one, or `kernel` is nothing that a kernel is
+                made from.
         """
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -105,6 +106,10 @@ class WMATeacher(nn.Module):
         self._clock = Clock(kernels.build(kernel), total_steps, update_every)
         self.omega = 0.0
         student = pairing.unwrap(model)
+        if isinstance(student, torch.jit.ScriptModule):
+            raise TypeError(
+                "model must not be a ScriptModule: build the teacher before scripting the student"
+            )
         self._roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
         self._student = (model,)  # in a tuple, so that it does not become a submodule
         self.module = self._build(student, module, device)
@@ -352,7 +357,13 @@ class WMATeacher(nn.Module):
     # --- what it works on ---------------------------------------------------------------------------
 
     def _average(self, own: Binding, name: str) -> Average:
-        return Average(own.tensors[name], self._beside.get(name))
+        average = Average(own.tensors[name], self._beside.get(name))
+        if average.split and average.own.dtype != torch.bfloat16:
+            raise RuntimeError(
+                f"the averaged module's {name!r} was cast to {average.own.dtype}, but with dtype='split' it "
+                "is one half of the average: cast the teacher (teacher.to(dtype)), not teacher.module"
+            )
+        return average
 
     def _precise(self, own: Binding, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor of the teacher's, at full precision where `dtype` is not its own."""
@@ -366,7 +377,8 @@ class WMATeacher(nn.Module):
         own, theirs = Binding(self.module), pairing.tensors(student)
         pairing.match(own.tensors, theirs)
         names = [n for n, tensor in own.tensors.items() if tensor is not theirs[n]]
-        return [theirs[n] for n in names], [self._precise(own, n, theirs[n].dtype) for n in names]
+        sources = [pairing.unexpanded(self._precise(own, n, theirs[n].dtype)) for n in names]
+        return [pairing.unexpanded(theirs[n]) for n in names], sources
 
     def _planned(self, model: nn.Module) -> _Plan:
         """The plan for averaging this student in."""
@@ -378,7 +390,9 @@ class WMATeacher(nn.Module):
                 pairing.check_frozen(theirs.tensors, roles)
             averages = [self._average(own, n) for n in roles.averaged]
             update = averaging.Update(averages, [theirs.tensors[n] for n in roles.averaged])
-            targets, sources = ([b.tensors[n].detach() for n in roles.copied] for b in (own, theirs))
+            targets, sources = (
+                [pairing.unexpanded(b.tensors[n]) for n in roles.copied] for b in (own, theirs)
+            )
             self._plan = _Plan(theirs, own, update, (targets, sources))
         return self._plan
 
