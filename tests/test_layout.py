@@ -23,6 +23,10 @@ ALLOWED = {
     "teacher": {"attachment", "averaging", "kernels", "pairing", "schedule", "swapping"},
     "losses": {"losses", "spec"},
     "diagnostics": {"losses", "teacher", "pairing"},
+    "checkpoints": {"kernels", "pairing"},
+    "posthoc": {"checkpoints", "kernels", "schedule", "teacher", "pairing"},
+    "theory": {"kernels", "schedule"},
+    "cli": {"kernels", "posthoc", "theory"},
     "__init__": {"kernels", "losses", "teacher"},
 }
 

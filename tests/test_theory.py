@@ -1,0 +1,196 @@
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from wmateacher import kernels, theory
+from wmateacher.theory import LinearWorld, predict
+
+LAM = 0.9
+
+
+def world(seed=0, d=3, d_image=8, d_text=5, examples=6, rank=4):
+    """A task whose features span only a part of the space."""
+    random = np.random.default_rng(seed)
+    features = random.normal(size=(d_image, rank)) @ random.normal(size=(rank, examples))
+    targets = theory.contrastive_targets(
+        random.normal(size=(d, d_text)), random.normal(size=(d_text, examples))
+    )
+    return LinearWorld(features, targets, random.normal(size=(d, d_image)))
+
+
+def descend(world, gradient, smoothness, steps=60_000):
+    weights = world.start
+    for _ in range(steps):
+        step = gradient(weights) / smoothness
+        weights = weights - step
+        if np.abs(step).max() < 1e-16:
+            break
+    return weights
+
+
+def largest(world):
+    return np.linalg.eigvalsh(world.features @ world.features.T).max()
+
+
+def task_gradient(world):
+    return lambda w: (w @ world.features - world.targets) @ world.features.T
+
+
+def test_contrastive_targets_are_each_text_against_all():
+    random = np.random.default_rng(0)
+    weights, features = random.normal(size=(2, 3)), random.normal(size=(3, 4))
+    embedded = weights @ features
+    expected = np.stack([sum(embedded[:, i] - embedded[:, j] for j in range(4)) for i in range(4)], axis=1)
+    np.testing.assert_allclose(theory.contrastive_targets(weights, features), expected, atol=1e-13)
+
+
+def test_the_projector_keeps_the_features_and_nothing_else():
+    w = world()
+    p = w.projector
+    np.testing.assert_allclose(p @ w.features, w.features, atol=1e-12)
+    np.testing.assert_allclose(p @ p, p, atol=1e-13)
+    np.testing.assert_allclose(p, p.T, atol=1e-14)
+    assert np.trace(p) == pytest.approx(4)
+
+
+def test_gradient_descent_ends_where_each_formula_says():
+    w = world()
+    task, smooth = task_gradient(w), largest(w)
+    # Beside W - W^0, distillation's pull counts only what the features see.
+    pull = lambda v: LAM * (v - w.start) @ w.features @ w.features.T  # noqa: E731
+    for expected, gradient, smoothness in [
+        (w.finetuned(), task, smooth),
+        (w.l2_sp(LAM), lambda v: task(v) + LAM * (v - w.start), smooth + LAM),
+        (w.static_distillation(LAM), lambda v: task(v) + pull(v), (1 + LAM) * smooth),
+    ]:
+        np.testing.assert_allclose(descend(w, gradient, smoothness), expected, atol=1e-9)
+    assert w.task_loss(w.finetuned()) <= w.task_loss(w.static_distillation(LAM)) <= w.task_loss(w.start)
+    assert w.residual(w.finetuned()) < 1e-11
+
+
+def test_every_method_leaves_what_the_task_does_not_see():
+    """The L2 pull too: it differs only inside, where it mixes by eigenvalues."""
+    w = world()
+    outside = np.eye(8) - w.projector
+    for end in (
+        w.finetuned(),
+        w.l2_sp(LAM),
+        w.static_distillation(LAM),
+        theory.distil(w, "uniform", 20, LAM).student,
+    ):
+        np.testing.assert_allclose(end @ outside, w.start @ outside, atol=1e-11)
+    shares = (w.l2_sp(LAM) - w.optimum) @ w.projector
+    values, vectors = np.linalg.eigh(w.covariance)
+    for value, v in zip(values[-4:], vectors.T[-4:], strict=True):
+        expected = LAM / (value + LAM) * ((w.start - w.optimum) @ v)
+        np.testing.assert_allclose(shares @ v, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+@pytest.mark.parametrize("kernel", oracle.KERNELS)
+def test_a_prediction_is_what_distillation_does(kernel, update_every):
+    total, w = 50, world()
+    start = w.residual(w.start)
+    run = theory.distil(w, kernel, total, LAM, update_every)
+    predicted = predict(kernel, total, LAM, update_every)
+    assert predicted.teacher_residual == pytest.approx(run.teacher_residual[-1] / start, rel=1e-9, abs=1e-13)
+    assert predicted.student_residual == pytest.approx(run.student_residual[-1] / start, rel=1e-9, abs=1e-13)
+    assert predicted.gap == pytest.approx(run.gap[-1] / start, rel=1e-8, abs=1e-13)
+    weights = oracle.realised(kernel, total, update_every, total)
+    assert predicted.start_weight == pytest.approx(weights[0], rel=1e-9, abs=1e-15)
+    # From the definition of the average, without omegas: every state lies between optimum and start.
+    errors = [1.0]
+    for t in range(1, total + 1):
+        seen = oracle.realised(kernel, total, update_every, t - 1)
+        errors.append(LAM / (1 + LAM) * float(seen @ np.array(errors)))
+    assert predicted.teacher_residual == pytest.approx(float(weights @ np.array(errors)), rel=1e-9, abs=1e-13)
+
+
+def test_each_step_of_distillation_is_the_minimum_of_its_loss():
+    w = world()
+    run = theory.distil(w, "uniform", 7, LAM)
+    before = theory.distil(w, "uniform", 6, LAM)
+    gradient = task_gradient(w)(run.student) + LAM * (run.student - before.teacher) @ w.covariance
+    assert np.abs(gradient).max() < 1e-10
+
+
+def test_published_scale():
+    """FACTS: what is left over the published horizon, and that a static teacher leaves 47.4%."""
+    long = predict("beta(0.5,0.5)", 25_030, LAM)
+    assert long.teacher_residual == pytest.approx(0.048, abs=5e-4)
+    assert long.student_residual == pytest.approx(0.023, abs=5e-4)
+    assert long.start_weight == pytest.approx(0.00285, abs=5e-6)
+    assert predict("static", 25_030, LAM).student_residual == pytest.approx(0.474, abs=5e-4)
+    assert theory.persistence_bound("beta(0.5,0.5)", 25_030) == long.start_weight
+
+
+@pytest.mark.parametrize(
+    ("kernel", "low", "high"),
+    [
+        ("ema(0.9)", 0, 1e-13),
+        ("ema(0.99)", 5e-6, 5e-5),
+        ("ema(0.999)", 0.175, 0.185),
+        ("ema(0.9999)", 0.465, 0.475),
+        ("beta(0.5,0.5)", 0.0485, 0.0495),
+    ],
+)
+def test_whether_an_ema_collapses_depends_on_its_retention(kernel, low, high):
+    assert low <= predict(kernel, 2_000, LAM).gap <= high
+
+
+@pytest.mark.parametrize(
+    ("kernel", "a"),
+    [
+        ("beta(0.5,0.5)", 0.5),
+        ("beta(0.5,1.5)", 0.5),
+        ("uniform", 1.0),
+        ("beta(1.0,1.5)", 1.0),
+        ("beta(1.5,0.5)", 1.5),
+    ],
+)
+def test_the_bias_shrinks_as_a_power_of_the_horizon_that_the_early_weights_give(kernel, a):
+    horizons = np.array([2_000, 8_000, 32_000])
+    left = [predict(kernel, int(t), LAM).teacher_residual for t in horizons]
+    slope = np.polyfit(np.log(horizons), np.log(left), 1)[0]
+    assert slope == pytest.approx(-a / (1 + LAM), abs=0.02)
+
+
+@given(hnp.arrays(float, 20, elements=st.floats(0, 1)), st.sampled_from(oracle.KERNELS))
+def test_a_teacher_persists_behind_a_monotone_trajectory(steps, kernel):
+    way = np.concatenate([[0.0], np.cumsum(steps)])
+    average = kernels.build(kernel).profile(20) @ way
+    bound = theory.persistence_bound(kernel, 20) * (way[-1] - way[0])
+    assert way[-1] - average >= bound - 1e-9
+
+
+def test_a_prediction_prints():
+    text = str(predict("beta(0.5, 0.5)", 2_000))
+    assert text.startswith("beta(0.5,0.5) over 2000 steps, lambda = 0.9\n")
+    assert "gap at the end" in text
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: predict("uniform", 10, -1), "lam must be a finite number of at least 0, got -1"),
+        (lambda: world().l2_sp(0), "lam must be a finite number above 0, got 0"),
+        (lambda: theory.projector(np.ones(3)), r"features must be a matrix, got shape \(3,\)"),
+        (
+            lambda: theory.projector(np.full((2, 2), np.nan)),
+            "features must be finite, got 4 entries that are not",
+        ),
+        (
+            lambda: LinearWorld(np.ones((3, 4)), np.ones((2, 5)), np.ones((2, 3))),
+            r"targets \(2, 5\) and start \(2, 3\) do not fit: \[d_I, n\], \[d, n\] and \[d, d_I\] are needed",
+        ),
+        (lambda: theory.contrastive_targets(np.ones((2, 3)), np.ones((2, 3))), "do not multiply"),
+        (lambda: predict("betta(1,1)", 10), "unknown kernel 'betta'"),
+        (lambda: predict("uniform", 0), "total_steps must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_bad_input(action, message):
+    with pytest.raises(ValueError, match=message):
+        action()
