@@ -6,7 +6,7 @@
 
 Cells run side by side, one process and one thread each. Each writes its result when it is done, and the
 same command with the same --output goes on where it was stopped. The folder gets results.json, cells.csv,
-plane.png, profiles.png, gaps.png and report.html, which opens offline.
+plane.png, profiles.png, gaps.png, predicted.png and report.html, which opens offline.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def main() -> int:
         return 1
     print(f"\n{sweep_report.table(wanted)}\n")
     sweep_report.write(wanted, arguments.output)
-    print(f"wrote {arguments.output}/results.json, cells.csv, plane.png, profiles.png, gaps.png, report.html")
+    print(f"wrote {arguments.output}/results.json, cells.csv, report.html and its pictures")
     return 1 if failed else 0
 
 

@@ -9,7 +9,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from wmateacher import kernels
+from scipy.stats import spearmanr
+
+from wmateacher import kernels, theory
 from wmateacher.integrations import runs
 
 Row = dict[str, Any]
@@ -86,6 +88,7 @@ def write(results: dict[str, Any], output: Path) -> None:
         "plane.png": plane(found),
         "profiles.png": profiles(found, results["config"]["total_steps"]),
         "gaps.png": gaps(found, output),
+        "predicted.png": predicted(found, results["config"]["total_steps"]),
     }
     for name, figure in pictures.items():
         figure.savefig(output / name, dpi=130)
@@ -142,6 +145,26 @@ def gaps(found: list[Row], output: Path) -> Any:
     axis.grid(alpha=0.3)
     if axis.has_data():
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+def predicted(found: list[Row], total_steps: int) -> Any:
+    """The final gap against what the linear world predicts for the kernel and strength."""
+    figure, axis = _figure(7.5, 6)
+    compared = [r for r in found if r["final_gap"]]
+    points = [(theory.predict(r["kernel"], total_steps, r["strength"]).gap, r["final_gap"]) for r in compared]
+    for (expected, measured), row in zip(points, compared, strict=True):
+        axis.plot(max(expected, 1e-6), measured, "o", color="C0")
+        axis.annotate(_label(row, found), (max(expected, 1e-6), measured), xytext=(4, 4),
+                      textcoords="offset points", fontsize=7)  # fmt: skip
+    title = "Teacher and student apart at the end"
+    if len(points) > 2:
+        title += f": rank correlation {spearmanr(*zip(*points, strict=True)).statistic:.2f}"
+    axis.set(
+        xlabel="predicted, as a share of the start's bias (below 1e-6 at 1e-6)",
+        ylabel="measured |W - M| / |W|", xscale="log", yscale="log", title=title,
+    )  # fmt: skip
+    axis.grid(alpha=0.3)
     return figure
 
 

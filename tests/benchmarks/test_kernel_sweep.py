@@ -19,7 +19,7 @@ import sweep_report  # noqa: E402
 
 SHORT = ["--steps", "4", "--pretrain-steps", "6", "--jobs", "2"]
 KERNELS = ["--kernels", "none", "static", "beta(0.5, 0.5)", "ema(0.9)"]
-LOOKED_AT = ["cells.csv", "plane.png", "profiles.png", "gaps.png", "report.html"]
+LOOKED_AT = ["cells.csv", "plane.png", "profiles.png", "gaps.png", "predicted.png", "report.html"]
 
 
 def command(*arguments):
@@ -89,7 +89,7 @@ def test_a_sweep_leaves_everything_and_runs_nothing_twice(tmp_path):
     for name in LOOKED_AT:
         assert (tmp_path / "out" / name).stat().st_size > 100
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert "http://" not in page
     assert "https://" not in page
     assert "beta(0.5,0.5)" in page
