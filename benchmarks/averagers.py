@@ -6,6 +6,8 @@ import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,3 +180,27 @@ def start(averager: str, student: nn.Module) -> Averager | str:
 def averaged(student: nn.Module) -> list[Tensor]:
     """What a teacher has to average: the trained parameters, tied ones once."""
     return [p.detach() for p in student.parameters() if p.requires_grad]
+
+
+def colours(helpers: list[str]) -> list[str]:
+    """This library's bars in blue."""
+    return ["tab:blue" if h.startswith("wmateacher") else "tab:gray" for h in helpers]
+
+
+def panels(models: dict[str, Any], draw: Callable[[Any, Any], None], label: str, file: Path) -> None:
+    """One panel a model, drawn by `draw(axis, rows)`, over a common label of the horizontal axis."""
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(models)) or 1
+    lines = -(-len(models) // columns) or 1
+    figure = Figure(figsize=(7 * columns, 2.6 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis, (name, rows) in zip(axes, models.items(), strict=False):
+        draw(axis, rows)
+        axis.set_title(name, fontsize=10)
+        axis.tick_params(labelsize=8)
+    for axis in list(axes):
+        axis.axis("off")
+    figure.supxlabel(label, fontsize=10)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)

@@ -124,32 +124,15 @@ def table(name: str, rows: dict[str, Any]) -> str:
 
 def picture(results: dict[str, Any], file: Path) -> None:
     """Held and peak memory, one panel a model."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    models = results["models"]
-    columns = min(2, len(models))
-    lines = -(-len(models) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(7 * columns, 2.6 * lines), squeeze=False)
-    for axis in axes.flat[len(models) :]:
-        axis.axis("off")
-    for axis, (name, rows) in zip(axes.flat, models.items(), strict=False):
+    def draw(axis: Any, rows: dict[str, Any]) -> None:
         helpers = [h for h in reversed(rows) if "error" not in rows[h]]
         held = [max(rows[h]["held_mib"], 0) for h in helpers]
-        extra = [max(rows[h]["peak_mib"], 0) for h in helpers]
-        axis.barh(
-            helpers, held, color=["tab:blue" if h.startswith("wmateacher") else "tab:gray" for h in helpers]
-        )
-        axis.barh(helpers, extra, left=held, color="tab:orange")
-        axis.set_title(name, fontsize=10)
-        axis.tick_params(labelsize=8)
-    figure.supxlabel("MiB held beside the student, and in orange the peak of an update above it", fontsize=10)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+        axis.barh(helpers, held, color=averagers.colours(helpers))
+        axis.barh(helpers, [max(rows[h]["peak_mib"], 0) for h in helpers], left=held, color="tab:orange")
+
+    label = "MiB held beside the student, and in orange the peak of an update above it"
+    averagers.panels(results["models"], draw, label, file)
 
 
 if __name__ == "__main__":

@@ -148,34 +148,19 @@ def table(name: str, measured: dict[str, Any]) -> str:
 
 def picture(results: dict[str, Any], file: Path) -> None:
     """Milliseconds and the floor's, one panel a model."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    models = {name: measured for name, measured in results["models"].items() if measured["helpers"]}
-    columns = min(2, len(models)) or 1
-    lines = -(-len(models) // columns) or 1
-    figure, axes = plt.subplots(lines, columns, figsize=(7 * columns, 2.6 * lines), squeeze=False)
-    for axis in axes.flat[len(models) :]:
-        axis.axis("off")
-    for axis, (name, measured) in zip(axes.flat, models.items(), strict=False):
+    def draw(axis: Any, measured: dict[str, Any]) -> None:
         helpers = list(reversed(measured["helpers"]))
         rows = [measured["helpers"][h] for h in helpers]
-        colours = ["tab:blue" if h.startswith("wmateacher") else "tab:gray" for h in helpers]
-        bars = axis.barh(helpers, [row["milliseconds"] for row in rows], color=colours)
+        bars = axis.barh(helpers, [row["milliseconds"] for row in rows], color=averagers.colours(helpers))
         axis.plot([row["floor_milliseconds"] for row in rows], helpers, "k|", markersize=9)
         labels = [f"{row['milliseconds']:.1f} ms, {row['ratio_to_floor']:.2f}x" for row in rows]
         axis.bar_label(bars, labels, padding=3, fontsize=8)
-        axis.set_title(name, fontsize=10)
         axis.set_xscale("log")
         axis.set_xlim(right=max(row["milliseconds"] for row in rows) * 8)
-        axis.tick_params(labelsize=8)
-    figure.supxlabel("an update in ms; black: a flat lerp that moves as many bytes", fontsize=10)
-    figure.tight_layout()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+
+    drawn = {name: measured for name, measured in results["models"].items() if measured["helpers"]}
+    averagers.panels(drawn, draw, "an update in ms; black: a flat lerp that moves as many bytes", file)
 
 
 if __name__ == "__main__":
