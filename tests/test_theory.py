@@ -1,11 +1,12 @@
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from wmateacher import kernels, theory
+from wmateacher.schedule import Clock
 from wmateacher.theory import LinearWorld, predict
 
 LAM = 0.9
@@ -98,7 +99,7 @@ def test_a_prediction_is_what_distillation_does(kernel, update_every):
     predicted = predict(kernel, total, LAM, update_every)
     assert predicted.teacher_residual == pytest.approx(run.teacher_residual[-1] / start, rel=1e-9, abs=1e-13)
     assert predicted.student_residual == pytest.approx(run.student_residual[-1] / start, rel=1e-9, abs=1e-13)
-    assert predicted.gap == pytest.approx(run.gap[-1] / start, rel=1e-8, abs=1e-13)
+    assert predicted.gap == pytest.approx(run.gap[-1] / start, rel=1e-9, abs=1e-13)
     weights = oracle.realised(kernel, total, update_every, total)
     assert predicted.start_weight == pytest.approx(weights[0], rel=1e-9, abs=1e-15)
     # From the definition of the average, without omegas: every state lies between optimum and start.
@@ -115,6 +116,70 @@ def test_each_step_of_distillation_is_the_minimum_of_its_loss():
     before = theory.distil(w, "uniform", 6, LAM)
     gradient = task_gradient(w)(run.student) + LAM * (run.student - before.teacher) @ w.covariance
     assert np.abs(gradient).max() < 1e-10
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+@pytest.mark.parametrize("kernel", oracle.KERNELS)
+def test_every_step_of_distillation_obeys_the_recursion_of_its_error(kernel, update_every):
+    total, w = 50, world()
+    run = theory.distil(w, kernel, total, LAM, update_every)
+    clock = Clock(kernels.build(kernel), total, update_every)
+    error, scale = (w.start - w.optimum) @ w.projector, w.residual(w.start)
+    assert run.teacher_residual[0] == run.student_residual[0] == scale
+    assert run.gap[0] == 0
+    for t in range(1, total + 1):
+        omega, student = clock.tick() or 0.0, LAM / (1 + LAM) * error
+        error = (1 - omega / (1 + LAM)) * error
+        measured = (run.teacher_residual[t], run.student_residual[t], run.gap[t])
+        expected = [np.linalg.norm(e) for e in (error, student, error - student)]
+        np.testing.assert_allclose(measured, expected, rtol=1e-13, atol=1e-13 * scale)
+    np.testing.assert_allclose((run.teacher - w.optimum) @ w.projector, error, atol=1e-13 * scale)
+
+
+def test_the_bias_vanishes_only_where_the_omegas_add_up_to_infinity():
+    horizons = (100, 10_000, 1_000_000)
+    for kernel in ("uniform", "ema(0.9999)"):  # sums log T and T / 10,000
+        left = [predict(kernel, t, LAM) for t in horizons]
+        for name in ("teacher_residual", "student_residual"):
+            shares = [getattr(p, name) for p in left]
+            assert shares == sorted(shares, reverse=True)
+            assert shares[-1] < 1.2e-3
+    assert {predict("static", t, LAM).teacher_residual for t in horizons} == {1.0}
+    # omega_t = 1 / (t + 1)^2 adds up to less than 0.65.
+    fading = predict(Fading(), 1_000_000, LAM)
+    assert fading.teacher_residual == pytest.approx(predict(Fading(), 10_000, LAM).teacher_residual, rel=1e-4)
+    assert fading.teacher_residual > 1 - 0.65 / (1 + LAM)
+
+
+class Fading(kernels.Kernel):
+    name = "fading"
+
+    def retention(self, steps, total_steps):
+        return 1 - 1 / (steps + 1.0) ** 2
+
+
+def test_a_weak_l2_pull_ends_where_fine_tuning_does():
+    w = world()
+    np.testing.assert_allclose(w.l2_sp(1e-14), w.finetuned(), atol=1e-11)
+    for lam in (1e-2, 1.0, 1e4):
+        right = w.targets @ w.features.T + lam * w.start
+        written_out = right @ np.linalg.inv(w.features @ w.features.T + lam * np.eye(8))
+        np.testing.assert_allclose(w.l2_sp(lam), written_out, atol=1e-10)
+
+
+def test_a_strong_pull_costs_the_gap_no_digits():
+    lam, total = 1e12, 50
+    expected = (1 - 1 / (total + 1)) / lam
+    assert predict("uniform", total, lam).gap == pytest.approx(expected, rel=1e-10, abs=0)
+
+
+def test_a_world_keeps_its_own_copy():
+    features = np.eye(3)
+    w = LinearWorld(features, np.ones((2, 3)), np.zeros((2, 3)))
+    features[:] = 0
+    np.testing.assert_array_equal(w.optimum, np.ones((2, 3)))
+    with pytest.raises(ValueError, match="read-only"):
+        w.start[0, 0] = 1
 
 
 def test_published_scale():
@@ -158,12 +223,29 @@ def test_the_bias_shrinks_as_a_power_of_the_horizon_that_the_early_weights_give(
     assert slope == pytest.approx(-a / (1 + LAM), abs=0.02)
 
 
-@given(hnp.arrays(float, 20, elements=st.floats(0, 1)), st.sampled_from(oracle.KERNELS))
-def test_a_teacher_persists_behind_a_monotone_trajectory(steps, kernel):
-    way = np.concatenate([[0.0], np.cumsum(steps)])
-    average = kernels.build(kernel).profile(20) @ way
-    bound = theory.persistence_bound(kernel, 20) * (way[-1] - way[0])
-    assert way[-1] - average >= bound - 1e-9
+@given(
+    ahead=hnp.arrays(float, 20, elements=st.floats(0, 1)),
+    aside=hnp.arrays(float, (19, 2), elements=st.floats(-10, 10)),
+    kernel=st.sampled_from(oracle.KERNELS),
+    update_every=st.sampled_from([1, 3]),
+)
+@settings(deadline=None)
+def test_a_teacher_persists_behind_a_trajectory_monotone_along_its_way(ahead, aside, kernel, update_every):
+    """It may wander off the line from W^0 to W^T on the way, but not turn back along it."""
+    way = np.zeros((21, 3))
+    way[1:, 0] = np.cumsum(ahead)
+    way[1:-1, 1:] = aside
+    average = oracle.realised(kernel, 20, update_every, 20) @ way
+    bound = theory.persistence_bound(kernel, 20, update_every) * np.linalg.norm(way[-1] - way[0])
+    assert np.linalg.norm(way[-1] - average) >= bound - 1e-9
+
+
+def test_monotone_along_another_direction_is_not_enough():
+    way = np.array([[0, 0], [0.01, 2], [0.02, 1]])
+    behind = np.linalg.norm(way[-1] - way.mean(axis=0))
+    bound = theory.persistence_bound("uniform", 2)
+    assert behind < bound * np.linalg.norm(way[-1] - way[0])
+    assert behind >= bound * (way[-1] - way[0])[0]
 
 
 def test_a_prediction_prints():
@@ -176,6 +258,12 @@ def test_a_prediction_prints():
     ("action", "message"),
     [
         (lambda: predict("uniform", 10, -1), "lam must be a finite number of at least 0, got -1"),
+        (lambda: predict("uniform", 10, "x"), "lam must be a finite number of at least 0, got 'x'"),
+        (
+            lambda: world().residual(np.ones(8)),
+            r"weights must have the shape of start, \(3, 8\), got \(8,\)",
+        ),
+        (lambda: theory.projector([["a"]]), "features must be a matrix of real numbers"),
         (lambda: world().l2_sp(0), "lam must be a finite number above 0, got 0"),
         (lambda: theory.projector(np.ones(3)), r"features must be a matrix, got shape \(3,\)"),
         (

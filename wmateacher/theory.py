@@ -1,5 +1,7 @@
 r"""The paper's linear world, in which the bias of every method and the gap of every teacher have a formula.
 
+Source: the linear world of the theory section of TRACER (Asadollahzadeh et al., ICML 2026).
+
 A linear image encoder `W [d, d_I]` sees features `X [d_I, n]`; the text features are frozen. The
 contrastive task pulls `W X` to targets `Y` ($\frac12 \|W X - Y\|_F^2$), and starts at `W^0`. With the
 projector `P` onto the span of `X`, the task's subspace, and its optimum `W*`:
@@ -23,11 +25,13 @@ What the algebra does not say, though it is easily read into it:
   because the omegas sum to infinity.
 - An EMA collapses onto its student if its retention is short against the horizon. A slow one does not
   within it: look at `predict("ema(0.999)", 2_000, 0.9)`.
-- The bound of `persistence_bound` holds and is weak, W^0's own weight being small over a long run.
+- The bound of `persistence_bound` is weak, W^0's own weight being small over a long run (0.00285 for
+  Beta(0.5, 0.5) over 25,030 steps), and it needs the right direction: the one from W^0 to W^T.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,7 +45,7 @@ from wmateacher.schedule import Clock
 
 AnyKernel = str | Kernel | Callable[..., Any]
 
-# Singular values below this share of the largest count as 0, as in numpy.linalg.matrix_rank.
+# Singular values up to this share of the largest count as 0.
 _RANK = 1e-10
 
 
@@ -74,9 +78,15 @@ def projector(features: Array) -> Array:
     Returns:
         float64 `[d_I, d_I]`.
     """
-    basis, values, _ = np.linalg.svd(_matrix("features", features), full_matrices=False)
-    basis = basis[:, values > _RANK * values.max(initial=0.0)]
+    basis, _, _ = _svd(_matrix("features", features))
     return basis @ basis.T
+
+
+def _svd(features: Array) -> tuple[Array, Array, Array]:
+    """The singular vectors and values of X that count: `[d_I, r]`, `[r]`, `[r, n]`."""
+    left, values, right = np.linalg.svd(features, full_matrices=False)
+    rank = int(np.sum(values > _RANK * values[0]))
+    return left[:, :rank], values[:rank], right[:rank]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +105,10 @@ class LinearWorld:
 
     def __post_init__(self) -> None:
         for name in ("features", "targets", "start"):
-            object.__setattr__(self, name, _matrix(name, getattr(self, name)))
+            # A copy of its own: what is cached must not age when the caller's array changes.
+            matrix = _matrix(name, getattr(self, name)).copy()
+            matrix.flags.writeable = False
+            object.__setattr__(self, name, matrix)
         (width, examples), (out, rows), start = self.features.shape, self.targets.shape, self.start.shape
         if rows != examples or start != (out, width):
             raise ValueError(
@@ -120,11 +133,11 @@ class LinearWorld:
 
     def task_loss(self, weights: Array) -> float:
         """1/2 |W X - Y|_F^2."""
-        return 0.5 * float(np.sum((weights @ self.features - self.targets) ** 2))
+        return 0.5 * float(np.sum((self._encoder(weights) @ self.features - self.targets) ** 2))
 
     def residual(self, weights: Array) -> float:
         """|(W - W*) P|_F: how far from the task's optimum inside its subspace."""
-        return float(np.linalg.norm((weights - self.optimum) @ self.projector))
+        return float(np.linalg.norm((self._encoder(weights) - self.optimum) @ self.projector))
 
     def finetuned(self) -> Array:
         """Where gradient descent on the task ends: W^0 (I - P) + W*."""
@@ -133,13 +146,22 @@ class LinearWorld:
     def l2_sp(self, lam: float) -> Array:
         """Where it ends with lam / 2 |W - W^0|^2 added: (Y X^T + lam W^0)(C + lam I)^-1."""
         lam = _strength(lam, positive=True)
-        right = self.targets @ self.features.T + lam * self.start
-        return np.linalg.solve(self.covariance + lam * np.eye(len(self.covariance)), right.T).T
+        # By singular vectors: with a small lam, C + lam I is numerically singular outside the subspace.
+        left, values, right = _svd(self.features)
+        inside = (self.targets @ right.T * values + lam * (self.start @ left)) / (values**2 + lam)
+        return self.start - self.start @ self.projector + inside @ left.T
 
     def static_distillation(self, lam: float) -> Array:
         """Where it ends with lam / 2 |(W - W^0) X|^2 added: W^0 (I - P / (1 + lam)) + W* / (1 + lam)."""
         share = 1.0 / (1.0 + _strength(lam))
         return self.start - share * (self.start @ self.projector) + share * self.optimum
+
+    def _encoder(self, weights: Array) -> Array:
+        if np.shape(weights) != self.start.shape:
+            raise ValueError(
+                f"weights must have the shape of start, {self.start.shape}, got {np.shape(weights)}"
+            )
+        return weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +254,7 @@ def predict(kernel: AnyKernel, total_steps: int, lam: float = 0.9, update_every:
 
     The teacher's share is $e_T = \prod_t (1 - \omega_t / (1 + \lambda))$, the student's
     $\frac{\lambda}{1 + \lambda} e_{T-1}$. Teacher and student lie on one line from the optimum to the
-    start, so that the gap is the difference of the two.
+    start, so that the gap is the difference of the two, $\frac{1 - \omega_T}{1 + \lambda} e_{T-1}$.
 
     Args:
         kernel: The teacher's.
@@ -242,18 +264,16 @@ def predict(kernel: AnyKernel, total_steps: int, lam: float = 0.9, update_every:
     """
     lam = _strength(lam)
     built = kernels.build(kernel)
-    clock = Clock(built, total_steps, update_every)
-    omegas = np.array([clock.tick() or 0.0 for _ in range(total_steps)])
+    omegas = _omegas(built, total_steps, update_every)
     left = np.cumprod(1.0 - omegas / (1.0 + lam))
-    teacher = float(left[-1])
-    student = lam / (1.0 + lam) * float(left[-2] if total_steps > 1 else 1.0)
+    before = float(left[-2]) if total_steps > 1 else 1.0
     return Prediction(
         kernel=str(built),
         total_steps=total_steps,
         lam=lam,
-        teacher_residual=teacher,
-        student_residual=student,
-        gap=abs(teacher - student),
+        teacher_residual=float(left[-1]),
+        student_residual=lam / (1.0 + lam) * before,
+        gap=float(1.0 - omegas[-1]) / (1.0 + lam) * before,  # the difference, without its cancellation
         start_weight=float(np.prod(1.0 - omegas)),
     )
 
@@ -261,15 +281,32 @@ def predict(kernel: AnyKernel, total_steps: int, lam: float = 0.9, update_every:
 def persistence_bound(kernel: AnyKernel, total_steps: int, update_every: int = 1) -> float:
     r"""The least share of the way gone that a teacher stays behind: $w_{0|T}$.
 
-    For a trajectory that is monotone along one direction (every step goes on, none goes back),
-    $\|W^T - M^T\| \ge w_{0|T} \|W^T - W^0\|$.
+    If no state lies beyond the last along the way gone, $\langle W^T - W^k, W^T - W^0 \rangle \ge 0$ for
+    all k, as on a trajectory that is monotone along $W^T - W^0$, then
+    $\|W^T - M^T\| \ge w_{0|T} \|W^T - W^0\|$. Monotone along another direction is not enough: there
+    the bound holds for the components along that direction only.
+
+    Args:
+        kernel: The teacher's.
+        total_steps: The horizon T.
+        update_every: Steps between the teacher's snapshots.
     """
-    clock = Clock(kernels.build(kernel), total_steps, update_every)
-    return float(np.prod([1.0 - (clock.tick() or 0.0) for _ in range(total_steps)]))
+    return float(np.prod(1.0 - _omegas(kernels.build(kernel), total_steps, update_every)))
+
+
+def _omegas(kernel: Kernel, total_steps: int, update_every: int) -> Array:
+    """The weight of each student W^1..W^T when it comes, 0 where no snapshot is due."""
+    clock = Clock(kernel, total_steps, update_every)
+    if clock.update_every == 1:
+        return 1.0 - kernel.retention(np.arange(1, total_steps + 1), total_steps)
+    return np.array([clock.tick() or 0.0 for _ in range(total_steps)])
 
 
 def _matrix(argument: str, value: Any) -> Array:
-    matrix = np.asarray(value, dtype=np.float64)
+    try:
+        matrix = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{argument} must be a matrix of real numbers: {error}") from None
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"{argument} must be a matrix, got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
@@ -279,9 +316,13 @@ def _matrix(argument: str, value: Any) -> Array:
     return matrix
 
 
-def _strength(lam: float, *, positive: bool = False) -> float:
-    if not np.isfinite(lam) or lam < 0 or (positive and lam == 0):
+def _strength(lam: Any, *, positive: bool = False) -> float:
+    try:
+        strength = float(lam)
+    except (TypeError, ValueError):
+        strength = math.nan
+    if not math.isfinite(strength) or strength < 0 or (positive and strength == 0):
         raise ValueError(
             f"lam must be a finite number {'above' if positive else 'of at least'} 0, got {lam!r}"
         )
-    return float(lam)
+    return strength
