@@ -130,6 +130,10 @@ def test_attaching_to_the_wrong_thing():
         ValueError, match="this SGD trains none of the student's parameters: attach .* to the"
     ):
         teacher.attach(other)
+    from timm.optim import Lookahead
+
+    with pytest.raises(TypeError, match="steps of this Lookahead cannot be counted: .* call update"):
+        teacher.attach(Lookahead(optimizer))
     teacher.attach(optimizer)
 
 

@@ -41,7 +41,8 @@ def installed(tmp_path_factory):
 
 def test_the_wheel_installs_one_package_with_its_data(installed):
     top = {p.name for p in installed.iterdir() if not p.name.endswith(".dist-info")}
-    assert top == {"wmateacher"}
+    assert top == {"wmateacher", "bin"}
+    assert [p.name for p in (installed / "bin").iterdir()] == ["wmateacher"]  # the command line
     packages = {str(p.parent.relative_to(installed)) for p in installed.rglob("__init__.py")}
     expected = {
         "wmateacher"

@@ -266,6 +266,108 @@ def test_tensors_that_have_no_average_are_copied():
         assert (student.mask == 1).all()
 
 
+def test_expanded_tensors_on_one_side_only():
+    class Student(nn.Linear):
+        def __init__(self, mask):
+            super().__init__(2, 2)
+            self.register_buffer("mask", mask)
+
+    student = Student(torch.zeros(1).expand(5))
+    teacher = WMATeacher(student, "ema(0.9)", device="cpu")
+    with teacher.swap():
+        assert (student.mask == 0).all()
+    student.mask = torch.arange(5.0)
+    teacher.update()
+    assert torch.equal(teacher.module.mask, torch.arange(5.0))
+    built = WMATeacher(student, "ema(0.9)", module=lambda: Student(torch.zeros(1).expand(5)))
+    assert torch.equal(built.module.mask, torch.arange(5.0))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda w: w.t(), lambda w: w.view(1, 9).view(3, 3).t()], ids=["t", "view"]
+)
+def test_the_same_memory_in_another_layout_is_followed(change):
+    student = nn.Linear(3, 3, bias=False)
+    teacher = WMATeacher(student, "ema(0.5)")
+    teacher.update()
+    start = student.weight.detach().clone()
+    student.weight.data = change(student.weight.data)
+    teacher.update()
+    torch.testing.assert_close(teacher.module.weight, (start + student.weight) / 2)
+    reshaped = nn.Linear(2, 3, bias=False)
+    teacher = WMATeacher(reshaped, "ema(0.5)")
+    teacher.update()
+    reshaped.weight.data = reshaped.weight.data.view(2, 3)
+    with pytest.raises(ValueError, match=r"'weight' has shape \(2, 3\), the teacher's has \(3, 2\)"):
+        teacher.update()
+
+
+def test_trained_wrapped_tensors_are_looked_up_each_time():
+    student = nn.Linear(2, 2, bias=False)
+    inner = student.weight.detach()
+    student.weight = nn.Parameter(TwoTensor(inner, inner.clone()))
+    teacher = WMATeacher(student, "ema(0.5)", dtype=torch.float64)
+    teacher.update()
+    student.double()
+    with torch.no_grad():
+        student.weight.fill_(100.0)
+    teacher.update()
+    torch.testing.assert_close(teacher.state_dict()["module.weight"].a, (inner.double() + 100) / 2)
+
+
+def test_a_replaced_frozen_parameter_is_shared_anew():
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    student[0].requires_grad_(False)
+    teacher = WMATeacher(student, "uniform")
+    student[0].weight = nn.Parameter(torch.full((2, 2), 9.0), requires_grad=False)
+    teacher.update()
+    assert teacher.module[0].weight is student[0].weight
+
+
+def test_moving_a_teacher_leaves_what_it_shares_to_the_student():
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    student[0].requires_grad_(False)
+    teacher = WMATeacher(student, "uniform")
+    teacher.bfloat16()
+    assert student[0].weight.dtype is torch.float32
+    assert teacher.module[0].weight is student[0].weight
+    both = nn.ModuleDict({"teacher": teacher, "student": student}).bfloat16()
+    assert both["teacher"].module[0].weight is student[0].weight
+    assert teacher(torch.ones(1, 2).bfloat16()).dtype is torch.bfloat16
+
+
+def test_a_plan_made_in_inference_mode_serves_outside():
+    student = nn.Linear(4, 4).bfloat16()
+    teacher = WMATeacher(student, "ema(0.5)")
+    with torch.inference_mode():
+        list(teacher.averaged_pairs())
+    teacher.update()
+    assert teacher.step == 1
+
+
+def test_an_update_that_fails_is_not_counted(monkeypatch):
+    teacher = WMATeacher(nn.Linear(4, 4), "ema(0.5)")
+    teacher.update()
+
+    def fail(*unused):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wmateacher.averaging._lerp_", fail)
+        with pytest.raises(MemoryError):
+            teacher.update()
+    assert (teacher.step, len(teacher.weights())) == (1, 2)
+    teacher.update()
+    assert teacher.step == 2
+
+
+def test_a_factory_must_not_return_the_student():
+    student = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="module must build a new module: .* the student's own tensors"):
+        WMATeacher(student, "uniform", module=lambda: student)
+    assert student.weight.requires_grad
+
+
 def test_recurrent_networks():
     student = nn.LSTM(4, 3, batch_first=True)
     teacher = WMATeacher(student, "ema(0.5)")
@@ -299,15 +401,51 @@ def test_students_that_cannot_be_averaged(model, error, message):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_a_split_average_whose_module_was_cast_behind_its_back(dtype):
-    student = nn.Linear(4, 2).bfloat16()
-    teacher = WMATeacher(student, "ema(0.9)", dtype="split")
+@pytest.mark.parametrize("start", [("split", torch.bfloat16), ("auto", torch.float64)], ids=str)
+def test_an_average_whose_module_was_cast_behind_its_back(dtype, start):
+    asked, own = start
+    teacher = WMATeacher(nn.Linear(4, 2, dtype=own), "ema(0.9)", dtype=asked)
     teacher.module.to(dtype)
     for action in (teacher.update, teacher.state_dict):
         with pytest.raises(
             RuntimeError, match="'weight' was cast to .*: cast the teacher .*, not teacher.mod"
         ):
             action()
+
+
+def test_states_of_modules_that_keep_more_than_tensors():
+    class Counting(nn.Linear):
+        seen = 0
+
+        def get_extra_state(self):
+            return {"seen": self.seen}
+
+        def set_extra_state(self, state):
+            self.seen = state["seen"]
+
+    student = nn.Sequential(Counting(2, 2), nn.Linear(2, 2)).bfloat16()
+    # A hook that clones what it saves, as some libraries have.
+    student._register_state_dict_hook(
+        lambda m, s, *_: s.update({k: v.clone() for k, v in s.items() if torch.is_tensor(v)})
+    )
+    teacher = WMATeacher(student, "ema(0.9)")
+    teacher.module[0].seen = 7
+    state = teacher.state_dict()
+    assert state["module.0.weight"].dtype is torch.float32
+    again = WMATeacher(student, "ema(0.9)")
+    again.load_state_dict(state)
+    assert again.module[0].seen == 7
+
+
+def test_assigned_states_keep_ties_and_dtypes():
+    student = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)).bfloat16()
+    student[1].weight = student[0].weight
+    teacher = WMATeacher(student, "ema(0.9)")
+    state = {k: v.clone() if torch.is_tensor(v) else v for k, v in teacher.state_dict().items()}
+    teacher.load_state_dict(state, assign=True)
+    assert teacher.module[1].weight is teacher.module[0].weight
+    assert teacher.module[0].weight.dtype is torch.bfloat16
+    teacher.update()
 
 
 # --- what people do with a teacher ----------------------------------------------------------------------

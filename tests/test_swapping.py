@@ -182,3 +182,40 @@ def test_a_compiled_student_is_not_compiled_again():
             compiled(x)
             teacher.update()
     assert counter.frame_count == first
+
+
+def test_what_is_replaced_inside_is_put_back():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("n", torch.zeros(1))
+
+        def forward(self, x):
+            self.n = self.n + 1
+            return super().forward(x)
+
+    student = Counting()
+    teacher = WMATeacher(student, "ema(0.9)")
+    student(torch.ones(2))
+    with teacher.swap():
+        student(torch.ones(2))
+    assert student.n == 1
+    weight = student.weight
+    with pytest.raises(RuntimeError, match="written inside swap"), teacher.swap():
+        student.load_state_dict({**teacher.averaged_state_dict()}, assign=True)
+    assert student.weight is weight
+
+
+def test_parts_of_the_student_are_guarded_too():
+    student = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    teacher, part = WMATeacher(student, "static"), WMATeacher(student[0], "ema(0.5)")
+    for action, message in [
+        (part.update, r"^update\(\) inside swap"),
+        (student[0].state_dict, r"^state_dict\(\) of the student inside swap"),
+        (lambda: WMATeacher(student, "uniform"), "^building a teacher inside swap"),
+        (lambda: part.swap().__enter__(), r"swap\(\) inside swap"),
+    ]:
+        with teacher.swap(), pytest.raises(RuntimeError, match=message):
+            action()
+    part.update()
+    assert student[0].state_dict()

@@ -29,6 +29,11 @@ class Attachment:
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: of several "
                 "optimizers, name the one whose steps count"
             )
+        if not getattr(type(optimizer).step, "hooked", False):
+            raise TypeError(
+                f"the steps of this {type(optimizer).__name__} cannot be counted: it wraps another optimizer "
+                "and runs no hooks; call update() after each of its steps"
+            )
         ours = {id(p) for p in parameters}
         if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(

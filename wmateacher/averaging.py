@@ -200,7 +200,7 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
 
 
 def _relay(value: Tensor, numel: int) -> Tensor:
-    return torch.empty(numel, dtype=value.dtype, pin_memory=value.device.type == "cuda")
+    return torch.empty(numel, dtype=value.dtype, device="cpu", pin_memory=value.device.type == "cuda")
 
 
 def _batches(rows: Sequence[Row], room: int) -> Iterator[list[Row]]:
@@ -255,4 +255,5 @@ def _lerp_(averages: list[Tensor], values: list[Tensor], omega: float) -> None:
 
 def _upper_half_(bits: Tensor) -> Tensor:
     """The bfloat16 nearest to each float32, both as bits: what int16 lower halves leave over."""
-    return bits.add_(2**15).bitwise_right_shift_(16)
+    # A NaN with all bits set (a GPU's) would overflow into a zero.
+    return bits.clamp_(max=0x7FFF7FFF).add_(2**15).bitwise_right_shift_(16)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter, getitem, is_
 from typing import Literal
@@ -67,8 +68,8 @@ class Binding:
     """A model's tensors by name, looked up once, with a test that they are still the same.
 
     The test runs no Python per tensor: modules and tensors must be the same objects where they were
-    found, and their memory, sizes and `requires_grad` flags as they were (`tensor.data = ...` changes
-    these and not the object).
+    found, and their memory, layout and `requires_grad` flags as they were (`tensor.data = ...` changes
+    these and not the object). Of trained wrappers around other tensors it cannot tell.
     """
 
     def __init__(self, model: nn.Module):
@@ -85,6 +86,8 @@ class Binding:
             for t in self.tensors.values()
             if t.layout == torch.strided and not is_traceable_wrapper_subclass(t)
         ]
+        wrapped = (t for t in self.tensors.values() if is_traceable_wrapper_subclass(t))
+        self._opaque = any(t.requires_grad for t in wrapped)
         self._fingerprint = self._take_fingerprint()
 
     def is_current(self) -> bool:
@@ -95,15 +98,17 @@ class Binding:
             return False
         return (
             same
+            and not self._opaque
             and sum(map(len, self._tables)) == len(self._objects)
             and self._take_fingerprint() == self._fingerprint
         )
 
-    def _take_fingerprint(self) -> list[int]:
+    def _take_fingerprint(self) -> list[object]:
         named = self.tensors.values()
         return [
             *map(Tensor.data_ptr, self._plain),
-            *map(Tensor.numel, named),
+            *map(Tensor.stride, self._plain),
+            *map(Tensor.size, named),
             *map(attrgetter("requires_grad"), named),
         ]
 
@@ -219,6 +224,44 @@ def unexpanded(tensor: Tensor) -> Tensor:
         if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def densify(model: nn.Module) -> None:
+    """Give expanded buffers memory for all of their entries, to be written to."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and unexpanded(buffer) is not buffer:
+                module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+
+
+@contextmanager
+def hidden(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """A context in which a model has none of these parameters."""
+    wanted = set(names)
+    paths = [p for p, _ in model.named_parameters(remove_duplicate=False) if canonical_name(p) in wanted]
+    slots = [(model.get_submodule(owner)._parameters, leaf) for owner, _, leaf in map(_split_path, paths)]
+    kept = [table[leaf] for table, leaf in slots]
+    for table, leaf in slots:
+        table[leaf] = None
+    try:
+        yield
+    finally:
+        for (table, leaf), parameter in zip(slots, kept, strict=True):
+            table[leaf] = parameter
+
+
+def _split_path(path: str) -> tuple[str, str, str]:
+    return path.rpartition(".")
+
+
+def state_names(model: nn.Module) -> dict[str, str]:
+    """The keys of a module's `state_dict` that are its tensors, each with the tensor's canonical name."""
+    names = {id(tensor): name for name, tensor in tensors(model).items()}
+    paths = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    lasting = {f"{p}.{n}" if p else n for p, m in model.named_modules(remove_duplicate=False)
+               for n in m._buffers.keys() - m._non_persistent_buffers_set}  # fmt: skip
+    lasting |= {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    return {path: names[id(tensor)] for path, tensor in paths if path in lasting}
 
 
 def clone(tensor: Tensor, device: torch.device | None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wmateacher import averaging
 
-# Models that hold borrowed weights now, each with whose they are.
+# Models that hold borrowed weights now, and their submodules, each with whose they are.
 _lent: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
@@ -41,8 +41,11 @@ def lend(
         RuntimeError: Inside, at the model's `state_dict`; at the end, if a parameter was written inside.
     """
     own = [target.detach().clone() for target in targets]
-    _lent[model] = lender
-    guard = model.register_state_dict_pre_hook(_refuse_state)
+    modules = list(model.modules())
+    slots = [(table, k, table[k]) for m in modules for table in (m._parameters, m._buffers) for k in table]
+    guards = [module.register_state_dict_pre_hook(_refuse_state) for module in modules]
+    _lent.update(dict.fromkeys(modules, lender))
+    written = False
     try:
         averaging.copy_(targets, sources)
         lent = [t._version for t in targets]
@@ -51,9 +54,15 @@ def lend(
             t._version != v for t, v in zip(targets, lent, strict=True) if isinstance(t, nn.Parameter)
         )
     finally:
+        for table, key, tensor in slots:
+            if table.get(key) is not tensor:
+                written = written or isinstance(tensor, nn.Parameter)
+                table[key] = tensor
         averaging.copy_(targets, own)
-        guard.remove()
-        del _lent[model]
+        for guard in guards:
+            guard.remove()
+        for module in modules:
+            del _lent[module]
     if written:
         raise RuntimeError(
             "the student's parameters were written inside swap(), by an optimizer step or by loading "

@@ -101,8 +101,12 @@ class WMATeacher(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        if dtype not in ("auto", "split") and not getattr(dtype, "is_floating_point", False):
-            raise ValueError(f"dtype must be 'auto', 'split' or a floating-point torch.dtype, got {dtype!r}")
+        wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+        if dtype not in ("auto", "split") and not wide:
+            raise ValueError(
+                "dtype must be 'auto', 'split' or a floating-point torch.dtype of 16 bits or more, got "
+                f"{dtype!r}"
+            )
         self._clock = Clock(kernels.build(kernel), total_steps, update_every)
         self.omega = 0.0
         student = pairing.unwrap(model)
@@ -110,9 +114,11 @@ class WMATeacher(nn.Module):
             raise TypeError(
                 "model must not be a ScriptModule: build the teacher before scripting the student"
             )
+        swapping.refuse(student, "building a teacher")
         self._roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
         self._student = (model,)  # in a tuple, so that it does not become a submodule
         self.module = self._build(student, module, device)
+        self._precisions: dict[str, torch.dtype] = {}
         self._beside = self._start(pairing.tensors(student), dtype)
         self._plan: _Plan | None = None
         self._attachment: Attachment | None = None
@@ -319,7 +325,7 @@ class WMATeacher(nn.Module):
             away = {i: pairing.clone(t, target) for i, t in owned.items()}  # not first here, then there
             try:
                 module = copy.deepcopy(student, {**shared, **pairing.computed(student), **away})
-            except (RuntimeError, TypeError, NotImplementedError) as error:
+            except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
                 raise ValueError(
                     f"the student ({type(student).__name__}) cannot be deep-copied ({error}): pass "
                     "module=FACTORY, a function that builds a module of the same architecture"
@@ -327,9 +333,17 @@ class WMATeacher(nn.Module):
         else:
             module = factory()
             pairing.match(named, pairing.tensors(module))
+            theirs = {id(t) for t in named.values()}
+            own = pairing.tensors(module)
+            if any(id(own[n]) in theirs for n in self._roles.owned):
+                raise ValueError(
+                    "module must build a new module: what the factory returned has the student's own tensors"
+                )
+            pairing.densify(module)
             pairing.share(module, student, self._roles.shared)
             own = pairing.tensors(module)
             averaging.copy_([own[n] for n in self._roles.owned], [named[n] for n in self._roles.owned])
+        pairing.densify(module)
         module.requires_grad_(False)
         return (module if device is None else module.to(device)).eval()
 
@@ -337,7 +351,7 @@ class WMATeacher(nn.Module):
         """Begin the averages at the student; what they need beside the module's own tensors."""
         own, beside = pairing.tensors(self.module), {}
         for name in self._roles.averaged:
-            wanted = pairing.accumulator_dtype(student[name], dtype)
+            wanted = self._precisions[name] = pairing.accumulator_dtype(student[name], dtype)
             split = dtype == "split" and wanted != own[name].dtype
             if split and own[name].dtype != torch.bfloat16:
                 raise ValueError(
@@ -358,10 +372,12 @@ class WMATeacher(nn.Module):
 
     def _average(self, own: Binding, name: str) -> Average:
         average = Average(own.tensors[name], self._beside.get(name))
-        if average.split and average.own.dtype != torch.bfloat16:
+        needed = torch.bfloat16 if average.split else average.held.dtype
+        needed = self._precisions[name] if average.beside is None else needed
+        if (average.split or average.beside is None) and average.own.dtype != needed:
             raise RuntimeError(
-                f"the averaged module's {name!r} was cast to {average.own.dtype}, but with dtype='split' it "
-                "is one half of the average: cast the teacher (teacher.to(dtype)), not teacher.module"
+                f"the averaged module's {name!r} was cast to {average.own.dtype}, but it holds the average "
+                f"in {needed}: cast the teacher (teacher.to(dtype)), not teacher.module"
             )
         return average
 
@@ -377,8 +393,12 @@ class WMATeacher(nn.Module):
         own, theirs = Binding(self.module), pairing.tensors(student)
         pairing.match(own.tensors, theirs)
         names = [n for n, tensor in own.tensors.items() if tensor is not theirs[n]]
-        sources = [pairing.unexpanded(self._precise(own, n, theirs[n].dtype)) for n in names]
-        return [pairing.unexpanded(theirs[n]) for n in names], sources
+        targets = [pairing.unexpanded(theirs[n]) for n in names]
+        sources = [self._precise(own, n, theirs[n].dtype) for n in names]
+        # What the student holds once for all of a dimension, the teacher has equal entries of.
+        firsts = [s[tuple(map(slice, t.shape))] if s.shape != t.shape else s
+                  for s, t in zip(sources, targets, strict=True)]  # fmt: skip
+        return targets, firsts
 
     def _planned(self, model: nn.Module) -> _Plan:
         """The plan for averaging this student in."""
@@ -388,11 +408,13 @@ class WMATeacher(nn.Module):
             pairing.match(own.tensors, theirs.tensors)
             if student is pairing.unwrap(self._student[0]):
                 pairing.check_frozen(theirs.tensors, roles)
+                if any(own.tensors[n] is not theirs.tensors[n] for n in roles.shared):  # replaced since
+                    pairing.share(self.module, student, roles.shared)
+                    own = Binding(self.module)
             averages = [self._average(own, n) for n in roles.averaged]
-            update = averaging.Update(averages, [theirs.tensors[n] for n in roles.averaged])
-            targets, sources = (
-                [pairing.unexpanded(b.tensors[n]) for n in roles.copied] for b in (own, theirs)
-            )
+            with torch.inference_mode(False):
+                update = averaging.Update(averages, [theirs.tensors[n] for n in roles.averaged])
+            targets, sources = ([b.tensors[n] for n in roles.copied] for b in (own, theirs))
             self._plan = _Plan(theirs, own, update, (targets, sources))
         return self._plan
 
@@ -402,18 +424,23 @@ class WMATeacher(nn.Module):
         if self._swapped is not None:
             swapping.refuse(self._swapped, "update()")
         swapping.refuse(pairing.unwrap(model), "update()")
-        plan = self._planned(model)
+        plan, before = self._planned(model), (self._clock.step, self._clock.snapshot)
         omega = self._clock.tick()
+        try:
+            if omega:
+                plan.average(omega)
+                averaging.copy_(*plan.copied)
+        except BaseException:
+            self._clock.step, self._clock.snapshot = before  # what was not averaged does not count
+            raise
         self.omega = omega or 0.0
-        if omega:
-            plan.average(omega)
-            averaging.copy_(*plan.copied)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WMATeacher:
         """Move or cast the forward; the averages follow a move and keep their precision in a cast."""
         before = Binding(self.module)
         averages = {n: Average(before.tensors[n].detach(), self._beside.get(n)) for n in self._roles.averaged}
-        super()._apply(fn, recurse)
+        with pairing.hidden(self.module, self._roles.shared):  # the student's, and moved with it
+            super()._apply(fn, recurse)
         own, self._beside, self._plan = pairing.tensors(self.module), {}, None
         for name, average in averages.items():
             if own[name].dtype != average.own.dtype:
@@ -429,9 +456,7 @@ class WMATeacher(nn.Module):
 
     def _state_names(self, prefix: str) -> dict[str, str]:
         """The state's keys under `prefix`, each with the canonical name of its tensor."""
-        names = {id(t): n for n, t in pairing.tensors(self.module).items()}
-        state = self.module.state_dict(prefix=f"{prefix}module.", keep_vars=True)
-        return {key: names[id(value)] for key, value in state.items() if id(value) in names}
+        return {f"{prefix}module.{path}": n for path, n in pairing.state_names(self.module).items()}
 
     def get_extra_state(self) -> dict[str, Any]:
         """The clock; part of `state_dict`."""
@@ -456,7 +481,7 @@ def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, loca
     for key, name in teacher._state_names(prefix).items():
         if name in teacher._roles.shared:
             state.pop(key, None)
-        elif name in teacher._beside:
+        elif name in teacher._roles.averaged:
             if name not in full:  # tied tensors stay one
                 full[name] = teacher._average(own, name).read()
             state[key] = full[name]
@@ -479,8 +504,9 @@ def _check_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused
         )
     teacher._clock.check(dict(clock))
     own, names = Binding(teacher.module), teacher._state_names(prefix)
+    known = {f"{prefix}_extra_state", *teacher.module.state_dict(prefix=f"{prefix}module."), *names}
     missing = [k for k, n in names.items() if k not in state and n not in teacher._roles.shared]
-    extra = [k for k in state if k.startswith(f"{prefix}module.") and k not in names]
+    extra = [k for k in state if k.startswith(prefix) and k not in known]
     if missing or extra:
         raise ValueError(
             "the state was written for another architecture: " + pairing.describe_difference(missing, extra)
@@ -494,7 +520,12 @@ def _check_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused
                 f"the state was written for another architecture: {key!r} has shape "
                 f"{tuple(state[key].shape)} there and {tuple(tensor.shape)} here"
             )
+        elif state[key].is_complex() != tensor.is_complex():
+            raise ValueError(f"the state was written for another architecture: {key!r} is {state[key].dtype}")
+    # In place, also with assign=True: tied tensors stay tied and every tensor keeps its dtype.
     for key, name in names.items():
-        if name in teacher._beside:
+        if name in teacher._roles.averaged:
             teacher._average(own, name).write(state[key])
-            state[key] = own.tensors[name]
+        elif name in teacher._roles.owned:
+            averaging.copy_([own.tensors[name]], [state[key]])
+        state[key] = own.tensors[name]
