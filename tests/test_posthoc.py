@@ -731,6 +731,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from wmateacher import posthoc
+from wmateacher.checkpoints import load
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

@@ -42,7 +42,8 @@ def lend(
     """
     own = [target.detach().clone() for target in targets]
     modules = list(model.modules())
-    slots = [(table, k, table[k]) for m in modules for table in (m._parameters, m._buffers) for k in table]
+    tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers)]
+    slots = [(table, key, table[key]) for table in tables for key in table]
     guards = [module.register_state_dict_pre_hook(_refuse_state) for module in modules]
     _lent.update(dict.fromkeys(modules, lender))
     written = False
