@@ -1,6 +1,7 @@
 """Every kind of module that people train, under one loop: train, update, read the average back."""
 
 import copy
+import gc
 import pickle
 import sys
 import warnings
@@ -576,11 +577,14 @@ def python_calls(teacher):
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.collect()
+    gc.disable()  # a collection in the middle would be counted, with the callbacks of others
     sys.setprofile(profile)
     try:
         teacher.update()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
