@@ -11,10 +11,10 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import tyro
 
 from wmateacher import kernels
+from wmateacher.integrations import runs
 from wmateacher.integrations.clip import recipes, report
 from wmateacher.integrations.clip.experiment import Experiment
 
@@ -75,24 +75,13 @@ def configured(arguments: Arguments) -> recipes.Recipe:
     return replace(recipe, methods=methods, model=arguments.model or recipe.model)
 
 
-def chosen_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used ({reason}); pass cpu, cuda or cuda:N") from None
-    return name
-
-
 def main(arguments: Arguments) -> None:
     if arguments.seeds < 1:
         raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
     recipe = configured(arguments)
     names = [recipe.method(name).name for name in arguments.methods or recipe.methods]
     output = arguments.output or Path(time.strftime("runs/clip_tracer-%Y%m%d-%H%M%S"))
-    device = chosen_device(arguments.device)
+    device = runs.device(arguments.device)
     run = Experiment(
         recipe, output, root=arguments.data_root, download=arguments.download,
         cache=arguments.cache, device=device,

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,81 @@ def environment(device: torch.device | str, packages: Iterable[str] = ()) -> dic
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "packages": versions,
     }
+
+
+def device(name: str) -> str:
+    """A device that can be used; `"auto"` takes a GPU where there is one.
+
+    Raises:
+        ValueError: It cannot be used here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason}); pass cpu, cuda or cuda:N") from None
+    return name
+
+
+class Results:
+    """The records of every method and seed of one configuration, kept in `results.json`.
+
+    Args:
+        output: The run's folder; one with results of the same configuration is continued.
+        config: What was asked for: anything that JSON holds.
+        where: As `environment` gives it; that of the first run stays.
+
+    Attributes:
+        content: `config`, `environment`, and under `methods` for each name the means over seeds, their
+            sample deviations `std`, and the `runs` themselves.
+
+    Raises:
+        ValueError: The folder holds results of another configuration.
+    """
+
+    def __init__(self, output: Path, config: Any, where: dict[str, Any]):
+        self.file = output / "results.json"
+        config = json.loads(json.dumps(config))  # so that it compares equal with what is read back
+        self.content: dict[str, Any] = {"config": config, "environment": where, "methods": {}}
+        if self.file.exists():
+            self.content = read_json(self.file)
+            there = self.content.get("config", {}) if isinstance(self.content, dict) else {}
+            differing = [k for k in {**there, **config} if there.get(k) != config.get(k)]
+            if differing:
+                raise ValueError(
+                    f"output folder {output} holds results of another configuration (different: "
+                    f"{', '.join(differing)}): choose another folder, or delete it"
+                )
+
+    def recorded(self, method: str, seed: int) -> dict[str, Any] | None:
+        """The record of one run, if it is there."""
+        all_runs = self.content["methods"].get(method, {}).get("runs", [])
+        return next((run for run in all_runs if run["seed"] == seed), None)
+
+    def record(self, method: str, record: dict[str, Any]) -> None:
+        """Add the record of one run, with its `seed`, and write the file."""
+        all_runs = [*self.content["methods"].get(method, {}).get("runs", []), record]
+        self.content["methods"][method] = {**_over_seeds(all_runs), "runs": all_runs}
+        write_json(self.content, self.file)
+
+
+def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means, and under `std` sample deviations, of every number in records of equal form."""
+    means: dict[str, Any] = {}
+    deviations: dict[str, Any] = {}
+    for key, first in records[0].items():
+        values = [r[key] for r in records]
+        if isinstance(first, dict):
+            inner = _over_seeds(values)
+            deviations[key] = inner.pop("std")
+            means[key] = inner
+        elif key != "seed":
+            known = [v for v in values if isinstance(v, (int, float))]
+            means[key] = statistics.fmean(known) if known else None
+            deviations[key] = statistics.stdev(known) if len(known) > 1 else 0.0
+    return {**means, "std": deviations}
 
 
 def write_json(content: Any, file: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wmateacher.integrations import digits, runs
+from wmateacher.integrations import digits, loop, runs
 from wmateacher.integrations.clip.evaluation import Labelled, Scores, score, summarise
 from wmateacher.integrations.clip.methods import METHODS
 from wmateacher.integrations.clip.pairs import DrawnPairs, normalise
@@ -69,7 +68,8 @@ class Experiment:
         self.source = digits.load(recipe.data, root, download=download)
         self.train = self.source.train.subset(recipe.train_images)
         self.towers, self.tokenizer = self._fresh_towers()
-        self.results = self._open()
+        packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
+        self._results = runs.Results(output, asdict(recipe), runs.environment(self.device, packages))
 
     # --- one method ---------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ class Experiment:
         Returns:
             This seed's record; `results["methods"]` has the means over all seeds so far.
         """
-        recorded = self._recorded(name, seed)
+        recorded = self._results.recorded(name, seed)
         if recorded is not None:
             return recorded
         method = self.recipe.method(name)
@@ -123,13 +123,18 @@ class Experiment:
             "final_gap": gaps[-1] if gaps else None,
             "validation": {k: s.accuracy for k, s in validation.items()},
         }
-        self._record(name, record)
+        self._results.record(name, record)
         return record
 
     def evaluate(self, towers: Towers, split: Split, domains: Mapping[str, Domain]) -> dict[str, Scores]:
         """Score the zero-shot head of `towers` on a split drawn in each domain, always the same way."""
         head = zero_shot_head(towers, self.tokenizer, self.source.classes, self.source.templates)
         return {name: score(towers, head, self._drawn(split, domain)) for name, domain in domains.items()}
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What stands in `results.json`."""
+        return self._results.content
 
     def gap_file(self, method: str, seed: int) -> Path:
         """Where the teacher-student gap after every step is written."""
@@ -167,55 +172,5 @@ class Experiment:
             "images": len(self.train),
             "domain": asdict(recipe.wide),
             "pretrain": asdict(recipe.pretrain),
+            "checkpoint": loop.FORMAT,
         }
-
-    # --- records ------------------------------------------------------------------------------------
-
-    def _configuration(self) -> dict[str, Any]:
-        # Through JSON, so that it compares equal with what is read back.
-        return json.loads(json.dumps(asdict(self.recipe)))
-
-    def _open(self) -> dict[str, Any]:
-        file, config = self.output / "results.json", self._configuration()
-        if not file.exists():
-            packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
-            return {
-                "config": config,
-                "environment": runs.environment(self.device, packages),
-                "methods": {},
-            }
-        results = runs.read_json(file)
-        there = results.get("config", {}) if isinstance(results, dict) else {}
-        differing = [k for k in {**there, **config} if there.get(k) != config.get(k)]
-        if differing:
-            raise ValueError(
-                f"output folder {self.output} holds results of another configuration (different: "
-                f"{', '.join(differing)}): choose another folder, or delete it"
-            )
-        return results
-
-    def _recorded(self, method: str, seed: int) -> dict[str, Any] | None:
-        all_runs = self.results["methods"].get(method, {}).get("runs", [])
-        return next((run for run in all_runs if run["seed"] == seed), None)
-
-    def _record(self, name: str, record: dict[str, Any]) -> None:
-        all_runs = [*self.results["methods"].get(name, {}).get("runs", []), record]
-        self.results["methods"][name] = {**_over_seeds(all_runs), "runs": all_runs}
-        runs.write_json(self.results, self.output / "results.json")
-
-
-def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means, and under `std` sample deviations, of every number in records of equal form."""
-    means: dict[str, Any] = {}
-    deviations: dict[str, Any] = {}
-    for key, first in records[0].items():
-        values = [r[key] for r in records]
-        if isinstance(first, dict):
-            inner = _over_seeds(values)
-            deviations[key] = inner.pop("std")
-            means[key] = inner
-        elif key != "seed":
-            known = [v for v in values if v is not None]
-            means[key] = statistics.fmean(known) if known else None
-            deviations[key] = statistics.stdev(known) if len(known) > 1 else 0.0
-    return {**means, "std": deviations}

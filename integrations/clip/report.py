@@ -5,30 +5,27 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-Results = Mapping[str, Any]
+from wmateacher.integrations import report
+from wmateacher.integrations.report import Results
 
 
 def table(results: Results) -> str:
     """One row a method: accuracies in percent, the shifts' mean ECE, seconds of training.
 
-    With several seeds every figure is `mean +- sample deviation`.
+    With several seeds every figure is `mean ± sample deviation`.
     """
-    rows = []
-    for name, record in results["methods"].items():
-        shifts, std = record["ood_per_shift"], record["std"]
-        many = len(record["runs"]) > 1
-        figures = {
-            "ID": (record["id"], std["id"], 1),
-            **{shift: (value, std["ood_per_shift"][shift], 1) for shift, value in shifts.items()},
-            "mean OOD": (record["ood"], std["ood"], 1),
-            "OOD ECE": (record["ece"], std["ece"], 3),
-            "seconds": (record["seconds"], std["seconds"], 0),
-        }
-        cells = {k: f"{v:.{d}f}" + (f" ±{s:.{d}f}" if many else "") for k, (v, s, d) in figures.items()}
-        rows.append({"method": name, **cells})
-    return _aligned(rows)
+    shifts = next(iter(results["methods"].values()))["ood_per_shift"]
+    return report.table(
+        results,
+        {
+            "ID": ("id", 1),
+            **{shift: (f"ood_per_shift.{shift}", 1) for shift in shifts},
+            "mean OOD": ("ood", 1),
+            "OOD ECE": ("ece", 3),
+            "seconds": ("seconds", 0),
+        },
+    )
 
 
 def forgetting_table(results: Results, published: Mapping[str, float]) -> str:
@@ -48,7 +45,7 @@ def forgetting_table(results: Results, published: Mapping[str, float]) -> str:
                 "published": f"{published[name]:.1f}" if name in published else "",
             }
         )
-    return _aligned(rows)
+    return report.aligned(rows)
 
 
 def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
@@ -96,14 +93,3 @@ def _read_gaps(path: Path) -> tuple[list[int], list[float]]:
     with path.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     return [int(row["step"]) for row in rows], [float(row["gap"]) for row in rows]
-
-
-def _aligned(rows: list[dict[str, str]]) -> str:
-    header = list(rows[0])
-    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in header}
-
-    def line(cells: Mapping[str, str]) -> str:
-        first, *rest = header
-        return "  ".join([cells[first].ljust(widths[first]), *(cells[k].rjust(widths[k]) for k in rest)])
-
-    return "\n".join([line({k: k for k in header}), *map(line, rows)]).rstrip()

@@ -1,27 +1,22 @@
-"""The one training loop that every method runs through."""
+"""Fine-tuning towers by a method: what one step of the training loop is."""
 
 from __future__ import annotations
 
-import math
-import os
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
+from wmateacher.integrations import loop, schedules
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.objective import Objective
-from wmateacher.integrations.clip.pairs import Batch, Stream
+from wmateacher.integrations.clip.pairs import Batch
 from wmateacher.integrations.clip.towers import Towers
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -63,10 +58,7 @@ class Settings:
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the optimizer step with index `step`, from 0."""
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return schedules.warmup_cosine(step, self.steps, self.warmup, self.learning_rate)
 
 
 @dataclass
@@ -83,15 +75,15 @@ class Fit:
 
     student: Towers
     teacher: WMATeacher | None
-    losses: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    losses: list[float]
+    gaps: list[float]
+    seconds: float
 
 
 def fit(
     student: Towers,
     method: Method,
-    stream: Stream,
+    stream: loop.Stream[Batch],
     settings: Settings,
     *,
     checkpoint: Path | None = None,
@@ -118,34 +110,20 @@ def fit(
         ValueError: The checkpoint cannot be read, or belongs to another run.
         FloatingPointError: The loss is not finite.
     """
-    run = _Run(student, method, settings)
-    if checkpoint is not None and checkpoint.exists():
-        run.load(checkpoint)
-    bar = tqdm(
-        total=settings.steps, initial=run.step, desc=label or method.name, unit="step",
-        disable=None if progress else True, leave=False, dynamic_ncols=True,
+    task = _FineTuning(student, method, stream, settings)
+    record = loop.train(
+        task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
+        label=label, progress=progress, after_step=after_step,
     )  # fmt: skip
-    with bar:
-        batches = stream(run.step)
-        while run.step < settings.steps:
-            run.advance(next(batches))
-            bar.update()
-            last = run.step == settings.steps
-            if last or run.step % 20 == 0:
-                run.settle()
-                bar.set_postfix(loss=f"{run.losses[-1]:.3f}", refresh=False)
-            if checkpoint is not None and (last or run.step % settings.checkpoint_every == 0):
-                run.save(checkpoint)
-            if after_step is not None:
-                after_step(run.step)
-    return Fit(student, run.teacher, run.losses, run.gaps, run.seconds)
+    return Fit(student, task.teacher, record.values("loss"), record.values("gap"), record.seconds)
 
 
-class _Run:
-    """Everything that changes while a run goes on, and can be saved."""
+class _FineTuning:
+    """A `loop.Task`."""
 
-    def __init__(self, student: Towers, method: Method, settings: Settings):
+    def __init__(self, student: Towers, method: Method, stream: loop.Stream[Batch], settings: Settings):
         torch.manual_seed(settings.seed)
+        self.name, self.steps = method.name, settings.steps
         self.student, self.method, self.settings = student, method, settings
         self.device = next(student.parameters()).device
         if settings.freeze_text:
@@ -160,19 +138,14 @@ class _Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
-        self.step = 0
-        self.losses: list[float] = []
-        self.gaps: list[float] = []
-        self.seconds = 0.0
-        self._unread: list[tuple[Tensor, Tensor | None]] = []
+        self.batch = loop.Feed(stream)
         student.train()
 
-    def advance(self, batch: Batch) -> None:
+    def advance(self, step: int) -> dict[str, Tensor]:
         """One optimizer step."""
-        started = time.perf_counter()
-        batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+        batch = Batch(*(t.to(self.device, non_blocking=True) for t in self.batch(step)))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(self.step)
+            group["lr"] = self.settings.learning_rate_at(step)
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             embeddings = self.student(*batch)
@@ -183,116 +156,24 @@ class _Run:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        gap = None
-        if self.teacher is not None:
-            self.teacher.update()
-            gap = parameter_gap(self.teacher)
-        self._unread.append((loss.detach(), gap))
-        self.step += 1
-        self.seconds += time.perf_counter() - started
+        if self.teacher is None:
+            return {"loss": loss.detach()}
+        self.teacher.update()
+        return {"loss": loss.detach(), "gap": parameter_gap(self.teacher)}
 
-    def settle(self) -> None:
-        """Read the losses and gaps of the last steps off the device.
-
-        Raises:
-            FloatingPointError: A loss is not finite.
-        """
-        for loss, gap in self._unread:
-            self.losses.append(loss.item())
-            if gap is not None:
-                self.gaps.append(gap.item())
-            if not math.isfinite(self.losses[-1]):
-                raise FloatingPointError(
-                    f"{self.method.name}: the loss is {self.losses[-1]} at step {len(self.losses)} of "
-                    f"{self.settings.steps}: lower learning_rate ({self.settings.learning_rate}) or "
-                    f"clip_norm ({self.settings.clip_norm})"
-                )
-        self._unread.clear()
+    def parts(self) -> dict[str, loop.Part]:
+        """All that changes."""
+        parts: dict[str, loop.Part] = {
+            "student": self.student, "objective": self.objective, "optimizer": self.optimizer,
+        }  # fmt: skip
+        return parts if self.teacher is None else {**parts, "teacher": self.teacher}
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must share for one to continue the other."""
-        settings = asdict(self.settings)
-        del settings["checkpoint_every"]
-        method = asdict(self.method)
-        del method["summary"]
+        """Method and settings."""
+        settings, method = asdict(self.settings), asdict(self.method)
+        del settings["checkpoint_every"], method["summary"]
         return {**method, **settings}
 
-    def save(self, file: Path) -> None:
-        """Write a checkpoint; the one before it stays whole until this one is."""
-        self.settle()
-        state = {
-            "format": _FORMAT,
-            "identity": self.identity(),
-            "step": self.step,
-            "student": self.student.state_dict(),
-            "teacher": None if self.teacher is None else self.teacher.state_dict(),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-            "gaps": torch.tensor(self.gaps, dtype=torch.float64),
-            "seconds": self.seconds,
-        }
-        write_atomically(state, file)
-
-    def load(self, file: Path) -> None:
-        """Go on from a checkpoint, all of it or nothing.
-
-        Raises:
-            ValueError: It cannot be read, or belongs to another run.
-        """
-        state = read(file, {"format", "identity", "step", "student", "teacher", "optimizer"})
-        ours, theirs = self.identity(), state["identity"]
-        differing = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
-        if differing:
-            raise ValueError(
-                f"checkpoint {file} belongs to another run: "
-                + ", ".join(f"{k}={theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
-                + "; choose another folder, or delete it to start again"
-            )
-        try:
-            self.student.load_state_dict(state["student"])
-            self.objective.load_state_dict(state["objective"])
-            if self.teacher is not None:
-                self.teacher.load_state_dict(state["teacher"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"checkpoint {file} does not fit this model ({error}); choose another folder, or "
-                "delete it to start again"
-            ) from error
-        torch.set_rng_state(state["random"])
-        if state["cuda_random"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.losses, self.gaps = state["losses"].tolist(), state["gaps"].tolist()
-
-
-def write_atomically(state: dict[str, Any], file: Path) -> None:
-    """Save with `torch.save` so that `file` is either the old content or the new, never a part."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    torch.save(state, partial)
-    os.replace(partial, file)
-
-
-def read(file: Path, keys: set[str]) -> dict[str, Any]:
-    """Load what `write_atomically` wrote, without running code from it.
-
-    Raises:
-        ValueError: The file is damaged, or something else.
-    """
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, depending on which byte is wrong
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"cannot read checkpoint {file} ({reason}): it is damaged or something else; delete it to "
-            "start again"
-        ) from error
-    if not isinstance(state, dict) or not keys <= state.keys() or state.get("format", _FORMAT) != _FORMAT:
-        raise ValueError(
-            f"{file} is not a checkpoint of this version's training loop; delete it to start again"
-        )
-    return state
+    def remedy(self) -> str:
+        """The settings that tame a loss."""
+        return f"lower learning_rate ({self.settings.learning_rate}) or clip_norm ({self.settings.clip_norm})"

@@ -5,7 +5,7 @@ import torch
 
 from wmateacher.integrations import digits
 from wmateacher.integrations.clip import recipes
-from wmateacher.integrations.clip.experiment import Experiment, _over_seeds
+from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.digits import Split
 
 
@@ -50,16 +50,6 @@ def test_unknown_names_list_what_there_is():
         recipes.get("mnist-colored")
     with pytest.raises(ValueError, match="unknown method 'ema'; .*available: flyp, l2-sp, static-sd"):
         recipes.get("colored-mnist").method("ema")
-
-
-def test_means_and_deviations_over_seeds():
-    record = _over_seeds(
-        [{"seed": 0, "id": 90.0, "shift": {"a": 1.0}}, {"seed": 1, "id": 94.0, "shift": {"a": 3.0}}]
-    )
-    assert record["id"] == 92
-    assert record["shift"] == {"a": 2}
-    assert record["std"]["id"] == pytest.approx(8**0.5)
-    assert record["std"]["shift"]["a"] == pytest.approx(2**0.5)
 
 
 def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):

@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         run("flyp", checkpoint=file, stop_after=3)
     content = file.read_bytes()
     broken = torch.load(file, weights_only=True)
-    broken["student"]["clip.logit_scale"].fill_(float("nan"))
+    broken["parts"]["student"]["clip.logit_scale"].fill_(float("nan"))
     torch.save(broken, file)
     content = file.read_bytes()
     with pytest.raises(

@@ -31,3 +31,33 @@ def test_damaged_json_says_what_to_do(tmp_path):
         ValueError, match=r"results.json is not JSON \(.*\): delete it, or choose another folder"
     ):
         runs.read_json(file)
+
+
+def test_records_of_several_seeds_become_means_and_deviations(tmp_path):
+    results = runs.Results(tmp_path, {"sizes": (1, 2)}, {})
+    results.record("a", {"seed": 0, "id": 90.0, "shift": {"x": 1.0}, "note": "fine", "gap": None})
+    results.record("a", {"seed": 1, "id": 94.0, "shift": {"x": 3.0}, "note": "fine", "gap": None})
+    read = runs.Results(tmp_path, {"sizes": (1, 2)}, {})
+    assert read.content == results.content == json.loads((tmp_path / "results.json").read_text())
+    mean = read.content["methods"]["a"]
+    assert (mean["id"], mean["shift"], mean["gap"], mean["note"]) == (92, {"x": 2}, None, None)
+    assert mean["std"]["id"] == pytest.approx(8**0.5)
+    assert mean["std"]["shift"]["x"] == pytest.approx(2**0.5)
+    assert read.recorded("a", 1)["note"] == "fine"
+    assert read.recorded("a", 2) is read.recorded("b", 0) is None
+
+
+def test_results_of_another_configuration_are_refused(tmp_path):
+    runs.Results(tmp_path, {"steps": 3, "seed": 0}, {}).record("a", {"seed": 0})
+    with pytest.raises(
+        ValueError,
+        match=r"holds results of another configuration \(different: steps\): choose another folder",
+    ):
+        runs.Results(tmp_path, {"steps": 4, "seed": 0}, {})
+
+
+def test_devices():
+    assert runs.device("cpu") == "cpu"
+    assert runs.device("auto") in ("cpu", "cuda")
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used .*; pass cpu, cuda or cuda:N"):
+        runs.device("cuda:99")

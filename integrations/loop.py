@@ -1,0 +1,259 @@
+"""The one training loop that every task runs through: progress, checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Batch = TypeVar("Batch")
+Stream = Callable[[int], Iterator[Batch]]
+"""Batches from a given optimizer step on; the same step always gives the same batch."""
+
+FORMAT = 2
+"""Of checkpoints."""
+_READ_EVERY = 20
+
+
+class Part(Protocol):
+    """Something with a state: a module, an optimizer, a teacher."""
+
+    def state_dict(self) -> Any:
+        """What to save."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Take over what was saved."""
+        ...
+
+
+class Task(Protocol):
+    """What a loop trains.
+
+    Attributes:
+        name: In messages and the progress bar.
+        steps: Optimizer steps T of the whole run.
+        device: Where it trains.
+    """
+
+    name: str
+    steps: int
+    device: torch.device
+
+    def advance(self, step: int) -> Mapping[str, Tensor | float]:
+        """Take the optimizer step with index `step`, from 0; what to log of it, a `"loss"` among it.
+
+        0-d tensors stay on their device until the loop reads them.
+        """
+        ...
+
+    def parts(self) -> Mapping[str, Part]:
+        """All that changes while it trains."""
+        ...
+
+    def identity(self) -> Mapping[str, Any]:
+        """What two runs must share for one to continue the other."""
+        ...
+
+    def remedy(self) -> str:
+        """What to change where the loss is not finite."""
+        ...
+
+
+class Feed(Generic[Batch]):
+    """Gives a stream's batch of any step; consecutive steps go on in one iterator."""
+
+    def __init__(self, stream: Stream[Batch]):
+        self._stream, self._next = stream, -1
+        self._batches: Iterator[Batch] = iter(())
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of the step with this index."""
+        if step != self._next:
+            self._batches = self._stream(step)
+        self._next = step + 1
+        return next(self._batches)
+
+
+@dataclass
+class Record:
+    """What a run logged.
+
+    Attributes:
+        series: Name -> (number of steps done, value) of everything logged under it, in order.
+        seconds: Spent training, over all resumes.
+    """
+
+    series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def values(self, name: str) -> list[float]:
+        """The values of one series; empty where nothing was logged under that name."""
+        return [value for _, value in self.series.get(name, [])]
+
+
+def train(
+    task: Task,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    label: str | None = None,
+    progress: bool = True,
+    after_step: Callable[[int], None] | None = None,
+) -> Record:
+    """Run a task from where its checkpoint stands to its end.
+
+    An interrupted run that is started again with the same arguments goes on from its last checkpoint
+    and ends, on one device and one version of torch, with the same bits as an uninterrupted one.
+
+    Args:
+        task: What to train, at its start.
+        checkpoint: File to write checkpoints to, and to go on from where it exists.
+        checkpoint_every: Steps between checkpoints.
+        label: Name in the progress bar; the task's by default.
+        progress: Show a bar, where there is a terminal.
+        after_step: Called with the number of steps done after each one.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or belongs to another run.
+        FloatingPointError: The loss is not finite; the last checkpoint stays.
+    """
+    run = _Run(task)
+    if checkpoint is not None and checkpoint.exists():
+        run.load(checkpoint)
+    bar = tqdm(
+        total=task.steps, initial=run.step, desc=label or task.name, unit="step",
+        disable=None if progress else True, leave=False, dynamic_ncols=True,
+    )  # fmt: skip
+    with bar:
+        while run.step < task.steps:
+            run.advance()
+            bar.update()
+            last = run.step == task.steps
+            if last or run.step % _READ_EVERY == 0:
+                run.settle()
+                bar.set_postfix(loss=f"{run.record.values('loss')[-1]:.3f}", refresh=False)
+            if checkpoint is not None and (last or run.step % checkpoint_every == 0):
+                run.save(checkpoint)
+            if after_step is not None:
+                after_step(run.step)
+    return run.record
+
+
+class _Run:
+    """A task and how far it has come."""
+
+    def __init__(self, task: Task):
+        self.task, self.step, self.record = task, 0, Record()
+        self._unread: list[tuple[int, Mapping[str, Tensor | float]]] = []
+
+    def advance(self) -> None:
+        """One optimizer step."""
+        started = time.perf_counter()
+        logged = self.task.advance(self.step)
+        self.step += 1
+        self._unread.append((self.step, logged))
+        self.record.seconds += time.perf_counter() - started
+
+    def settle(self) -> None:
+        """Read what the last steps logged off the device.
+
+        Raises:
+            FloatingPointError: A loss is not finite.
+        """
+        for step, logged in self._unread:
+            for name, value in logged.items():
+                self.record.series.setdefault(name, []).append((step, float(value)))
+            loss = self.record.values("loss")[-1]
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"{self.task.name}: the loss is {loss} at step {step} of {self.task.steps}: "
+                    f"{self.task.remedy()}"
+                )
+        self._unread.clear()
+
+    def save(self, file: Path) -> None:
+        """Write a checkpoint; the one before it stays whole until this one is."""
+        self.settle()
+        state = {
+            "format": FORMAT,
+            "identity": dict(self.task.identity()),
+            "step": self.step,
+            "parts": {name: part.state_dict() for name, part in self.task.parts().items()},
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state() if self.task.device.type == "cuda" else None,
+            "series": {
+                name: torch.tensor(values, dtype=torch.float64) for name, values in self.record.series.items()
+            },
+            "seconds": self.record.seconds,
+        }
+        write_atomically(state, file)
+
+    def load(self, file: Path) -> None:
+        """Go on from a checkpoint, all of it or nothing.
+
+        Raises:
+            ValueError: It cannot be read, or belongs to another run.
+        """
+        state = read(file, {"format", "identity", "step", "parts", "series"})
+        ours, theirs = dict(self.task.identity()), state["identity"]
+        differing = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        if differing:
+            raise ValueError(
+                f"checkpoint {file} belongs to another run: "
+                + ", ".join(f"{k}={theirs.get(k)!r} there, {ours.get(k)!r} here" for k in differing)
+                + "; choose another folder, or delete it to start again"
+            )
+        try:
+            for name, part in self.task.parts().items():
+                part.load_state_dict(state["parts"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"checkpoint {file} does not fit this model ({error}); choose another folder, or "
+                "delete it to start again"
+            ) from error
+        torch.set_rng_state(state["random"])
+        if state["cuda_random"] is not None and self.task.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"])
+        self.step, self.record.seconds = state["step"], state["seconds"]
+        self.record.series = {
+            name: [(int(step), value) for step, value in values.tolist()]
+            for name, values in state["series"].items()
+        }
+
+
+def write_atomically(state: dict[str, Any], file: Path) -> None:
+    """Save with `torch.save` so that `file` is either the old content or the new, never a part."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    torch.save(state, partial)
+    os.replace(partial, file)
+
+
+def read(file: Path, keys: set[str]) -> dict[str, Any]:
+    """Load what `write_atomically` wrote, without running code from it.
+
+    Raises:
+        ValueError: The file is damaged, or something else.
+    """
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds, depending on which byte is wrong
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"cannot read checkpoint {file} ({reason}): it is damaged or something else; delete it to "
+            "start again"
+        ) from error
+    if not isinstance(state, dict) or not keys <= state.keys() or state["format"] != FORMAT:
+        raise ValueError(
+            f"{file} is not a checkpoint of this version's training loop; delete it to start again"
+        )
+    return state

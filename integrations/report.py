@@ -1,0 +1,48 @@
+"""Results to read: tables in text, one row a method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Results = Mapping[str, Any]
+Columns = Mapping[str, tuple[str, int]]
+"""Heading -> (dotted path in a method's record, digits after the point)."""
+
+
+def table(results: Results, columns: Columns) -> str:
+    """One row a method; with several seeds every figure is `mean ± sample deviation`.
+
+    Args:
+        results: As in `results.json`.
+        columns: What to show; a figure that a method does not have is left blank.
+    """
+    rows = []
+    for name, record in results["methods"].items():
+        row = {"method": name}
+        for heading, (path, digits) in columns.items():
+            value, deviation = look_up(record, path), look_up(record["std"], path)
+            row[heading] = "" if value is None else f"{value:.{digits}f}"
+            if value is not None and len(record["runs"]) > 1:
+                row[heading] += f" ±{deviation:.{digits}f}"
+        rows.append(row)
+    return aligned(rows)
+
+
+def look_up(record: Mapping[str, Any], path: str) -> Any:
+    """What stands at a dotted path; None where nothing does."""
+    value: Any = record
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def aligned(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of cells under their headings, the first column to the left, the others to the right."""
+    first, *rest = rows[0]
+    lines = [{k: k for k in rows[0]}, *rows]
+    widths = {key: max(len(line[key]) for line in lines) for key in rows[0]}
+    return "\n".join(
+        "  ".join([line[first].ljust(widths[first]), *(line[k].rjust(widths[k]) for k in rest)]).rstrip()
+        for line in lines
+    )
