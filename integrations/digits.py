@@ -200,8 +200,8 @@ def load(name: str = "digits", root: str | Path | None = None, *, download: bool
     """
     if name == "digits":
         everything = _bundled()
-        rest, test = _stratify(everything, 400)
-        train, val = _stratify(rest, 300)
+        rest, test = stratify(everything, 400)
+        train, val = stratify(rest, 300)
         return Source(name, DIGITS, DIGIT_TEMPLATES, train, val, test)
     if name not in SOURCES:
         raise ValueError(f"unknown data {name!r}; {nearest(name, SOURCES)}")
@@ -210,7 +210,7 @@ def load(name: str = "digits", root: str | Path | None = None, *, download: bool
             f"data {name!r} needs the folder that holds it, got root=None: pass root=DIR "
             "(--data-root DIR), and download=True (--download) to fetch it there"
         )
-    train, val = _stratify(_torchvision(name, Path(root), True, download), 2000)
+    train, val = stratify(_torchvision(name, Path(root), True, download), 2000)
     test = _torchvision(name, Path(root), False, download)
     if name == "mnist":
         return Source(name, DIGITS, DIGIT_TEMPLATES, train, val, test)
@@ -251,7 +251,7 @@ def _torchvision(name: str, root: Path, train: bool, download: bool) -> Split:
     return Split(data.data[:, None].float() / 255, data.targets.long())
 
 
-def _stratify(split: Split, held_out: int) -> tuple[Split, Split]:
+def stratify(split: Split, held_out: int) -> tuple[Split, Split]:
     """All but, and exactly, `held_out` images, the classes in the same proportions in both."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     labels = split.labels[order]

@@ -108,6 +108,7 @@ def train(
     label: str | None = None,
     progress: bool = True,
     after_step: Callable[[int], None] | None = None,
+    after_read: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> Record:
     """Run a task from where its checkpoint stands to its end.
 
@@ -121,12 +122,14 @@ def train(
         label: Name in the progress bar; the task's by default.
         progress: Show a bar, where there is a terminal.
         after_step: Called with the number of steps done after each one.
+        after_read: Called with the number of steps done and what was logged of the last, each once, some
+            steps later, when it has been read off the device.
 
     Raises:
         ValueError: The checkpoint cannot be read, or belongs to another run.
         FloatingPointError: The loss is not finite; the last checkpoint stays.
     """
-    run = _Run(task)
+    run = _Run(task, after_read)
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
     bar = tqdm(
@@ -151,8 +154,9 @@ def train(
 class _Run:
     """A task and how far it has come."""
 
-    def __init__(self, task: Task):
+    def __init__(self, task: Task, after_read: Callable[[int, Mapping[str, float]], None] | None):
         self.task, self.step, self.record = task, 0, Record()
+        self._after_read = after_read
         self._unread: list[tuple[int, Mapping[str, Tensor | float]]] = []
 
     def advance(self) -> None:
@@ -170,12 +174,14 @@ class _Run:
             FloatingPointError: A loss is not finite.
         """
         for step, logged in self._unread:
-            for name, value in logged.items():
-                self.record.series.setdefault(name, []).append((step, float(value)))
-            loss = self.record.values("loss")[-1]
-            if not math.isfinite(loss):
+            values = {name: float(value) for name, value in logged.items()}
+            for name, value in values.items():
+                self.record.series.setdefault(name, []).append((step, value))
+            if self._after_read is not None:
+                self._after_read(step, values)
+            if not math.isfinite(values["loss"]):
                 raise FloatingPointError(
-                    f"{self.task.name}: the loss is {loss} at step {step} of {self.task.steps}: "
+                    f"{self.task.name}: the loss is {values['loss']} at step {step} of {self.task.steps}: "
                     f"{self.task.remedy()}"
                 )
         self._unread.clear()

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from wmateacher.integrations import evaluation
 from wmateacher.integrations.clip.towers import Towers
-
-Labelled = Iterable[tuple[Tensor, Tensor]]
-"""Batches of images `[B, 3, H, W]` and labels `[B]`."""
+from wmateacher.integrations.evaluation import Labelled, Scores
 
 
-class Scores(NamedTuple):
-    """What is measured on one test set.
-
-    Attributes:
-        accuracy: Top-1, in percent.
-        ece: Expected calibration error over the whole set, in [0, 1]: 10 bins, l1.
-        ece_per_batch: The same, computed in each batch and averaged. This is how the published TRACER
-            figures were computed; it is larger, and depends on the batches' size and order.
-    """
-
-    accuracy: float
-    ece: float
-    ece_per_batch: float
-
-
-@torch.no_grad()
 def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
     """Classify images by `features @ head` and compare with their labels.
 
@@ -42,24 +22,8 @@ def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
     Raises:
         ValueError: The test set is empty.
     """
-    classes, device = head.shape[1], head.device
-    accuracy = MulticlassAccuracy(classes, average="micro").to(device)
-    overall, single = (MulticlassCalibrationError(classes, n_bins=10, norm="l1").to(device) for _ in "ab")
-    per_batch: list[Tensor] = []
-    training = towers.training
-    towers.eval()
-    for images, labels in batches:
-        labels = labels.to(device)
-        features = towers.encode_image(images.to(device), normalize=True)
-        probabilities = (features @ head).float().softmax(-1)
-        accuracy.update(probabilities, labels)
-        overall.update(probabilities, labels)
-        per_batch.append(single(probabilities, labels))
-    towers.train(training)
-    if not per_batch:
-        raise ValueError("the test set is empty: give at least one batch of images")
-    return Scores(
-        100 * accuracy.compute().item(), overall.compute().item(), torch.stack(per_batch).mean().item()
+    return evaluation.score(
+        towers, batches, head.shape[1], lambda images: towers.encode_image(images, normalize=True) @ head
     )
 
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher.losses import checks
-from wmateacher.losses.numerics import kl_divergence, soft_cross_entropy, upcast
+from wmateacher.losses.numerics import (
+    cross_entropy,
+    kl_divergence,
+    sinkhorn_knopp,
+    soft_cross_entropy,
+    upcast,
+)
 from wmateacher.losses.registry import add_family, register
 from wmateacher.spec import nearest
 
@@ -92,14 +98,20 @@ class MSE(nn.Module):
         return F.mse_loss(student.softmax(-1), teacher.softmax(-1))
 
 
+_CENTERINGS = ("mean", "sinkhorn")
+
+
 @register("dino", family="logits")
 class DINO(nn.Module):
     """Cross-entropy between the centred, sharpened teacher and the student.
 
-    -sum_c softmax((z_T - center) / tau_T) log softmax(z_S / tau_S), Caron et al. 2021, section 3.1,
-    algorithm 1. The centre in use is the one from before this batch; then, in training mode only,
-    center <- m center + (1 - m) mean(z_T). Every call moves it: where several views make one batch,
-    give them in one call.
+    -sum_c p_T log softmax(z_S / tau_S) with p_T = softmax((z_T - center) / tau_T), Caron et al. 2021,
+    section 3.1, algorithm 1. The centre in use is the one from before this batch; then, in training mode
+    only, center <- m center + (1 - m) mean(z_T). Every call moves it: where several views make one
+    batch, give them in one call.
+
+    With `centering="sinkhorn"` there is no centre: p_T is the batch's softmax(z_T / tau_T), rescaled by
+    Sinkhorn-Knopp until all outputs are used alike (SwAV, Caron et al. 2020, section 3.1; DINOv2).
     """
 
     center: Tensor
@@ -110,6 +122,7 @@ class DINO(nn.Module):
         student_temperature: float = 0.1,
         teacher_temperature: float = 0.04,
         center_momentum: float = 0.9,
+        centering: str = "mean",
     ) -> None:
         """Start with a centre of 0.
 
@@ -119,12 +132,16 @@ class DINO(nn.Module):
             teacher_temperature: tau_T; default of the same (its start value, where it is warmed up:
                 set the attribute `teacher_temperature` to follow a schedule).
             center_momentum: m; default of the same.
+            centering: "mean" (DINO) or "sinkhorn" (three iterations, as in DINOv2).
 
         Raises:
             ValueError: `dim` is not an integer of at least 1, a temperature not a finite number above
-                0, or the momentum not in [0, 1).
+                0, the momentum not in [0, 1), or the centring is unknown.
         """
         super().__init__()
+        if centering not in _CENTERINGS:
+            raise ValueError(f"dino: unknown centering {centering!r}; {nearest(str(centering), _CENTERINGS)}")
+        self.centering = centering
         self.dim = checks.width("dino", "dim", dim)
         self.student_temperature = checks.positive("dino", "student_temperature", student_temperature)
         self.teacher_temperature = checks.positive("dino", "teacher_temperature", teacher_temperature)
@@ -137,14 +154,24 @@ class DINO(nn.Module):
         Raises:
             ValueError: The last dimension is not `dim`.
         """
-        checks.last_dimension("dino", "dim", self.dim, student)
-        centred = (teacher - self.center.to(teacher.dtype)) / self.teacher_temperature
-        loss = soft_cross_entropy(student / self.student_temperature, centred)
-        if self.training:
-            self._update_center(teacher)
-        return loss
+        targets = self.targets(teacher)
+        return cross_entropy(student / self.student_temperature, targets)
 
     @torch.no_grad()
+    def targets(self, teacher: Tensor) -> Tensor:
+        """p_T of head outputs [..., dim]; moves the centre in training mode.
+
+        Raises:
+            ValueError: The last dimension is not `dim`.
+        """
+        checks.last_dimension("dino", "dim", self.dim, teacher)
+        if self.centering == "sinkhorn":
+            return sinkhorn_knopp(teacher / self.teacher_temperature)
+        targets = ((teacher - self.center.to(teacher.dtype)) / self.teacher_temperature).softmax(-1)
+        if self.training:
+            self._update_center(teacher)
+        return targets
+
     def _update_center(self, teacher: Tensor) -> None:
         batch_mean = teacher.reshape(-1, self.dim).mean(0)
         self.center.lerp_(batch_mean.to(self.center.dtype), 1 - self.center_momentum)

@@ -46,9 +46,26 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
+def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
+    """-sum_c p_c log p_S of targets p, probabilities; mean over the leading dimensions."""
+    return -(targets * student.log_softmax(-1)).sum(-1).mean()
+
+
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    """-sum_c p_T log p_S with p = softmax(logits), mean over the leading dimensions."""
-    return -(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
+    """`cross_entropy` against p_T = softmax(teacher)."""
+    return cross_entropy(student, teacher.softmax(-1))
+
+
+def sinkhorn_knopp(logits: Tensor, iterations: int = 3) -> Tensor:
+    """exp(logits), rescaled in turn to equal sums of all outputs and to sums of 1 over the outputs.
+
+    In the log domain, so that no logit is too large. The last rescaling makes distributions.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    for _ in range(iterations):
+        flat = flat - flat.logsumexp(0)
+        flat = flat.log_softmax(-1)
+    return flat.exp().reshape(logits.shape)
 
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:

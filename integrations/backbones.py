@@ -1,0 +1,44 @@
+"""Networks that timm builds, from a spec such as `vit_tiny_patch16_224(patch_size=4,depth=4)`."""
+
+from __future__ import annotations
+
+import timm
+from torch import nn
+
+from wmateacher.spec import nearest, parse_call
+
+
+def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        spec: A name that timm knows, with any of its arguments in brackets.
+        image_size: Height and width of its images, in pixels. Vision transformers are built for it and
+            take other sizes too, their position embedding interpolated.
+        channels: Of the images.
+        classes: Width of the classifier; 0: none, pooled features `[B, num_features]` come out.
+
+    Raises:
+        ValueError: timm has no such network, or does not build it with these arguments.
+    """
+    call = parse_call(spec)
+    if call.args:
+        raise ValueError(f"backbone {spec!r}: give arguments by name, as in {call.name}(depth=4)")
+    if not timm.is_model(call.name):
+        raise ValueError(f"unknown backbone {call.name!r}; {nearest(call.name, timm.list_models())}")
+    given = {"in_chans": channels, "num_classes": classes, **call.kwargs}
+    # Which sizes a network can be told differs from family to family; the first that fits is taken.
+    sizes = ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {})
+    reason: Exception | None = None
+    for size in sizes:
+        try:
+            return timm.create_model(call.name, **{**size, **given})
+        except TypeError as error:
+            reason = error
+        except (AssertionError, ValueError, RuntimeError) as error:
+            reason = error
+            break
+    raise ValueError(
+        f"timm does not build backbone {spec!r} for images of {image_size} pixels ({reason}): choose "
+        "other arguments or another image size"
+    ) from reason

@@ -1,0 +1,1 @@
+"""DINO: self-distillation without labels, its teacher a plain `WMATeacher`."""

@@ -1,0 +1,1 @@
+"""Mean teacher: few labels, many images, and agreement with the student's average."""
