@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher.losses import checks
+from wmateacher.losses.gathering import Across
 from wmateacher.losses.numerics import kl_divergence, soft_cross_entropy, upcast
 from wmateacher.losses.registry import add_family, register
 from wmateacher.spec import nearest
@@ -98,8 +99,11 @@ class DINO(nn.Module):
 
     -sum_c softmax((z_T - center) / tau_T) log softmax(z_S / tau_S), Caron et al. 2021, section 3.1,
     algorithm 1. The centre in use is the one from before this batch; then, in training mode only,
-    center <- m center + (1 - m) mean(z_T). Every call moves it: where several views make one batch,
-    give them in one call.
+    center <- m center + (1 - m) mean(z_T), over the batches of all ranks. Every call moves it: where
+    several views make one batch, give them in one call.
+
+    Attributes:
+        across: Which ranks' batches move the centre; `build` sets it.
     """
 
     center: Tensor
@@ -129,6 +133,7 @@ class DINO(nn.Module):
         self.student_temperature = checks.positive("dino", "student_temperature", student_temperature)
         self.teacher_temperature = checks.positive("dino", "teacher_temperature", teacher_temperature)
         self.center_momentum = checks.fraction("dino", "center_momentum", center_momentum)
+        self.across = Across()
         self.register_buffer("center", torch.zeros(self.dim))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -146,5 +151,5 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def _update_center(self, teacher: Tensor) -> None:
-        batch_mean = teacher.reshape(-1, self.dim).mean(0)
+        batch_mean = self.across.mean(teacher.reshape(-1, self.dim))
         self.center.lerp_(batch_mean.to(self.center.dtype), 1 - self.center_momentum)

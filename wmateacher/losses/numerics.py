@@ -58,6 +58,6 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return (log_p_teacher.exp() * log_ratio).sum(-1).mean()
 
 
-def diagonal_cross_entropy(logits: Tensor) -> Tensor:
-    """Cross-entropy of [B, B] logits whose right answer is the diagonal, mean over the rows."""
-    return F.cross_entropy(logits, torch.arange(logits.shape[0], device=logits.device))
+def diagonal_cross_entropy(logits: Tensor, first: int = 0) -> Tensor:
+    """Cross-entropy of logits [B_r, B] whose right answers are `first`, `first` + 1, ..., mean over rows."""
+    return F.cross_entropy(logits, torch.arange(first, first + logits.shape[0], device=logits.device))
