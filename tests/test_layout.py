@@ -22,7 +22,7 @@ ALLOWED = {
     "attachment": set(),
     "swapping": {"averaging", "sharding"},
     "teacher": {"attachment", "averaging", "kernels", "pairing", "schedule", "sharding", "swapping"},
-    "distributed": {"sharding", "teacher"},
+    "distributed": {"pairing", "sharding", "teacher"},
     "losses": {"distributed", "losses", "spec"},
     "diagnostics": {"losses", "teacher", "pairing", "sharding"},
     "checkpoints": {"kernels", "pairing"},

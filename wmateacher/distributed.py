@@ -7,16 +7,17 @@ equal, `gather_rows` joins a batch, `load` reads a teacher from a distributed ch
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from wmateacher import sharding
+from wmateacher import pairing, sharding
 
 if TYPE_CHECKING:
-    pass
+    from wmateacher.teacher import WMATeacher
 
 
 def world_size(group: Any = None) -> int:
@@ -97,8 +98,8 @@ def check_ranks_agree(module: nn.Module, group: Any = None) -> None:
         )
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise RuntimeError(
-            f"ranks disagree: not as on rank 0 are {shown}{more}. Build the student from one seed or broadcast "
-            "it before building the teacher, step all ranks alike, and call update() on every one"
+            f"ranks disagree: not as on rank 0 are {shown}{more}. Build the student from one seed or "
+            "broadcast it before building the teacher, step all ranks alike, and call update() on every one"
         )
 
 
@@ -125,3 +126,79 @@ def _checksum(tensor: Tensor) -> Tensor:
         places = torch.arange(start + 1, start + 1 + len(piece), device=flat.device)
         total += torch.stack([piece.sum(), (piece * (places * places + 1)).sum()])
     return total
+
+
+def load(
+    teacher: WMATeacher, checkpoint_id: str | PathLike[str], key: str = "teacher", **options: Any
+) -> None:
+    """Read a teacher from a distributed checkpoint, all of it or nothing.
+
+    The checkpoint holds the teacher's state under a key, as `torch.distributed.checkpoint.save({"teacher":
+    teacher.state_dict()}, checkpoint_id=...)` or `async_save` writes it, beside the student's and the
+    optimizer's if you like. It may have been written by any number of processes, sharded or not. A
+    collective: every rank calls it. It needs the teacher's memory once more while it reads, in shards where
+    the teacher is sharded; `torch.distributed.checkpoint.load` does not, and writes before it checks.
+
+    Args:
+        teacher: Built as the one that was saved.
+        checkpoint_id: The checkpoint's folder, which all ranks see.
+        key: What the teacher's state is saved under.
+        options: For `torch.distributed.checkpoint.load`, such as `storage_reader` or `process_group`.
+
+    Raises:
+        ValueError: On every rank: the checkpoint is not there, incomplete or damaged, or is another kernel's,
+            horizon's or architecture's. The teacher is as it was.
+    """
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    own = teacher.state_dict()
+    clock = own.pop("_extra_state")
+    reader = options.pop("storage_reader", None) or dcp.FileSystemReader(checkpoint_id)
+    try:
+        written = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # depends on the storage, and on which byte is wrong
+        raise ValueError(
+            f"no complete checkpoint in {str(checkpoint_id)!r} ({type(error).__name__}: {error}): a save "
+            "writes its metadata last, so that one that was interrupted has none; read the one before it"
+        ) from error
+    _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, clock)
+    state = {name: torch.empty_like(tensor) for name, tensor in own.items()} | {"_extra_state": dict(clock)}
+    options.setdefault("no_dist", not (dist.is_available() and dist.is_initialized()))
+    try:
+        dcp.load({key: state}, checkpoint_id=checkpoint_id, storage_reader=reader, **options)
+    except (CheckpointException, Exception) as error:  # the first is no Exception
+        raise ValueError(
+            f"the checkpoint in {str(checkpoint_id)!r} cannot be read ({_reason(error)}): a file of it is "
+            "missing or damaged; read the one before it"
+        ) from error
+    teacher.load_state_dict(state)
+
+
+def _check_names(
+    key: str, written: Mapping[str, Any], own: Mapping[str, Tensor], clock: Mapping[str, Any]
+) -> None:
+    """Compare a checkpoint's contents with what a teacher holds, before anything is read."""
+    if not any(name.startswith(f"{key}.") for name in written):
+        raise ValueError(
+            f"the checkpoint holds nothing under {key!r}, but "
+            f"{', '.join(sorted({n.partition('.')[0] for n in written}))}: pass what the teacher was saved "
+            "under as key="
+        )
+    expected = {*own, *(f"{key}._extra_state.{field}" for field in clock)}
+    missing = sorted(expected - written.keys())
+    extra = sorted(n for n in written if n.startswith(f"{key}.") and n not in expected)
+    shapes = [n for n in own if n in written and tuple(written[n].size) != tuple(own[n].shape)]
+    if missing or extra or shapes:
+        reason = pairing.describe_difference(missing, extra) or (
+            f"{shapes[0]!r} has shape {tuple(written[shapes[0]].size)} there and "
+            f"{tuple(own[shapes[0]].shape)} here"
+        )
+        raise ValueError(f"the checkpoint was written for another architecture: {reason}")
+
+
+def _reason(error: BaseException) -> str:
+    """The first failure of any rank, in one line; that of a checkpoint holds all ranks' tracebacks."""
+    failures = getattr(error, "failures", None) or {0: (error, None)}
+    rank, (first, _) = min(failures.items())
+    return f"rank {rank}: {type(first).__name__}: {' '.join(str(first).split())[:300]}"

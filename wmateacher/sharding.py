@@ -75,6 +75,18 @@ def norms(local_norms: Tensor, like: Sequence[Tensor]) -> Tensor:
     return local_norms
 
 
+def consolidate(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with whole tensors on the CPU of rank 0, empty on other ranks; a collective."""
+    dist = torch.distributed
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    gathered = {}
+    for key, value in state.items():
+        whole = value.full_tensor() if isinstance(value, Tensor) and is_sharded(value) else value
+        if first:
+            gathered[key] = whole.cpu() if isinstance(whole, Tensor) else whole
+    return gathered
+
+
 def refuse_fsdp1(model: nn.Module) -> None:
     """Raise a ValueError if a module holds FullyShardedDataParallel, whose parameters are flattened."""
     kind = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")

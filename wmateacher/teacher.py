@@ -295,7 +295,7 @@ class WMATeacher(nn.Module):
         targets, sources = self._counterparts(student)
         averaging.copy_([sharding.local(t) for t in targets], sources)
 
-    def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def averaged_state_dict(self, dtype: torch.dtype | None = None, *, full: bool = False) -> dict[str, Any]:
         """A copy of the averaged weights and buffers that the student's `load_state_dict` reads.
 
         Tensors are contiguous and share no memory, as `safetensors.torch.save_file` wants them. What
@@ -303,6 +303,9 @@ class WMATeacher(nn.Module):
 
         Args:
             dtype: Of floating-point tensors, from the average at full precision; None: the student's.
+            full: Gather what is sharded, one tensor at a time, for a model in one piece: the whole state on
+                the CPU of rank 0 and an empty one elsewhere. A collective: every rank calls it. False:
+                sharded tensors stay DTensors.
         """
         own = self._bind()
         names = {id(t): n for n, t in own.tensors.items()}
@@ -312,7 +315,7 @@ class WMATeacher(nn.Module):
                 wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
                 precise = self._precise(own, names[id(value)], wanted)
                 state[key] = sharding.spread(precise.to(dtype=wanted, copy=True).contiguous(), value)
-        return state
+        return sharding.consolidate(state) if full else state
 
     def train(self, mode: bool = True) -> WMATeacher:
         """Set the flag; the averaged module stays in eval mode."""

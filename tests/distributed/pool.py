@@ -9,6 +9,7 @@ import tempfile
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ class RankError(AssertionError):
 class Pool:
     """Ranks 0 to `size - 1` of one process group."""
 
-    def __init__(self, backend, size):
+    def __init__(self, backend, size, name=""):
         self.backend, self.size = backend, size
         self.ranks = []
 
@@ -35,18 +36,22 @@ class Pool:
             self._start()
         for _, pipe in self.ranks:
             pipe.send((function.__module__, function.__qualname__, arguments))
-        results, deadline = [], time.monotonic() + timeout
-        for rank, (process, pipe) in enumerate(self.ranks):
-            if not pipe.poll(max(0.0, deadline - time.monotonic())):
-                alive = "hangs" if process.is_alive() else f"died with exit code {process.exitcode}"
+        results, deadline = {}, time.monotonic() + timeout
+        pipes = {pipe: rank for rank, (_, pipe) in enumerate(self.ranks)}
+        while len(results) < self.size:
+            waiting = [pipe for pipe, rank in pipes.items() if rank not in results]
+            ready = connection.wait(waiting, max(0.0, deadline - time.monotonic()))
+            if not ready:
+                silent = [rank for rank in range(self.size) if rank not in results]
                 self.stop()
-                raise RankError(f"rank {rank} of {self.size} {alive} after {timeout} s")
-            try:
-                results.append(pipe.recv())
-            except EOFError:
-                process.join(5)
-                self.stop()
-                raise RankError(f"rank {rank} of {self.size} died, exit code {process.exitcode}") from None
+                raise RankError(f"ranks {silent} of {self.size} hang after {timeout} s")
+            for pipe in ready:
+                try:
+                    results[pipes[pipe]] = pipe.recv()
+                except EOFError:
+                    self.stop()  # the others may wait for it in a collective
+                    raise RankError(f"rank {pipes[pipe]} of {self.size} died") from None
+        results = [results[rank] for rank in range(self.size)]
         failed = [f"--- rank {r} of {self.size}\n{text}" for r, (ok, text) in enumerate(results) if not ok]
         if failed:
             self.stop()  # what they were in the middle of would meet the next test's collectives
