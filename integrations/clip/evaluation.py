@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from wmateacher.integrations import processes
 from wmateacher.integrations.clip.towers import Towers
 
 Labelled = Iterable[tuple[Tensor, Tensor]]
@@ -34,6 +35,8 @@ class Scores(NamedTuple):
 def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
     """Classify images by `features @ head` and compare with their labels.
 
+    With an initialised process group every rank embeds its part of each batch, and all get the scores.
+
     Args:
         towers: The model; evaluated in eval mode, its mode restored.
         head: `[d, classes]`, as `zero_shot_head` gives.
@@ -43,15 +46,19 @@ def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
         ValueError: The test set is empty.
     """
     classes, device = head.shape[1], head.device
-    accuracy = MulticlassAccuracy(classes, average="micro").to(device)
-    overall, single = (MulticlassCalibrationError(classes, n_bins=10, norm="l1").to(device) for _ in "ab")
+    # What they are given is whole on every rank.
+    accuracy = MulticlassAccuracy(classes, average="micro", sync_on_compute=False).to(device)
+    overall, single = (
+        MulticlassCalibrationError(classes, n_bins=10, norm="l1", sync_on_compute=False).to(device)
+        for _ in "ab"
+    )
     per_batch: list[Tensor] = []
     training = towers.training
     towers.eval()
     for images, labels in batches:
         labels = labels.to(device)
-        features = towers.encode_image(images.to(device), normalize=True)
-        probabilities = (features @ head).float().softmax(-1)
+        features = towers.encode_image(processes.part(images).to(device), normalize=True)
+        probabilities = processes.whole((features @ head).float().softmax(-1))
         accuracy.update(probabilities, labels)
         overall.update(probabilities, labels)
         per_batch.append(single(probabilities, labels))

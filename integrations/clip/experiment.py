@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from wmateacher.integrations import digits, runs
+from wmateacher.integrations import digits, processes, runs
 from wmateacher.integrations.clip.evaluation import Labelled, Scores, score, summarise
 from wmateacher.integrations.clip.methods import METHODS
 from wmateacher.integrations.clip.pairs import DrawnPairs, normalise
@@ -36,7 +36,7 @@ class Experiment:
 
     The folder holds `results.json`, `gaps/METHOD-SEED.csv` and `checkpoints/`. A folder with results of
     the same configuration is continued: finished methods are not run again, an interrupted one goes on
-    from its checkpoint.
+    from its checkpoint. With an initialised process group every rank takes part, and rank 0 writes.
 
     Args:
         recipe: What to run.
@@ -66,7 +66,8 @@ class Experiment:
         self.recipe, self.output, self.progress = recipe, output, progress
         self.device = torch.device(device)
         self.cache = cache or default_cache()
-        self.source = digits.load(recipe.data, root, download=download)
+        with processes.in_turn():
+            self.source = digits.load(recipe.data, root, download=download)
         self.train = self.source.train.subset(recipe.train_images)
         self.towers, self.tokenizer = self._fresh_towers()
         self.results = self._open()
@@ -110,7 +111,7 @@ class Experiment:
                 label=f"{name} (seed {seed})", progress=self.progress, after_step=after_step,
             )  # fmt: skip
             seconds, gaps = fitted.seconds, fitted.gaps
-        if gaps:
+        if gaps and processes.is_first():
             runs.write_csv(("step", "gap"), enumerate(gaps, 1), self.gap_file(name, seed))
         scores = self.evaluate(towers, self.source.test, {"id": self.recipe.narrow, **self.recipe.shifts})
         validation = self.evaluate(
@@ -201,7 +202,8 @@ class Experiment:
     def _record(self, name: str, record: dict[str, Any]) -> None:
         all_runs = [*self.results["methods"].get(name, {}).get("runs", []), record]
         self.results["methods"][name] = {**_over_seeds(all_runs), "runs": all_runs}
-        runs.write_json(self.results, self.output / "results.json")
+        if processes.is_first():
+            runs.write_json(self.results, self.output / "results.json")
 
 
 def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:

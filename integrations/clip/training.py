@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
+from wmateacher.distributed import world_size
+from wmateacher.integrations import processes
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.objective import Objective
 from wmateacher.integrations.clip.pairs import Batch, Stream
@@ -104,6 +106,10 @@ def fit(
     An interrupted run that is started again with the same arguments goes on from its last checkpoint
     and ends, on one device and one version of torch, with the same bits as an uninterrupted one.
 
+    With an initialised process group every rank takes its part of each batch, and rank 0 writes the
+    checkpoints. The loss is that of the whole batch, so that the number of processes changes no more than
+    rounding does (and the statistics of batch norms), also between checkpoints.
+
     Args:
         student: The pretrained towers, on the device to train on.
         method: What to minimise, with which teacher.
@@ -115,15 +121,20 @@ def fit(
         after_step: Called with the number of steps done after each one.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or belongs to another run.
+        ValueError: The checkpoint cannot be read, or belongs to another run; a batch has fewer pairs
+            than there are processes.
         FloatingPointError: The loss is not finite.
     """
+    if settings.batch_size < world_size():
+        raise ValueError(
+            f"batch_size must be at least the number of processes, {world_size()}, got {settings.batch_size}"
+        )
     run = _Run(student, method, settings)
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and processes.of_first(checkpoint.exists()):
         run.load(checkpoint)
     bar = tqdm(
         total=settings.steps, initial=run.step, desc=label or method.name, unit="step",
-        disable=None if progress else True, leave=False, dynamic_ncols=True,
+        disable=None if progress and processes.is_first() else True, leave=False, dynamic_ncols=True,
     )  # fmt: skip
     with bar:
         batches = stream(run.step)
@@ -138,6 +149,7 @@ def fit(
                 run.save(checkpoint)
             if after_step is not None:
                 after_step(run.step)
+    processes.same_buffers(student)
     return Fit(student, run.teacher, run.losses, run.gaps, run.seconds)
 
 
@@ -151,6 +163,7 @@ class _Run:
         if settings.freeze_text:
             student.freeze_text()
         self.objective = Objective(method, student).to(self.device)
+        self.model = processes.parallel(student)
         self.teacher = None
         if method.kernel is not None:
             self.teacher = WMATeacher(student, method.kernel, settings.steps)
@@ -170,12 +183,13 @@ class _Run:
     def advance(self, batch: Batch) -> None:
         """One optimizer step."""
         started = time.perf_counter()
+        batch = Batch(processes.part(batch.images), batch.tokens, processes.part(batch.caption))
         batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(self.step)
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            embeddings = self.student(*batch)
+            embeddings = self.model(*batch)
             targets = None if self.teacher is None else self.teacher(*batch)
             loss = self.objective(self.student, embeddings, targets).total
         loss.backward()
@@ -220,6 +234,8 @@ class _Run:
     def save(self, file: Path) -> None:
         """Write a checkpoint; the one before it stays whole until this one is."""
         self.settle()
+        if not processes.is_first():
+            return
         state = {
             "format": _FORMAT,
             "identity": self.identity(),
