@@ -28,7 +28,8 @@ ALLOWED = {
     "checkpoints": {"kernels", "pairing"},
     "posthoc": {"checkpoints", "kernels", "schedule", "teacher", "pairing"},
     "theory": {"kernels", "schedule"},
-    "cli": {"kernels", "posthoc", "theory"},
+    "cost": set(),
+    "cli": {"cost", "kernels", "posthoc", "theory"},
     "__init__": {"kernels", "losses", "teacher"},
 }
 
