@@ -56,11 +56,10 @@ def _gaps(teacher: WMATeacher) -> dict[str, tuple[Tensor, Tensor]]:
         raise ValueError("the teacher averages no tensor: everything is frozen, excluded or a buffer")
     local = ((sharding.local(w), sharding.local(m)) for _, w, m in teacher.averaged_pairs())
     students, averages = zip(*((_real(w), _real(m.to(w.device))) for w, m in local), strict=True)
-    apart = torch._foreach_norm(torch._foreach_sub(students, averages))
-    scale = torch._foreach_norm(students)
+    norms = [torch._foreach_norm(torch._foreach_sub(students, averages)), torch._foreach_norm(students)]
     if any(map(sharding.is_sharded, whole.values())):
-        apart, scale = (list(sharding.norms(torch.stack(n), [*whole.values()])) for n in (apart, scale))
-    return dict(zip(whole, zip(apart, scale, strict=True), strict=True))
+        norms = [sharding.norms(torch.stack(n), [*whole.values()]).unbind() for n in norms]
+    return dict(zip(whole, zip(*norms, strict=True), strict=True))
 
 
 def _relative(norms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

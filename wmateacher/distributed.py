@@ -87,7 +87,8 @@ def check_ranks_agree(module: nn.Module, group: Any = None) -> None:
         return
     everyone: list[Any] = [None] * size
     dist.all_gather_object(everyone, _fingerprints(module.state_dict()), group=group)
-    first, differing = everyone[0], {}
+    first = everyone[0]
+    differing: dict[str, list[int]] = {}
     for rank, theirs in enumerate(everyone):
         for name in {**first, **theirs}:
             if first.get(name) != theirs.get(name):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter, getitem, is_
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -231,7 +231,8 @@ def materialise(model: nn.Module, device: torch.device) -> None:
     """Give a model's tensors on the meta device memory, to be written to; tied ones once."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
-        for table in (module._parameters, module._buffers):
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for table in tables:
             for name, tensor in table.items():
                 if tensor is not None and tensor.is_meta:
                     if tensor not in made:

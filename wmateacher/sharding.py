@@ -9,16 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 shard = attrgetter("_local_tensor")
 """The part of a DTensor that this process holds: the tensor itself, which FSDP2 may replace."""
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor."""
     kind = _loaded("torch.distributed.tensor", "DTensor")
     return kind is not None and isinstance(tensor, kind)
@@ -37,7 +40,7 @@ def spread(values: Tensor, like: Tensor) -> Tensor:
     # With the shape given: from the shards alone an uneven one would be guessed wrong.
     return kind.from_local(
         values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )  # type: ignore[attr-defined]
+    )
 
 
 def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
@@ -66,7 +69,7 @@ def norms(local_norms: Tensor, like: Sequence[Tensor]) -> Tensor:
     groups: dict[Any, list[int]] = {}
     for i, tensor in enumerate(like):
         if is_sharded(tensor):
-            groups.setdefault((tensor.device_mesh, tensor.placements), []).append(i)  # type: ignore[attr-defined]
+            groups.setdefault((tensor.device_mesh, tensor.placements), []).append(i)
     for (mesh, placements), members in groups.items():
         kinds = sys.modules["torch.distributed.tensor"]
         summed = [kinds.Partial() if p.is_shard() else p for p in placements]
@@ -113,9 +116,10 @@ def fully_sharded(model: nn.Module) -> list[nn.Module]:
 def refuse_uneven(name: str, tensor: Tensor) -> None:
     """Raise a ValueError where FSDP2 would pad a shard, in memory that two modules cannot share."""
     if is_sharded(tensor):
-        mesh = tensor.device_mesh  # type: ignore[attr-defined]
-        for axis, placement in enumerate(tensor.placements):  # type: ignore[attr-defined]
-            if placement.is_shard() and tensor.shape[placement.dim] % mesh.size(axis):
+        mesh = tensor.device_mesh
+        for axis, placement in enumerate(tensor.placements):
+            cut = getattr(placement, "dim", None)  # of replicas, none
+            if cut is not None and tensor.shape[cut] % mesh.size(axis):
                 raise ValueError(
                     f"the student's frozen {name!r} of shape {tuple(tensor.shape)} is {describe(tensor)} "
                     "in uneven shards, which FSDP2 pads in memory of each module's own: pass "
@@ -123,20 +127,13 @@ def refuse_uneven(name: str, tensor: Tensor) -> None:
                 )
 
 
-def _loaded(module: str, name: str) -> Any:
-    """A class that exists only if somebody has imported its module."""
-    return getattr(sys.modules.get(module), name, None)
-
-
 def alike(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors of one shape are cut into shards alike, or not at all."""
-    if is_sharded(one) != is_sharded(other):
-        return False
-    if not is_sharded(one):
-        return True
-    mine, theirs = one.device_mesh, other.device_mesh  # type: ignore[attr-defined]
+    if not is_sharded(one) or not is_sharded(other):
+        return is_sharded(one) == is_sharded(other)
+    mine, theirs = one.device_mesh, other.device_mesh
     return (
-        one.placements == other.placements  # type: ignore[attr-defined]
+        one.placements == other.placements
         and (mine is theirs or torch.equal(mine.mesh, theirs.mesh))
         and shard(one).shape == shard(other).shape
     )
@@ -146,5 +143,10 @@ def describe(tensor: Tensor) -> str:
     """Whether and how a tensor is sharded, in words."""
     if not is_sharded(tensor):
         return "not sharded"
-    placements = ", ".join(map(str, tensor.placements))  # type: ignore[attr-defined]
-    return f"sharded ({placements}) over {tuple(tensor.device_mesh.shape)} processes"  # type: ignore[attr-defined]
+    placements = ", ".join(map(str, tensor.placements))
+    return f"sharded ({placements}) over {tuple(tensor.device_mesh.shape)} processes"
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class that exists only if somebody has imported its module."""
+    return getattr(sys.modules.get(module), name, None)

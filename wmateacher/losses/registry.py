@@ -218,8 +218,8 @@ class Criterion(nn.Module):
             self._calls[call.name] = call
             families[call.name] = entry.family
             modules[call.name] = call.build(entry.factory)
-            if hasattr(modules[call.name], "across"):
-                modules[call.name].across = self.across
+            if isinstance(getattr(modules[call.name], "across", None), Across):
+                vars(modules[call.name])["across"] = self.across
         if not modules:
             raise ValueError("a criterion needs at least one term, got none; write such as 'fd + crd'")
         self.terms = nn.ModuleDict(modules)
