@@ -165,7 +165,6 @@ def load(
         ) from error
     _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, clock)
     state = {name: torch.empty_like(tensor) for name, tensor in own.items()} | {"_extra_state": dict(clock)}
-    options.setdefault("no_dist", not (dist.is_available() and dist.is_initialized()))
     try:
         dcp.load({key: state}, checkpoint_id=checkpoint_id, storage_reader=reader, **options)
     except (CheckpointException, Exception) as error:  # the first is no Exception
