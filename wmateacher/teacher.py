@@ -193,7 +193,7 @@ class WMATeacher(nn.Module):
         """The averaged module's output, in eval mode and without gradient."""
         with torch.no_grad():
             output = self.module(*args, **kwargs)
-        # FSDP2 keeps the root gathered for a backward pass, which never comes: it would miss every update.
+        # FSDP2 keeps the root whole for a backward pass, which never comes.
         sharding.reshard(self._fully_sharded)
         return output
 

@@ -160,6 +160,7 @@ def test_training_forward_and_attach(folder):
     student.train()
     for step in range(STEPS):
         before = teacher(tokens())
+        assert all(isinstance(p, DTensor) for p in teacher.module.parameters())
         student(tokens()).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
