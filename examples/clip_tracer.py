@@ -1,7 +1,8 @@
 """Robust fine-tuning of a small CLIP: what each kind of teacher keeps, and what it costs.
 
 Pre-trains a small CLIP on digits in many domains (kept for the next run), fine-tunes it on one narrow
-domain by several methods, and compares them there (ID) and under shift (OOD). Nothing is downloaded.
+domain by several methods, and compares them there (ID) and under shift (OOD). Nothing is downloaded. On
+several processes: `torchrun --nproc-per-node 2 examples/clip_tracer.py`, gloo on CPUs, nccl on GPUs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import tyro
 
 from wmateacher import kernels
-from wmateacher.integrations import runs
+from wmateacher.integrations import processes
 from wmateacher.integrations.clip import recipes, report
 from wmateacher.integrations.clip.experiment import Experiment
 
@@ -54,7 +55,7 @@ class Arguments:
     cache: Path | None = None
     """Where pretrained towers are kept. Default: ~/.cache/wmateacher."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one, under torchrun each process its own."""
 
 
 def configured(arguments: Arguments) -> recipes.Recipe:
@@ -80,32 +81,42 @@ def main(arguments: Arguments) -> None:
         raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
     recipe = configured(arguments)
     names = [recipe.method(name).name for name in arguments.methods or recipe.methods]
-    output = arguments.output or Path(time.strftime("runs/clip_tracer-%Y%m%d-%H%M%S"))
-    device = runs.device(arguments.device)
-    run = Experiment(
-        recipe, output, root=arguments.data_root, download=arguments.download,
-        cache=arguments.cache, device=device,
-    )  # fmt: skip
-    print(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}", flush=True)
-    try:
-        print(
-            f"pre-trained for {recipe.pretrain.steps} steps, {run.pretrain():.0f} s of training", flush=True
-        )
-        for seed in range(arguments.seeds):
-            for name in names:
-                record = run.run(name, seed)
-                print(
-                    f"{name} (seed {seed}): ID {record['id']:.1f}, mean OOD {record['ood']:.1f}", flush=True
-                )
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr)
-        sys.exit(130)
+    with processes.joined(arguments.device) as device:
+        output = processes.of_first(arguments.output or Path(time.strftime("runs/clip_tracer-%Y%m%d-%H%M%S")))
+        run = Experiment(
+            recipe, output, root=arguments.data_root, download=arguments.download,
+            cache=arguments.cache, device=device,
+        )  # fmt: skip
+        say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
+        try:
+            say(f"pre-trained for {recipe.pretrain.steps} steps, {run.pretrain():.0f} s of training")
+            for seed in range(arguments.seeds):
+                for name in names:
+                    record = run.run(name, seed)
+                    say(f"{name} (seed {seed}): ID {record['id']:.1f}, mean OOD {record['ood']:.1f}")
+        except KeyboardInterrupt:
+            print(
+                f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr
+            )
+            sys.exit(130)
+        if processes.is_first():
+            conclude(run, recipe, names)
+
+
+def say(text: str) -> None:
+    """Print it, once however many processes there are."""
+    if processes.is_first():
+        print(text, flush=True)
+
+
+def conclude(run: Experiment, recipe: recipes.Recipe, names: list[str]) -> None:
+    """The table and the picture."""
     print(f"\n{report.table(run.results)}\n")
     if recipe.published_forgetting:
         print(f"{report.forgetting_table(run.results, recipe.published_forgetting)}\n")
     gaps = {name: run.gap_file(name, 0) for name in names if run.gap_file(name, 0).exists()}
-    report.picture(run.results, gaps, output / "methods.png")
-    print(f"wrote {output}/results.json, gaps/*.csv, methods.png")
+    report.picture(run.results, gaps, run.output / "methods.png")
+    print(f"wrote {run.output}/results.json, gaps/*.csv, methods.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from wmateacher.integrations import processes
+
 Labelled = Iterable[tuple[Tensor, Tensor]]
 """Batches of images `[B, 3, H, W]` and labels `[B]`."""
 
@@ -45,14 +47,18 @@ def score(
     """
     device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
     answer = classifier if logits is None else logits
-    accuracy = MulticlassAccuracy(classes, average="micro").to(device)
-    overall, single = (MulticlassCalibrationError(classes, n_bins=10, norm="l1").to(device) for _ in "ab")
+    # What they are given is whole on every rank.
+    accuracy = MulticlassAccuracy(classes, average="micro", sync_on_compute=False).to(device)
+    overall, single = (
+        MulticlassCalibrationError(classes, n_bins=10, norm="l1", sync_on_compute=False).to(device)
+        for _ in "ab"
+    )
     per_batch: list[Tensor] = []
     training = classifier.training
     classifier.eval()
     for images, labels in batches:
         labels = labels.to(device)
-        probabilities = answer(images.to(device)).float().softmax(-1)
+        probabilities = processes.whole(answer(processes.part(images).to(device)).float().softmax(-1))
         accuracy.update(probabilities, labels)
         overall.update(probabilities, labels)
         per_batch.append(single(probabilities, labels))

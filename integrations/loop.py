@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wmateacher.integrations import processes
+
 Batch = TypeVar("Batch")
 Stream = Callable[[int], Iterator[Batch]]
 """Batches from a given optimizer step on; the same step always gives the same batch."""
@@ -130,11 +132,11 @@ def train(
         FloatingPointError: The loss is not finite; the last checkpoint stays.
     """
     run = _Run(task, after_read)
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and processes.of_first(checkpoint.exists()):
         run.load(checkpoint)
     bar = tqdm(
         total=task.steps, initial=run.step, desc=label or task.name, unit="step",
-        disable=None if progress else True, leave=False, dynamic_ncols=True,
+        disable=None if progress and processes.is_first() else True, leave=False, dynamic_ncols=True,
     )  # fmt: skip
     with bar:
         while run.step < task.steps:
@@ -189,6 +191,8 @@ class _Run:
     def save(self, file: Path) -> None:
         """Write a checkpoint; the one before it stays whole until this one is."""
         self.settle()
+        if not processes.is_first():
+            return
         state = {
             "format": FORMAT,
             "identity": dict(self.task.identity()),

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from wmateacher.integrations import processes
+
 
 def environment(device: torch.device | str, packages: Iterable[str] = ()) -> dict[str, Any]:
     """Versions and hardware, for the record beside results."""
@@ -33,22 +35,6 @@ def environment(device: torch.device | str, packages: Iterable[str] = ()) -> dic
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "packages": versions,
     }
-
-
-def device(name: str) -> str:
-    """A device that can be used; `"auto"` takes a GPU where there is one.
-
-    Raises:
-        ValueError: It cannot be used here.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used ({reason}); pass cpu, cuda or cuda:N") from None
-    return name
 
 
 class Results:
@@ -90,7 +76,8 @@ class Results:
         """Add the record of one run, with its `seed`, and write the file."""
         all_runs = [*self.content["methods"].get(method, {}).get("runs", []), record]
         self.content["methods"][method] = {**_over_seeds(all_runs), "runs": all_runs}
-        write_json(self.content, self.file)
+        if processes.is_first():
+            write_json(self.content, self.file)
 
 
 def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:

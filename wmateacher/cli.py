@@ -1,4 +1,4 @@
-"""The command `wmateacher`: look at kernels, and average what training left on disk."""
+"""The command `wmateacher`: look at kernels and costs, and average what training left on disk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wmateacher import kernels, posthoc, theory
+from wmateacher import cost, kernels, posthoc, theory
 from wmateacher.kernels import Array, Kernel
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -89,6 +89,13 @@ def _stock(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}: Model Stock of {len(arguments.finetuned)} models")
 
 
+def _cost(arguments: argparse.Namespace) -> None:
+    models = [(spec.partition("/")[0], cost.Model.parse(spec)) for spec in arguments.models]
+    for ranks in arguments.ranks:
+        print(f"{ranks} processes, {arguments.student} student; GB a process\n")
+        print(f"{cost.table(models, ranks, arguments.student, arguments.average)}\n")
+
+
 def _refuse_existing(file: str, force: bool) -> None:
     if Path(file).exists() and not force:
         raise ValueError(f"{file} exists already: choose another name, or pass --force to replace it")
@@ -116,6 +123,20 @@ def _parser() -> argparse.ArgumentParser:
     kernel.add_argument("--lam", type=float, default=0.9, help="the distillation loss's weight (default 0.9)")
     kernel.add_argument("--plot", metavar="FILE", help="also draw the profiles (.png, .pdf, .svg)")
     _add_force(kernel)
+
+    costs = _command(
+        commands,
+        "cost",
+        _cost,
+        "memory and traffic of a teacher on many processes",
+        "What a teacher adds to each process, and what an update and a forward move: whole beside DDP, "
+        "sharded by FSDP2, sharded and offloaded to the host. A model is PARAMETERS or PARAMETERS/BLOCKS.",
+        "wmateacher cost 8B/32 70B/80 --ranks 64",
+    )
+    costs.add_argument("models", nargs="+", metavar="SIZE", help="such as 350M, 8B or 70B/80 (80 blocks)")
+    costs.add_argument("--ranks", type=int, nargs="+", default=[8], help="processes (default 8)")
+    costs.add_argument("--student", default="bfloat16", help="of its parameters: bfloat16, float32")
+    costs.add_argument("--average", default="auto", help="WMATeacher's dtype: auto or split")
 
     average = _command(
         commands,

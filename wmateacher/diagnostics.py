@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wmateacher import sharding
 from wmateacher.teacher import WMATeacher
 
 # --- weights --------------------------------------------------------------------------------------------
@@ -50,12 +51,15 @@ def module_gaps(teacher: WMATeacher) -> dict[str, Tensor]:
 
 def _gaps(teacher: WMATeacher) -> dict[str, tuple[Tensor, Tensor]]:
     """|W - M| and |W| of every averaged tensor."""
-    pairs = {n: (_real(w), _real(m.to(w.device))) for n, w, m in teacher.averaged_pairs()}
-    if not pairs:
+    whole = {n: w for n, w, _ in teacher.averaged_pairs()}
+    if not whole:
         raise ValueError("the teacher averages no tensor: everything is frozen, excluded or a buffer")
-    students, averages = zip(*pairs.values(), strict=True)
-    apart = torch._foreach_norm(torch._foreach_sub(students, averages))
-    return dict(zip(pairs, zip(apart, torch._foreach_norm(students), strict=True), strict=True))
+    local = ((sharding.local(w), sharding.local(m)) for _, w, m in teacher.averaged_pairs())
+    students, averages = zip(*((_real(w), _real(m.to(w.device))) for w, m in local), strict=True)
+    norms = [torch._foreach_norm(torch._foreach_sub(students, averages)), torch._foreach_norm(students)]
+    if any(map(sharding.is_sharded, whole.values())):
+        norms = [sharding.norms(torch.stack(n), [*whole.values()]).unbind() for n in norms]
+    return dict(zip(whole, zip(*norms, strict=True), strict=True))
 
 
 def _relative(norms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -10,14 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter, getitem, is_
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import spec
+from wmateacher import sharding, spec
 
 Buffers = Literal["copy", "average", "keep"]
 Frozen = Literal["share", "copy"]
@@ -67,6 +67,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 class Binding:
     """A model's tensors by name, looked up once, with a test that they are still the same.
 
+    `tensors` are the model's, `local` their memory in this process: the shards of those that are sharded.
     The test runs no Python per tensor: modules and tensors must be the same objects where they were
     found, and their memory, layout and `requires_grad` flags as they were (`tensor.data = ...` changes
     these and not the object). Of trained wrappers around other tensors it cannot tell.
@@ -76,18 +77,17 @@ class Binding:
         """Look up the tensors of an unwrapped module."""
         self.model = model
         self.tensors = tensors(model)
+        self.local = {name: sharding.local(tensor) for name, tensor in self.tensors.items()}
         self._tables = [table for m in model.modules() for table in (m._parameters, m._buffers, m._modules)]
         slots = [(table, key) for table in self._tables for key in table]
         self._where, self._keys = [table for table, _ in slots], [key for _, key in slots]
         self._objects = [table[key] for table, key in slots]
+        self._sharded = [t for t in self.tensors.values() if sharding.is_sharded(t)]
+        self._shards = list(map(sharding.shard, self._sharded))
         # A wrapper around other tensors (a quantised weight) has no memory of its own, nor a sparse one.
-        self._plain = [
-            t
-            for t in self.tensors.values()
-            if t.layout == torch.strided and not is_traceable_wrapper_subclass(t)
-        ]
-        wrapped = (t for t in self.tensors.values() if is_traceable_wrapper_subclass(t))
-        self._opaque = any(t.requires_grad for t in wrapped)
+        wrapped = {n for n, t in self.local.items() if is_traceable_wrapper_subclass(t)}
+        self._plain = [t for n, t in self.local.items() if t.layout == torch.strided and n not in wrapped]
+        self._opaque = any(self.tensors[n].requires_grad for n in wrapped)
         self._fingerprint = self._take_fingerprint()
 
     def is_current(self) -> bool:
@@ -99,6 +99,7 @@ class Binding:
         return (
             same
             and not self._opaque
+            and all(map(is_, map(sharding.shard, self._sharded), self._shards))
             and sum(map(len, self._tables)) == len(self._objects)
             and self._take_fingerprint() == self._fingerprint
         )
@@ -224,6 +225,20 @@ def unexpanded(tensor: Tensor) -> Tensor:
         if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Give a model's tensors on the meta device memory, to be written to; tied ones once."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and tensor.is_meta:
+                    if tensor not in made:
+                        empty = torch.empty_like(tensor, device=device)
+                        made[tensor] = nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+                    table[name] = made[tensor]
 
 
 def densify(model: nn.Module) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from wmateacher import averaging
+from wmateacher import averaging, sharding
+
+_VERSION = attrgetter("_version")
 
 # Models that hold borrowed weights now, and their submodules, each with whose they are.
 _lent: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
@@ -33,33 +36,37 @@ def refuse(model: nn.Module, action: str) -> None:
 def lend(
     model: nn.Module, lender: object, targets: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> Iterator[None]:
-    """`targets`, tensors of an unwrapped model, hold the values of `sources` inside.
+    """`targets`, tensors of an unwrapped model, hold the values of `sources` inside, local where sharded.
 
     They hold their own again after, bit for bit, on whatever way out.
 
     Raises:
         RuntimeError: Inside, at the model's `state_dict`; at the end, if a parameter was written inside.
     """
-    own = [target.detach().clone() for target in targets]
-    modules = list(model.modules())
+    memory = [sharding.local(target) for target in targets]
+    own = [tensor.detach().clone() for tensor in memory]
+    # A write to a DTensor counts in itself, one to its shard in the shard.
+    watched = [
+        t for pair in zip(targets, memory, strict=True) for t in pair if isinstance(pair[0], nn.Parameter)
+    ]
+    modules, fully_sharded = list(model.modules()), sharding.fully_sharded(model)
     tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers)]
     slots = [(table, key, table[key]) for table in tables for key in table]
     guards = [module.register_state_dict_pre_hook(_refuse_state) for module in modules]
     _lent.update(dict.fromkeys(modules, lender))
     written = False
     try:
-        averaging.copy_(targets, sources)
-        lent = [t._version for t in targets]
+        averaging.copy_(memory, sources)
+        lent = list(map(_VERSION, watched))
         yield
-        written = any(
-            t._version != v for t, v in zip(targets, lent, strict=True) if isinstance(t, nn.Parameter)
-        )
+        written = lent != list(map(_VERSION, watched))
     finally:
+        sharding.reshard(fully_sharded)  # a forward inside may have left the borrowed weights gathered
         for table, key, tensor in slots:
             if table.get(key) is not tensor:
                 written = written or isinstance(tensor, nn.Parameter)
                 table[key] = tensor
-        averaging.copy_(targets, own)
+        averaging.copy_(memory, own)
         for guard in guards:
             guard.remove()
         for module in modules:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmateacher import averaging, kernels, pairing, swapping
+from wmateacher import averaging, kernels, pairing, sharding, swapping
 from wmateacher.attachment import Attachment
 from wmateacher.averaging import Average
 from wmateacher.kernels import Array, Kernel
@@ -90,11 +90,14 @@ class WMATeacher(nn.Module):
             frozen: `"share"` the student's own tensors for parameters that do not require grad (they
                 cost nothing and are not in the state), or `"copy"` them.
             exclude: Name patterns (as in `fnmatch`) of tensors that are copied instead of averaged.
-            module: Builds the averaged module where the student cannot be deep-copied.
+            module: Builds the averaged module where the student cannot be deep-copied, or is sharded by
+                `fully_shard`: it shards its module as the student is, and may leave it on the meta
+                device. Every process then averages its own shards, without communication.
 
         Raises:
             ValueError: A parameter out of range, a kernel that needs `total_steps` without it, a
-                pattern that matches nothing, or a factory whose module differs from the student.
+                pattern that matches nothing, a factory whose module differs from the student or is
+                sharded otherwise, or a student under FSDP1 (`FullyShardedDataParallel`).
             TypeError: `model` is not a module or a scripted one, or `kernel` is nothing that a kernel is
                 made from.
         """
@@ -115,11 +118,14 @@ class WMATeacher(nn.Module):
                 "model must not be a ScriptModule: build the teacher before scripting the student"
             )
         swapping.refuse(student, "building a teacher")
+        sharding.refuse_fsdp1(student)
+        sharding.reshard(sharding.fully_sharded(student))
         self._roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
         self._student = (model,)  # in a tuple, so that it does not become a submodule
         self.module = self._build(student, module, device)
+        self._fully_sharded = sharding.fully_sharded(self.module)
         self._precisions: dict[str, torch.dtype] = {}
-        self._beside = self._start(pairing.tensors(student), dtype)
+        self._beside = self._start(Binding(student).local, dtype)
         self._plan: _Plan | None = None
         self._attachment: Attachment | None = None
         self._swapped: nn.Module | None = None
@@ -154,10 +160,14 @@ class WMATeacher(nn.Module):
         return self._clock.weights()
 
     def averaged_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, student, average) of every averaged tensor, at full precision; for diagnostics."""
+        """(name, student, average) of every averaged tensor, at full precision; for diagnostics.
+
+        Of a sharded tensor both are DTensors.
+        """
         plan = self._planned(self._student[0])
         for name in self._roles.averaged:
-            yield name, plan.student.tensors[name].detach(), self._average(plan.own, name).read()
+            average = sharding.spread(self._average(plan.own, name).read(), plan.own.tensors[name])
+            yield name, plan.student.tensors[name].detach(), average
 
     def set_total_steps(self, total_steps: int) -> None:
         """Change the horizon mid-run.
@@ -182,7 +192,10 @@ class WMATeacher(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The averaged module's output, in eval mode and without gradient."""
         with torch.no_grad():
-            return self.module(*args, **kwargs)
+            output = self.module(*args, **kwargs)
+        # FSDP2 keeps the root whole for a backward pass, which never comes.
+        sharding.reshard(self._fully_sharded)
+        return output
 
     def update(self, model: nn.Module | None = None) -> None:
         """Count one optimizer step and average the student in where a snapshot is due.
@@ -258,6 +271,7 @@ class WMATeacher(nn.Module):
                 "swap() inside swap(): another model holds this teacher's weights, or this one another "
                 "teacher's, already; leave that with block first"
             )
+        sharding.reshard(sharding.fully_sharded(student))
         targets, sources = self._counterparts(student)
         self._swapped = student
         try:
@@ -277,9 +291,11 @@ class WMATeacher(nn.Module):
         """
         student = pairing.unwrap(model)
         swapping.refuse(student, "copy_to()")
-        averaging.copy_(*self._counterparts(student))
+        sharding.reshard(sharding.fully_sharded(student))
+        targets, sources = self._counterparts(student)
+        averaging.copy_([sharding.local(t) for t in targets], sources)
 
-    def averaged_state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    def averaged_state_dict(self, dtype: torch.dtype | None = None, *, full: bool = False) -> dict[str, Any]:
         """A copy of the averaged weights and buffers that the student's `load_state_dict` reads.
 
         Tensors are contiguous and share no memory, as `safetensors.torch.save_file` wants them. What
@@ -287,16 +303,19 @@ class WMATeacher(nn.Module):
 
         Args:
             dtype: Of floating-point tensors, from the average at full precision; None: the student's.
+            full: Gather what is sharded, one tensor at a time, for a model in one piece: the whole state on
+                the CPU of rank 0 and an empty one elsewhere. A collective: every rank calls it. False:
+                sharded tensors stay DTensors.
         """
-        own = Binding(self.module)
+        own = self._bind()
         names = {id(t): n for n, t in own.tensors.items()}
         state: dict[str, Any] = self.module.state_dict(keep_vars=True)
         for key, value in state.items():
             if id(value) in names:
                 wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
-                full = self._precise(own, names[id(value)], wanted)
-                state[key] = full.detach().to(dtype=wanted, copy=True).contiguous()
-        return state
+                precise = self._precise(own, names[id(value)], wanted)
+                state[key] = sharding.spread(precise.to(dtype=wanted, copy=True).contiguous(), value)
+        return sharding.consolidate(state) if full else state
 
     def train(self, mode: bool = True) -> WMATeacher:
         """Set the flag; the averaged module stays in eval mode."""
@@ -315,6 +334,15 @@ class WMATeacher(nn.Module):
         named = pairing.tensors(student)
         target = None if device is None else torch.empty(0, device=device).device
         shared = {id(named[n]): named[n] for n in self._roles.shared}
+        if sharding.fully_sharded(student):
+            if factory is None:
+                raise ValueError(
+                    "the student is sharded by fully_shard, which refuses to be deep-copied: pass "
+                    "module=FACTORY, the function that builds the module and shards it as the student is (it "
+                    "may do so on the meta device and leave it there)"
+                )
+            for name in self._roles.shared:
+                sharding.refuse_uneven(name, named[name])
         if target is not None and any(t.device != target for t in shared.values()):
             raise ValueError(
                 f"device={device!r} differs from that of the student's frozen parameters, which "
@@ -332,24 +360,26 @@ class WMATeacher(nn.Module):
                 ) from error
         else:
             module = factory()
-            pairing.match(named, pairing.tensors(module))
-            theirs = {id(t) for t in named.values()}
             own = pairing.tensors(module)
+            pairing.match(named, own)
+            sharding.match(own, named)
+            theirs = {id(t) for t in named.values()}
             if any(id(own[n]) in theirs for n in self._roles.owned):
                 raise ValueError(
                     "module must build a new module: what the factory returned has the student's own tensors"
                 )
             pairing.densify(module)
             pairing.share(module, student, self._roles.shared)
-            own = pairing.tensors(module)
-            averaging.copy_([own[n] for n in self._roles.owned], [named[n] for n in self._roles.owned])
+            pairing.materialise(module, target or _device(named))
+            targets, sources = Binding(module).local, Binding(student).local
+            averaging.copy_([targets[n] for n in self._roles.owned], [sources[n] for n in self._roles.owned])
         pairing.densify(module)
         module.requires_grad_(False)
         return (module if device is None else module.to(device)).eval()
 
     def _start(self, student: dict[str, Tensor], dtype: pairing.Precision) -> dict[str, Tensor]:
         """Begin the averages at the student; what they need beside the module's own tensors."""
-        own, beside = pairing.tensors(self.module), {}
+        own, beside = Binding(self.module).local, {}
         for name in self._roles.averaged:
             wanted = self._precisions[name] = pairing.accumulator_dtype(student[name], dtype)
             split = dtype == "split" and wanted != own[name].dtype
@@ -370,8 +400,13 @@ class WMATeacher(nn.Module):
 
     # --- what it works on ---------------------------------------------------------------------------
 
+    def _bind(self) -> Binding:
+        """The averaged module's tensors, its shards where it is sharded."""
+        sharding.reshard(self._fully_sharded)
+        return Binding(self.module)
+
     def _average(self, own: Binding, name: str) -> Average:
-        average = Average(own.tensors[name], self._beside.get(name))
+        average = Average(own.local[name], self._beside.get(name))
         needed = torch.bfloat16 if average.split else average.held.dtype
         needed = self._precisions[name] if average.beside is None else needed
         if (average.split or average.beside is None) and average.own.dtype != needed:
@@ -382,16 +417,17 @@ class WMATeacher(nn.Module):
         return average
 
     def _precise(self, own: Binding, name: str, dtype: torch.dtype) -> Tensor:
-        """A tensor of the teacher's, at full precision where `dtype` is not its own."""
-        tensor = own.tensors[name]
+        """The memory of a tensor of the teacher's, at full precision where `dtype` is not its own."""
+        tensor = own.local[name]
         if tensor.dtype == dtype or name not in self._beside:
             return tensor.detach()
         return self._average(own, name).read()
 
     def _counterparts(self, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """A model's tensors and the teacher's for them, without those that are the same."""
-        own, theirs = Binding(self.module), pairing.tensors(student)
+        """A model's tensors and the teacher's memory for them, without those that are the same."""
+        own, theirs = self._bind(), pairing.tensors(student)
         pairing.match(own.tensors, theirs)
+        sharding.match(own.tensors, theirs)
         names = [n for n, tensor in own.tensors.items() if tensor is not theirs[n]]
         targets = [pairing.unexpanded(theirs[n]) for n in names]
         sources = [self._precise(own, n, theirs[n].dtype) for n in names]
@@ -403,9 +439,14 @@ class WMATeacher(nn.Module):
     def _planned(self, model: nn.Module) -> _Plan:
         """The plan for averaging this student in."""
         student = pairing.unwrap(model)
+        if self._plan is not None and self._plan.fits(student):
+            return self._plan
+        sharding.reshard(sharding.fully_sharded(student))  # a forward may have left its parameters whole
+        own = self._bind()
         if self._plan is None or not self._plan.fits(student):
-            theirs, own, roles = Binding(student), Binding(self.module), self._roles
+            theirs, roles = Binding(student), self._roles
             pairing.match(own.tensors, theirs.tensors)
+            sharding.match(own.tensors, theirs.tensors)
             if student is pairing.unwrap(self._student[0]):
                 pairing.check_frozen(theirs.tensors, roles)
                 if any(own.tensors[n] is not theirs.tensors[n] for n in roles.shared):  # replaced since
@@ -413,8 +454,8 @@ class WMATeacher(nn.Module):
                     own = Binding(self.module)
             averages = [self._average(own, n) for n in roles.averaged]
             with torch.inference_mode(False):
-                update = averaging.Update(averages, [theirs.tensors[n] for n in roles.averaged])
-            targets, sources = ([b.tensors[n] for n in roles.copied] for b in (own, theirs))
+                update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged])
+            targets, sources = ([b.local[n] for n in roles.copied] for b in (own, theirs))
             self._plan = _Plan(theirs, own, update, (targets, sources))
         return self._plan
 
@@ -437,11 +478,16 @@ class WMATeacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WMATeacher:
         """Move or cast the forward; the averages follow a move and keep their precision in a cast."""
-        before = Binding(self.module)
-        averages = {n: Average(before.tensors[n].detach(), self._beside.get(n)) for n in self._roles.averaged}
+        if self._fully_sharded and self._roles.shared:
+            raise RuntimeError(
+                "a teacher that is sharded by fully_shard and shares frozen parameters with its student "
+                "cannot be moved or cast: build it on its device in its dtype, or with frozen='copy'"
+            )
+        before = self._bind()
+        averages = {n: Average(before.local[n].detach(), self._beside.get(n)) for n in self._roles.averaged}
         with pairing.hidden(self.module, self._roles.shared):  # the student's, and moved with it
             super()._apply(fn, recurse)
-        own, self._beside, self._plan = pairing.tensors(self.module), {}, None
+        own, self._beside, self._plan = Binding(self.module).local, {}, None
         for name, average in averages.items():
             if own[name].dtype != average.own.dtype:
                 average = Average.of(average.read().to(own[name].device), own[name])
@@ -468,10 +514,15 @@ class WMATeacher(nn.Module):
         self.omega = state["omega"]
 
 
+def _device(tensors: Mapping[str, Tensor]) -> torch.device:
+    return next((t.device for t in tensors.values()), torch.device("cpu"))
+
+
 def _refuse_swapped(teacher: nn.Module, *unused: Any) -> None:
     assert isinstance(teacher, WMATeacher)
     if teacher._swapped is not None:
         swapping.refuse(teacher._swapped, "state_dict() of the teacher")
+    sharding.reshard(teacher._fully_sharded)
 
 
 def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
@@ -483,7 +534,7 @@ def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, loca
             state.pop(key, None)
         elif name in teacher._roles.averaged:
             if name not in full:  # tied tensors stay one
-                full[name] = teacher._average(own, name).read()
+                full[name] = sharding.spread(teacher._average(own, name).read(), own.tensors[name])
             state[key] = full[name]
 
 
@@ -522,10 +573,16 @@ def _check_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused
             )
         elif state[key].is_complex() != tensor.is_complex():
             raise ValueError(f"the state was written for another architecture: {key!r} is {state[key].dtype}")
+        elif not sharding.alike(state[key], tensor):
+            raise ValueError(
+                f"in the state {key!r} is {sharding.describe(state[key])}, the teacher's is "
+                f"{sharding.describe(tensor)}: read it with torch.distributed.checkpoint, which fits a saved "
+                "state to any sharding"
+            )
     # In place, also with assign=True: tied tensors stay tied and every tensor keeps its dtype.
     for key, name in names.items():
         if name in teacher._roles.averaged:
-            teacher._average(own, name).write(state[key])
+            teacher._average(own, name).write(sharding.local(state[key]))
         elif name in teacher._roles.owned:
-            averaging.copy_([own.tensors[name]], [state[key]])
+            averaging.copy_([own.local[name]], [sharding.local(state[key])])
         state[key] = own.tensors[name]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wmateacher.integrations import digits, loop, runs
+from wmateacher.integrations import digits, loop, processes, runs
 from wmateacher.integrations.clip.evaluation import Labelled, Scores, score, summarise
 from wmateacher.integrations.clip.methods import METHODS
 from wmateacher.integrations.clip.pairs import DrawnPairs, normalise
@@ -65,7 +65,8 @@ class Experiment:
         self.recipe, self.output, self.progress = recipe, output, progress
         self.device = torch.device(device)
         self.cache = cache or default_cache()
-        self.source = digits.load(recipe.data, root, download=download)
+        with processes.in_turn():
+            self.source = digits.load(recipe.data, root, download=download)
         self.train = self.source.train.subset(recipe.train_images)
         self.towers, self.tokenizer = self._fresh_towers()
         packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
@@ -110,7 +111,7 @@ class Experiment:
                 label=f"{name} (seed {seed})", progress=self.progress, after_step=after_step,
             )  # fmt: skip
             seconds, gaps = fitted.seconds, fitted.gaps
-        if gaps:
+        if gaps and processes.is_first():
             runs.write_csv(("step", "gap"), enumerate(gaps, 1), self.gap_file(name, seed))
         scores = self.evaluate(towers, self.source.test, {"id": self.recipe.narrow, **self.recipe.shifts})
         validation = self.evaluate(

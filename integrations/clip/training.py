@@ -12,7 +12,7 @@ from torch import Tensor
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
-from wmateacher.integrations import loop, schedules
+from wmateacher.integrations import loop, processes, schedules
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.objective import Objective
 from wmateacher.integrations.clip.pairs import Batch
@@ -107,14 +107,17 @@ def fit(
         after_step: Called with the number of steps done after each one.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or belongs to another run.
+        ValueError: The checkpoint cannot be read, or belongs to another run; a batch has fewer pairs
+            than there are processes.
         FloatingPointError: The loss is not finite.
     """
+    processes.check_batch(settings.batch_size)
     task = _FineTuning(student, method, stream, settings)
     record = loop.train(
         task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
         label=label, progress=progress, after_step=after_step,
     )  # fmt: skip
+    processes.same_buffers(student)
     return Fit(student, task.teacher, record.values("loss"), record.values("gap"), record.seconds)
 
 
@@ -129,6 +132,7 @@ class _FineTuning:
         if settings.freeze_text:
             student.freeze_text()
         self.objective = Objective(method, student).to(self.device)
+        self.model = processes.parallel(student)
         self.teacher = None
         if method.kernel is not None:
             self.teacher = WMATeacher(student, method.kernel, settings.steps)
@@ -143,12 +147,14 @@ class _FineTuning:
 
     def advance(self, step: int) -> dict[str, Tensor]:
         """One optimizer step."""
-        batch = Batch(*(t.to(self.device, non_blocking=True) for t in self.batch(step)))
+        batch = self.batch(step)
+        batch = Batch(processes.part(batch.images), batch.tokens, processes.part(batch.caption))
+        batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(step)
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            embeddings = self.student(*batch)
+            embeddings = self.model(*batch)
             targets = None if self.teacher is None else self.teacher(*batch)
             loss = self.objective(self.student, embeddings, targets).total
         loss.backward()

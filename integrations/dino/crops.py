@@ -64,9 +64,10 @@ class Crops:
 def normalise(images: Tensor) -> Tensor:
     """Drawn pixels in [0, 1] to the network's range."""
     import os
+
     if os.environ.get("STD"):
         c = images - images.mean((-2, -1), keepdim=True)
-        return c / (c.std((-2, -1), keepdim=True) + .05)
+        return c / (c.std((-2, -1), keepdim=True) + 0.05)
     return (images - DRAWN_MEAN) / DRAWN_STD
 
 
@@ -86,9 +87,7 @@ class DrawnCrops:
             colours tell the label.
     """
 
-    def __init__(
-        self, split: Split, domain: Domain, size: int, crops: Crops, batch_size: int, seed: int
-    ):
+    def __init__(self, split: Split, domain: Domain, size: int, crops: Crops, batch_size: int, seed: int):
         largest = max(crops.global_size, crops.local_size)
         if largest > size:
             raise ValueError(
@@ -114,13 +113,18 @@ class DrawnCrops:
         random = generator(self.seed, 1, step)
         base = self.domain.draw(part, self.size, random)
         import os
-        p = float(os.environ.get("REDRAW", "1")) * min(1.0, max(0, step - 60) / float(os.environ.get("RAMP", "1")))
+
+        p = float(os.environ.get("REDRAW", "1")) * min(
+            1.0, max(0, step - 60) / float(os.environ.get("RAMP", "1"))
+        )
+
         def one(x):
             n = len(x)
-            sign = torch.where(torch.rand(n, 3, 1, 1, generator=random) < .5*p, -1.0, 1.0)
+            sign = torch.where(torch.rand(n, 3, 1, 1, generator=random) < 0.5 * p, -1.0, 1.0)
             gain = sign * (0.6 + 0.8 * torch.rand(n, 3, 1, 1, generator=random))
-            off = .4 * (torch.rand(n, 3, 1, 1, generator=random) - .5)
-            return (.5 + (x-.5) * gain + off).clamp(0, 1)
+            off = 0.4 * (torch.rand(n, 3, 1, 1, generator=random) - 0.5)
+            return (0.5 + (x - 0.5) * gain + off).clamp(0, 1)
+
         return [normalise(one(cut(base, size, scale, random))) for size, scale in self.crops.sizes]
 
 

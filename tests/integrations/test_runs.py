@@ -54,10 +54,3 @@ def test_results_of_another_configuration_are_refused(tmp_path):
         match=r"holds results of another configuration \(different: steps\): choose another folder",
     ):
         runs.Results(tmp_path, {"steps": 4, "seed": 0}, {})
-
-
-def test_devices():
-    assert runs.device("cpu") == "cpu"
-    assert runs.device("auto") in ("cpu", "cuda")
-    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used .*; pass cpu, cuda or cuda:N"):
-        runs.device("cuda:99")

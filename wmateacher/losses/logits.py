@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher.losses import checks
+from wmateacher.losses.gathering import Across
 from wmateacher.losses.numerics import (
     cross_entropy,
     kl_divergence,
@@ -107,11 +108,14 @@ class DINO(nn.Module):
 
     -sum_c p_T log softmax(z_S / tau_S) with p_T = softmax((z_T - center) / tau_T), Caron et al. 2021,
     section 3.1, algorithm 1. The centre in use is the one from before this batch; then, in training mode
-    only, center <- m center + (1 - m) mean(z_T). Every call moves it: where several views make one
-    batch, give them in one call.
+    only, center <- m center + (1 - m) mean(z_T), over the batches of all ranks. Every call moves it:
+    where several views make one batch, give them in one call.
 
     With `centering="sinkhorn"` there is no centre: p_T is the batch's softmax(z_T / tau_T), rescaled by
     Sinkhorn-Knopp until all outputs are used alike (SwAV, Caron et al. 2020, section 3.1; DINOv2).
+
+    Attributes:
+        across: Which ranks' batches make one; `build` sets it.
     """
 
     center: Tensor
@@ -142,6 +146,7 @@ class DINO(nn.Module):
         if centering not in _CENTERINGS:
             raise ValueError(f"dino: unknown centering {centering!r}; {nearest(str(centering), _CENTERINGS)}")
         self.centering = centering
+        self.across = Across()
         self.dim = checks.width("dino", "dim", dim)
         self.student_temperature = checks.positive("dino", "student_temperature", student_temperature)
         self.teacher_temperature = checks.positive("dino", "teacher_temperature", teacher_temperature)
@@ -166,12 +171,12 @@ class DINO(nn.Module):
         """
         checks.last_dimension("dino", "dim", self.dim, teacher)
         if self.centering == "sinkhorn":
-            return sinkhorn_knopp(teacher / self.teacher_temperature)
+            return sinkhorn_knopp(teacher / self.teacher_temperature, self.across.logsumexp)
         targets = ((teacher - self.center.to(teacher.dtype)) / self.teacher_temperature).softmax(-1)
         if self.training:
             self._update_center(teacher)
         return targets
 
     def _update_center(self, teacher: Tensor) -> None:
-        batch_mean = teacher.reshape(-1, self.dim).mean(0)
+        batch_mean = self.across.mean(teacher.reshape(-1, self.dim))
         self.center.lerp_(batch_mean.to(self.center.dtype), 1 - self.center_momentum)

@@ -5,7 +5,7 @@ Shapes: [..., C], a distribution over the last dimension; every result is the me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 from typing import Any
@@ -56,14 +56,23 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
     return cross_entropy(student, teacher.softmax(-1))
 
 
-def sinkhorn_knopp(logits: Tensor, iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(
+    logits: Tensor, over_rows: Callable[[Tensor], Tensor] | None = None, iterations: int = 3
+) -> Tensor:
     """exp(logits), rescaled in turn to equal sums of all outputs and to sums of 1 over the outputs.
 
     In the log domain, so that no logit is too large. The last rescaling makes distributions.
+
+    Args:
+        logits: [..., C].
+        over_rows: [N, C] to [C], the log of the sum of exponentials over all rows there are; by default
+            those given.
+        iterations: Of both rescalings.
     """
+    over_rows = over_rows or (lambda rows: rows.logsumexp(0))
     flat = logits.reshape(-1, logits.shape[-1])
     for _ in range(iterations):
-        flat = flat - flat.logsumexp(0)
+        flat = flat - over_rows(flat)
         flat = flat.log_softmax(-1)
     return flat.exp().reshape(logits.shape)
 
@@ -75,6 +84,6 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return (log_p_teacher.exp() * log_ratio).sum(-1).mean()
 
 
-def diagonal_cross_entropy(logits: Tensor) -> Tensor:
-    """Cross-entropy of [B, B] logits whose right answer is the diagonal, mean over the rows."""
-    return F.cross_entropy(logits, torch.arange(logits.shape[0], device=logits.device))
+def diagonal_cross_entropy(logits: Tensor, first: int = 0) -> Tensor:
+    """Cross-entropy of logits [B_r, B] whose right answers are `first`, `first` + 1, ..., mean over rows."""
+    return F.cross_entropy(logits, torch.arange(first, first + logits.shape[0], device=logits.device))

@@ -3,7 +3,8 @@
 Notation: I, T [B, d] L2-normalised image and text features, s the logit scale, indices S and T the
 student's and the teacher's; p = softmax over a row of the [B, B] logits s I T^t (image->text) and of
 their transpose (text->image). The criterion passes features that `_prepare` has normalised, the
-teacher's detached; s_S receives gradient.
+teacher's detached; s_S receives gradient. Over several ranks they are those of all (`gather="full"`), or the
+rank's own rows with everybody's as candidates beside them ("rows").
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher.losses import checks
+from wmateacher.losses.gathering import Across, Gather, Ranks
 from wmateacher.losses.numerics import (
     diagonal_cross_entropy,
     full_precision,
@@ -55,7 +57,33 @@ def similarity_logits(anchors: Tensor, candidates: Tensor, logit_scale: Tensor) 
     return logit_scale * (anchors @ candidates.mT)
 
 
-def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+def columns(embeddings: PairedEmbeddings) -> tuple[Tensor, Tensor]:
+    """The candidates of prepared embeddings, image and text [B, d]: all ranks', or just its own rows."""
+    return embeddings.columns if isinstance(embeddings, _Rows) else (embeddings.image, embeddings.text)
+
+
+class _Rows(PairedEmbeddings):
+    """The rows that this rank answers for, and all ranks' beside them."""
+
+    ranks: Ranks
+    columns: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, embeddings: PairedEmbeddings, ranks: Ranks) -> _Rows:
+        rows = cls(*embeddings)
+        image, text = ranks.columns(torch.cat(embeddings[:2], -1)).chunk(2, -1)
+        rows.ranks, rows.columns = ranks, (image, text)
+        return rows
+
+    def _replace(self, **changes: Any) -> _Rows:
+        changed = super()._replace(**changes)
+        changed.ranks, changed.columns = self.ranks, self.columns
+        return changed
+
+
+def info_nce(
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, gather: Gather = "full", group: Any = None
+) -> Tensor:
     """CLIP's symmetric InfoNCE, 1/2 (CE(s I T^t) + CE(s T I^t)) with the diagonal as labels.
 
     Radford et al. 2021, figure 3; the contrastive part of TRACER's L_MMCL. Features are normalised
@@ -65,26 +93,50 @@ def info_nce(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
         image: [B, d], raw or normalised.
         text: [B, d], raw or normalised.
         logit_scale: 0-d, the multiplier itself.
+        gather: Over the ranks of a process group, as in `wmateacher.losses.build`.
+        group: As there.
 
     Returns:
         0-d, the mean over the batch.
 
     Raises:
         TypeError: An argument is not a floating-point tensor.
-        ValueError: Shapes that do not fit, or an empty batch.
+        ValueError: Shapes that do not fit, an empty batch, or `gather` is none of the three.
     """
-    embeddings = PairedEmbeddings(image, text, logit_scale)
+    across = Across(gather, group)
     with full_precision(image):
-        return _info_nce(_normalised(_checked("info_nce", embeddings)))
+        embeddings = _normalised(_checked("info_nce", PairedEmbeddings(image, text, logit_scale)))
+        spread, _, ranks = _spread(embeddings, None, across)
+        loss = _info_nce(spread)
+        return loss if ranks is None else ranks.mean(loss[None])[0]
 
 
 def _info_nce(embeddings: PairedEmbeddings) -> Tensor:
-    return _both_ways(diagonal_cross_entropy, similarity_logits(*embeddings)) / 2
+    return _pairs_cross_entropy(embeddings, _logits(embeddings, embeddings))
 
 
-def _both_ways(measure: Callable[..., Tensor], *logits: Tensor) -> Tensor:
-    """measure(image->text logits) + measure(text->image logits)."""
-    return measure(*logits) + measure(*(z.mT for z in logits))
+def _pairs_cross_entropy(rows: PairedEmbeddings, logits: tuple[Tensor, Tensor]) -> Tensor:
+    """Half of both directions' cross-entropy where the right answer is the own pair."""
+    first = rows.ranks.first if isinstance(rows, _Rows) else 0
+    return (diagonal_cross_entropy(logits[0], first) + diagonal_cross_entropy(logits[1], first)) / 2
+
+
+def _logits(rows: PairedEmbeddings, candidates: PairedEmbeddings) -> tuple[Tensor, Tensor]:
+    """Image->text and text->image logits, [rows, columns], of one side's rows and a side's candidates."""
+    image, text = columns(candidates)
+    image_to_text = similarity_logits(rows.image, text, rows.logit_scale)
+    if candidates is rows and not isinstance(rows, _Rows):
+        return image_to_text, image_to_text.mT
+    return image_to_text, similarity_logits(rows.text, image, rows.logit_scale)
+
+
+def _both_ways(
+    measure: Callable[[Tensor, Tensor], Tensor], student: PairedEmbeddings, teacher: PairedEmbeddings
+) -> Tensor:
+    """measure(image->text logits) + measure(text->image logits), each side against itself."""
+    pairs = zip(_logits(student, student), _logits(teacher, teacher), strict=True)
+    there, back = (measure(*logits) for logits in pairs)
+    return there + back
 
 
 _TAKES = "PairedEmbeddings(image [B, d], text [B, d], logit_scale [])"
@@ -114,7 +166,7 @@ def _checked(who: str, embeddings: Any) -> PairedEmbeddings:
 
 
 def _normalised(embeddings: PairedEmbeddings, *others: Tensor) -> PairedEmbeddings:
-    """In the working dtype of all features, rows of length 1; a gather across ranks belongs here."""
+    """In the working dtype of all features, rows of length 1."""
     image, text, scale = embeddings
     dtype = working_dtype(image, text, *others)
     image, text = (F.normalize(x.to(dtype), dim=-1) for x in (image, text))
@@ -130,10 +182,25 @@ def _prepare(student: Any, teacher: Any) -> tuple[PairedEmbeddings, PairedEmbedd
     )
 
 
-add_family("paired", _TAKES, _prepare)
+def _spread(student: Any, teacher: Any, across: Across) -> tuple[Any, Any, Ranks | None]:
+    """Prepared embeddings with those of other ranks; for a loss by rows, its `Ranks`."""
+    ranks = across.ranks(student.image)
+    if ranks is None:
+        return student, teacher, None
+    make = _Rows.of if across.gather == "rows" else _joined
+    joined = (None if side is None else make(side, ranks) for side in (student, teacher))
+    return *joined, (ranks if across.gather == "rows" else None)  # type: ignore[return-value]
 
 
-@register("fd", family="paired")
+def _joined(embeddings: PairedEmbeddings, ranks: Ranks) -> PairedEmbeddings:
+    image, text = ranks.whole(torch.cat(embeddings[:2], -1)).chunk(2, -1)
+    return PairedEmbeddings(image, text, embeddings.logit_scale)
+
+
+add_family("paired", _TAKES, _prepare, _spread)
+
+
+@register("fd", family="paired", by_rows=True)
 def fd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Feature distillation, mean_B |I_S - I_T|^2 + mean_B |T_S - T_T|^2.
 
@@ -148,17 +215,17 @@ def fd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     return image + (student.text - teacher.text).square().sum(-1).mean()
 
 
-@register("crd", family="paired")
+@register("crd", family="paired", by_rows=True)
 def crd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Contrastive relational distillation, 1/2 (KL(p_T || p_S) image->text + text->image).
 
     TRACER, term CRD, as its code has it (the paper's formula lacks the 1/2); CLIP-KD (Yang et al.
     2024), CRD. Each side at its own scale; the widths of student and teacher may differ.
     """
-    return _both_ways(kl_divergence, similarity_logits(*student), similarity_logits(*teacher)) / 2
+    return _both_ways(kl_divergence, student, teacher) / 2
 
 
-@register("icl", family="paired")
+@register("icl", family="paired", by_rows=True)
 def icl(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Interactive contrastive learning, 1/2 (CE(s_S I_S T_T^t) + CE(s_S T_S I_T^t)), labels diagonal.
 
@@ -167,11 +234,11 @@ def icl(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     Raises:
         ValueError: The widths differ.
     """
-    image_to_text, text_to_image = _crossed("icl", student, teacher)
-    return (diagonal_cross_entropy(image_to_text) + diagonal_cross_entropy(text_to_image)) / 2
+    checks.same_shape("icl", student.image, teacher.image)
+    return _pairs_cross_entropy(student, _logits(student, teacher))
 
 
-@register("cross_kd", family="paired")
+@register("cross_kd", family="paired", by_rows=True)
 def cross_kd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Cross-KD, 1/2 (KL(p_T || softmax(s_S I_S T_T^t)) + KL(p_T' || softmax(s_S T_S I_T^t))).
 
@@ -180,21 +247,12 @@ def cross_kd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     Raises:
         ValueError: The widths differ.
     """
-    image_to_text, text_to_image = _crossed("cross_kd", student, teacher)
-    target = similarity_logits(*teacher)
-    return (kl_divergence(image_to_text, target) + kl_divergence(text_to_image, target.mT)) / 2
+    checks.same_shape("cross_kd", student.image, teacher.image)
+    crossed, target = _logits(student, teacher), _logits(teacher, teacher)
+    return (kl_divergence(crossed[0], target[0]) + kl_divergence(crossed[1], target[1])) / 2
 
 
-def _crossed(loss: str, student: PairedEmbeddings, teacher: PairedEmbeddings) -> tuple[Tensor, Tensor]:
-    """(s_S I_S T_T^t, s_S T_S I_T^t): the student's anchors against the teacher's candidates."""
-    checks.same_shape(loss, student.image, teacher.image)
-    return (
-        similarity_logits(student.image, teacher.text, student.logit_scale),
-        similarity_logits(student.text, teacher.image, student.logit_scale),
-    )
-
-
-@register("gd", family="paired")
+@register("gd", family="paired", by_rows=True)
 def gd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Gradient distillation, MSE(dL_S/dI_S, dL_T/dI_T) + MSE(dL_S/dT_S, dL_T/dT_T), element-wise.
 
@@ -217,29 +275,37 @@ def gd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 
 
 def _info_nce_gradients(embeddings: PairedEmbeddings) -> tuple[Tensor, Tensor]:
-    """The derivatives of `_info_nce` with respect to image and text, [B, d] each."""
-    image, text, scale = embeddings
-    logits = similarity_logits(image, text, scale)
-    excess = (
-        logits.softmax(-1)
-        + logits.softmax(0)
-        - 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
-    )
-    factor = scale / (2 * len(logits))
-    return factor * (excess @ text), factor * (excess.mT @ image)
+    """The derivatives of the whole batch's `_info_nce` with respect to the rows' image and text."""
+    image_to_text, text_to_image = _logits(embeddings, embeddings)
+    images, texts = columns(embeddings)
+    # The other direction's softmax runs down this one's columns: its normalisers are all rows'.
+    over_texts, over_images = image_to_text.logsumexp(-1), text_to_image.logsumexp(-1)
+    first = 0
+    if isinstance(embeddings, _Rows):
+        first = embeddings.ranks.first
+        both = embeddings.ranks.columns(torch.stack([over_texts, over_images], -1))
+        over_texts, over_images = both.unbind(-1)
+    factor = embeddings.logit_scale / (2 * len(images))
+
+    def derivative(logits: Tensor, normalisers: Tensor, others: Tensor) -> Tensor:
+        excess = logits.softmax(-1) + (logits - normalisers).exp()
+        excess.diagonal(first).sub_(2)
+        return factor * (excess @ others)
+
+    return derivative(image_to_text, over_images, texts), derivative(text_to_image, over_texts, images)
 
 
-@register("paired_ce", family="paired")
+@register("paired_ce", family="paired", by_rows=True)
 def paired_ce(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Cross-entropy distillation, -sum p_T log p_S over both directions, not halved, batch mean.
 
     CaRot (Oh et al. 2024), its self-distillation term. It is 2 crd plus the teacher's entropies; the
     widths of student and teacher may differ.
     """
-    return _both_ways(soft_cross_entropy, similarity_logits(*student), similarity_logits(*teacher))
+    return _both_ways(soft_cross_entropy, student, teacher)
 
 
-@register("temperature_kl", family="paired")
+@register("temperature_kl", family="paired", by_rows=True)
 class TemperatureKL(nn.Module):
     """1/2 of both directions of KL(softmax(z_T / temperature) || softmax(z_S)), z the logits.
 
@@ -264,7 +330,7 @@ class TemperatureKL(nn.Module):
         return crd(student, teacher._replace(logit_scale=teacher.logit_scale / self.temperature))
 
 
-@register("afd", family="paired")
+@register("afd", family="paired", by_rows=True)
 class AFD(nn.Module):
     """Augmented feature distillation: InfoNCE of I = W_I [I_S, I_T] and T = W_T [T_S, T_T].
 
@@ -299,7 +365,8 @@ class AFD(nn.Module):
         checks.last_dimension("afd", "dim", self.dim, student.image)
         image = _fuse(self.image, student.image, teacher.image)
         text = _fuse(self.text, student.text, teacher.text)
-        return _info_nce(PairedEmbeddings(image, text, student.logit_scale))
+        fused = PairedEmbeddings(image, text, student.logit_scale)
+        return _info_nce(_Rows.of(fused, student.ranks) if isinstance(student, _Rows) else fused)
 
 
 def _fuse(fusion: nn.Linear, student: Tensor, teacher: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wmateacher.losses.gathering import Across, Gather, Ranks
 from wmateacher.losses.numerics import full_precision
 from wmateacher.spec import Call, nearest, parse_call, parse_sum
 
@@ -45,29 +46,40 @@ class Family:
         name: As given to `register(family=...)`.
         takes: What student and teacher must be, in words.
         prepare: (student, teacher) -> both, checked, in float32 or float64, ready for every term.
+        spread: (student, teacher, across) -> both with what other ranks hold, and where the terms are
+            then means over this rank's rows only, its `Ranks`. None: batches are never joined.
     """
 
     name: str
     takes: str
     prepare: Callable[[Any, Any], tuple[Any, Any]]
+    spread: Callable[[Any, Any, Across], tuple[Any, Any, Ranks | None]] | None = None
 
 
 @dataclass(frozen=True)
 class _Entry:
     factory: Callable[..., nn.Module]
     family: Family | None
+    by_rows: bool
 
 
 _FAMILIES: dict[str, Family] = {}
 _ENTRIES: dict[str, _Entry] = {}
 
 
-def add_family(name: str, takes: str, prepare: Callable[[Any, Any], tuple[Any, Any]]) -> None:
+def add_family(
+    name: str,
+    takes: str,
+    prepare: Callable[[Any, Any], tuple[Any, Any]],
+    spread: Callable[[Any, Any, Across], tuple[Any, Any, Ranks | None]] | None = None,
+) -> None:
     """Make a family known, so that losses can be registered in it."""
-    _FAMILIES[name] = Family(name, takes, prepare)
+    _FAMILIES[name] = Family(name, takes, prepare, spread)
 
 
-def register(name: str, *, family: str | None = None, override: bool = False) -> Callable[[LossT], LossT]:
+def register(
+    name: str, *, family: str | None = None, override: bool = False, by_rows: bool = False
+) -> Callable[[LossT], LossT]:
     """Decorator that makes a loss available to `build` under `name`.
 
     It decorates a function `(student, teacher, *, parameters) -> 0-d tensor`, or an `nn.Module` class
@@ -80,6 +92,8 @@ def register(name: str, *, family: str | None = None, override: bool = False) ->
             (float64 kept), for "paired" with image and text L2-normalised. None: it takes anything
             and gets what the caller passed, the teacher detached.
         override: Replace a loss of the same name.
+        by_rows: A paired loss can be built with `gather="rows"`: it is a mean over the rows it is given
+            and takes its candidates from `wmateacher.losses.paired.columns`.
 
     Raises:
         TypeError: `name` is not a string, or what is decorated is not callable.
@@ -99,7 +113,7 @@ def register(name: str, *, family: str | None = None, override: bool = False) ->
                 f"a loss named {name!r} is registered already; choose another name, or pass "
                 "override=True to replace it"
             )
-        _ENTRIES[name] = _Entry(_factory(name, loss), known)
+        _ENTRIES[name] = _Entry(_factory(name, loss), known, by_rows)
         return loss
 
     return add
@@ -115,25 +129,39 @@ def available(family: str | None = None) -> list[str]:
     return sorted(n for n, e in _ENTRIES.items() if wanted is None or e.family == wanted)
 
 
-def build(spec: str | Mapping[str, float] | Criterion) -> Criterion:
+def build(
+    spec: str | Mapping[str, float] | Criterion, *, gather: Gather = "full", group: Any = None
+) -> Criterion:
     """Build a criterion: a weighted sum of registered losses.
+
+    With an initialised process group the paired losses are those of all ranks' batches as one, also
+    where these are of different sizes: every rank gets the loss of the concatenated batch, and gradients
+    whose average over the ranks, which DDP and FSDP2 take, is its gradient. `dino` moves its centre by
+    the mean over all ranks. The other losses are means over the rank's own batch. Every rank must call
+    the criterion, with at least one row; sizes are exchanged at each call, for which the host waits.
 
     Args:
         spec: "3.90625*fd + crd + temperature_kl(2.0)", or a mapping of term to coefficient such as
             {"fd": 3.90625, "temperature_kl(2.0)": 1.0}, or a criterion, which is returned as it is.
+        gather: "full": each rank computes the whole loss, B x B logits, with no communication backward;
+            "rows": each its own rows' part, B_r x B logits, with one sum of B x 2 d numbers backward;
+            "off": ranks stay apart, as without a process group.
+        group: The `torch.distributed.ProcessGroup` whose ranks hold different rows; None: all.
 
     Raises:
         TypeError: `spec` is none of these, a coefficient is not a number, or a term's arguments do not
             fit.
         ValueError: The spec cannot be read, is empty, names an unknown loss or one loss twice, mixes
-            families, or has a coefficient that is negative or not finite.
+            families, or has a coefficient that is negative or not finite; `gather` is none of the
+            three, or "rows" with a loss that was not registered for it.
     """
     if isinstance(spec, Criterion):
         return spec
+    across = Across(gather, group)
     if isinstance(spec, Mapping):
-        return Criterion((coefficient, parse_call(term)) for term, coefficient in spec.items())
+        return Criterion(((coefficient, parse_call(term)) for term, coefficient in spec.items()), across)
     if isinstance(spec, str):
-        return Criterion(parse_sum(spec))
+        return Criterion(parse_sum(spec), across)
     raise TypeError(
         "spec must be a string such as '0.5*fd + crd', a mapping of term to coefficient, or a "
         f"Criterion, got {type(spec).__name__}"
@@ -153,19 +181,22 @@ class Criterion(nn.Module):
             and reported.
         terms: Name -> the loss as a module.
         family: The family of its losses; None where all of them take anything.
+        across: Which processes' batches it takes as one.
     """
 
-    def __init__(self, terms: Iterable[tuple[float, Call]]) -> None:
+    def __init__(self, terms: Iterable[tuple[float, Call]], across: Across | None = None) -> None:
         """Build the terms.
 
         Args:
             terms: (coefficient, call) pairs, as `wmateacher.spec.parse_sum` gives.
+            across: Which processes' batches it takes as one; None: all.
 
         Raises:
             TypeError: As in `build`.
             ValueError: As in `build`.
         """
         super().__init__()
+        self.across = across or Across()
         self.coefficients: dict[str, float] = {}
         self.family: str | None = None
         self._calls: dict[str, Call] = {}
@@ -178,10 +209,17 @@ class Criterion(nn.Module):
                     "build a second criterion"
                 )
             entry = _entry(call.name)
+            if self.across.gather == "rows" and entry.family and entry.family.spread and not entry.by_rows:
+                raise ValueError(
+                    f"gather='rows' with {call.name!r}, which was not registered with by_rows=True: build it "
+                    "with gather='full', which any loss of the family works with"
+                )
             self.coefficients[call.name] = _coefficient(call.name, coefficient)
             self._calls[call.name] = call
             families[call.name] = entry.family
             modules[call.name] = call.build(entry.factory)
+            if isinstance(getattr(modules[call.name], "across", None), Across):
+                vars(modules[call.name])["across"] = self.across
         if not modules:
             raise ValueError("a criterion needs at least one term, got none; write such as 'fd + crd'")
         self.terms = nn.ModuleDict(modules)
@@ -223,15 +261,27 @@ class Criterion(nn.Module):
         teacher = _detach(teacher)
         values: dict[str, Tensor] = {}
         with full_precision(student):
-            prepared = as_given = (student, teacher)
-            if self.family is not None:
-                prepared = _FAMILIES[self.family].prepare(student, teacher)
+            prepared, ranks = self._prepare(student, teacher)
             for name, term in self.terms.items():
-                value = term(*(prepared if name in self._with_family else as_given))
+                value = term(*(prepared if name in self._with_family else (student, teacher)))
                 values[name] = _scalar(name, value)
+            if ranks is not None:
+                parts = [name for name in values if name in self._with_family]
+                whole = ranks.mean(torch.stack([values[name] for name in parts]))
+                values |= dict(zip(parts, whole, strict=True))
             weighted = [self.coefficients[name] * value for name, value in values.items()]
             total = torch.stack(weighted).sum()
         return LossOutput(total, {name: value.detach() for name, value in values.items()})
+
+    def _prepare(self, student: Any, teacher: Any) -> tuple[tuple[Any, Any], Ranks | None]:
+        if self.family is None:
+            return (student, teacher), None
+        family = _FAMILIES[self.family]
+        student, teacher = family.prepare(student, teacher)
+        if family.spread is None:
+            return (student, teacher), None
+        student, teacher, ranks = family.spread(student, teacher, self.across)
+        return (student, teacher), ranks
 
 
 class _FunctionLoss(nn.Module):

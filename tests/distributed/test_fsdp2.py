@@ -1,0 +1,397 @@
+"""FSDP2: every rank averages its own shards, and hears of no other's."""
+
+import copy
+
+import pytest
+import torch
+from pool import device
+from ranks import on_ranks
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from wmateacher import WMATeacher
+from wmateacher.diagnostics import module_gaps, parameter_gap
+
+STEPS = 6
+
+
+class Block(nn.Module):
+    """Shapes that no world size of more than one divides; a norm, buffers, tied weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.layers = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.norm = nn.BatchNorm1d(5)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer(x).relu()
+        return self.head(self.norm(x))
+
+
+class Even(Block):
+    """The same with shapes that 1, 2 and 4 divide."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.embed = nn.Embedding(8, 4)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+
+class LayerNormed(Block):
+    """Without the buffers of a batch norm, which a CPU wants in its parameters' dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(5)
+
+
+def shard(model, **options):
+    for layer in model.layers:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def tokens(rank=None):
+    rank = torch.distributed.get_rank() if rank is None else rank
+    return torch.arange(6, device=device()).add(rank) % 7
+
+
+def pair(kind=Block, dtype=torch.float32, meta=True, kernel="uniform", **options):
+    """A sharded student, its teacher, and the same two in one piece, all from the same start."""
+    torch.manual_seed(0)
+    whole = kind().to(device(), dtype)
+    student = shard(copy.deepcopy(whole), **options)
+
+    def build():
+        with torch.device("meta" if meta else device()):
+            return shard(kind().to(dtype), **options)
+
+    teacher = WMATeacher(student, kernel, STEPS, module=build)
+    return student, teacher, whole, WMATeacher(whole, kernel, STEPS)
+
+
+def move(student, whole, seed):
+    """The same random step for both."""
+    student.reshard()
+    generator = torch.Generator(device()).manual_seed(seed)
+    for sharded, single in zip(student.parameters(), whole.parameters(), strict=True):
+        with torch.no_grad():
+            single.add_(torch.randn(single.shape, generator=generator, device=device()).to(single.dtype))
+            rank, shards = sharded.device_mesh.get_local_rank(), sharded.device_mesh.size()
+            parts = single.chunk(shards)
+            part = parts[rank] if rank < len(parts) else single[:0]
+            sharded.to_local().copy_(part)
+
+
+def whole_state(teacher):
+    state = teacher.state_dict()
+    return {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+
+
+def assert_same_teachers(sharded, single):
+    ours, theirs = whole_state(sharded), single.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert ours.pop("_extra_state") == theirs.pop("_extra_state")
+    for key, value in theirs.items():
+        assert ours[key].dtype == value.dtype, key
+        assert torch.equal(ours[key], value), key
+
+
+@on_ranks(1, 2, 4)
+def test_the_sharded_average_is_the_whole_one_bit_for_bit(folder):
+    for kind in (Block, Even):
+        for dtype in (torch.float32, torch.bfloat16):
+            student, teacher, whole, single = pair(kind, dtype, meta=kind is Block)
+            for step in range(STEPS):
+                move(student, whole, step)
+                teacher.update()
+                single.update()
+            assert_same_teachers(teacher, single)
+            assert teacher.module.head.weight is teacher.module.embed.weight
+
+
+@on_ranks(1, 2)
+def test_a_split_average_is_sharded_too(folder):
+    torch.manual_seed(0)
+    whole = Block().to(device(), torch.bfloat16)
+    student = shard(copy.deepcopy(whole))
+    teacher = WMATeacher(
+        student, "uniform", dtype="split", module=lambda: shard(Block().to(device(), torch.bfloat16))
+    )
+    single = WMATeacher(whole, "uniform", dtype="split")
+    for step in range(STEPS):
+        move(student, whole, step)
+        teacher.update()
+        single.update()
+    assert_same_teachers(teacher, single)
+
+
+@on_ranks(2, 4)
+def test_an_update_issues_no_collective(folder):
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher, whole, _ = pair(dtype=dtype)
+        teacher(tokens())
+        with CommDebugMode() as comm:
+            for step in range(3):
+                move(student, whole, step)
+                teacher.update()
+        assert comm.get_total_counts() == 0
+        with CommDebugMode() as comm:
+            teacher(tokens())
+        assert comm.get_total_counts() > 0  # the mode does see FSDP's
+
+
+@on_ranks(1, 2, 4)
+def test_training_forward_and_attach(folder):
+    """A real loop: the teacher's forward is that of its own average, at every step."""
+    student, teacher, whole, single = pair(kernel="beta(0.5,0.5)")
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    teacher.attach(optimizer)
+    student.train()
+    for step in range(STEPS):
+        before = teacher(tokens())
+        assert all(isinstance(p, DTensor) for p in teacher.module.parameters())
+        student(tokens()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        student.eval()
+        with torch.no_grad():
+            student(tokens())  # leaves the root gathered
+        student.train()
+        assert teacher.step == step + 1
+        full = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in student.state_dict().items()}
+        whole.load_state_dict(full)
+        single.update()
+        assert_same_teachers(teacher, single)
+        torch.testing.assert_close(teacher(tokens()), single(tokens()))
+        assert not torch.equal(before, teacher(tokens()))
+    assert not teacher(tokens()).requires_grad
+
+
+@on_ranks(1, 2)
+def test_mixed_precision(folder):
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    student, teacher, whole, single = pair(LayerNormed, mp_policy=policy)
+    student.eval()
+    assert torch.equal(teacher(tokens()), student(tokens()))
+    assert teacher(tokens()).dtype == torch.bfloat16
+    move(student, whole, 0)
+    teacher.update()
+    single.update()
+    assert_same_teachers(teacher, single)
+    torch.testing.assert_close(teacher(tokens()).float(), single(tokens()), rtol=0.1, atol=0.1)
+
+
+@on_ranks(1, 2, 4)
+def test_swap_and_copy_to(folder):
+    student, teacher, whole, single = pair()
+    student.eval()
+    student(tokens())
+    for step in range(2):
+        move(student, whole, step)
+        teacher.update()
+        single.update()
+    own = student(tokens())
+    student.reshard()
+    before = [p.to_local().clone() for p in student.parameters()]
+    student(tokens())
+    with torch.no_grad(), teacher.swap():
+        averaged = student(tokens())
+        assert torch.equal(averaged, teacher(tokens()))
+        with teacher.swap():
+            assert torch.equal(student(tokens()), averaged)
+        with pytest.raises(RuntimeError, match="state_dict"):
+            student.state_dict()
+    assert not torch.equal(own, averaged)  # and now it is in shards again
+    assert all(torch.equal(a, p.to_local()) for a, p in zip(before, student.parameters(), strict=True))
+    assert torch.equal(student(tokens()), own)
+    with pytest.raises(IndexError), torch.no_grad(), teacher.swap():
+        student(tokens())[100]
+    assert torch.equal(student(tokens()), own)
+    with pytest.raises(RuntimeError, match="were written inside swap"), torch.no_grad(), teacher.swap():
+        next(student.parameters()).mul_(2)
+    teacher.copy_to(student)
+    assert torch.equal(student(tokens()), averaged)
+
+
+@on_ranks(1, 2, 4)
+def test_gaps_are_those_of_the_whole_model(folder):
+    student, teacher, whole, single = pair()
+    move(student, whole, 0)
+    teacher.update()
+    single.update()
+    torch.testing.assert_close(parameter_gap(teacher), parameter_gap(single))
+    torch.testing.assert_close(module_gaps(teacher), module_gaps(single))
+
+
+@on_ranks(1, 2)
+def test_what_runs_in_python_does_not_grow_with_the_number_of_tensors(folder):
+    import gc
+    import sys
+
+    counts = []
+    for layers in (3, 60):
+
+        def build(layers=layers):
+            return fully_shard(nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))).to(device()))
+
+        teacher = WMATeacher(build(), "ema(0.9)", module=build)
+        teacher.update()
+        count = 0
+
+        def profile(frame, event, argument):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        gc.collect()
+        gc.disable()
+        sys.setprofile(profile)
+        try:
+            teacher.update()
+        finally:
+            sys.setprofile(None)
+            gc.enable()
+        counts.append(count)
+    assert counts[0] == counts[1] < 200, counts
+
+
+@on_ranks(1, 2)
+def test_frozen_parameters_are_shared_where_shards_are_even(folder):
+    def build():
+        torch.manual_seed(0)
+        model = Even().to(device())
+        model.layers.requires_grad_(False)
+        return shard(model)
+
+    student = build()
+    teacher = WMATeacher(student, "uniform", module=build)
+    student.eval()
+    assert teacher.module.layers[0].weight is student.layers[0].weight
+    assert not any("layers" in key for key in teacher.state_dict())
+    assert torch.equal(teacher(tokens()), student(tokens()))
+    with torch.no_grad():
+        student.layers[0].weight.mul_(2)
+    teacher.update()
+    assert torch.equal(teacher(tokens()), student(tokens()))
+
+
+@on_ranks(2, 4)
+def test_uneven_frozen_parameters_are_not_shared(folder):
+    def build():
+        model = Block().to(device())
+        model.layers.requires_grad_(False)
+        return shard(model)
+
+    student = build()
+    with pytest.raises(
+        ValueError, match=r"frozen 'layers.0.weight' of shape \(5, 5\) is sharded .*frozen='copy'"
+    ):
+        WMATeacher(student, "uniform", module=build)
+    teacher = WMATeacher(student, "uniform", module=build, frozen="copy")
+    teacher.update()
+    student.eval()
+    assert torch.equal(teacher(tokens()), student(tokens()))
+
+
+@on_ranks(1, 2)
+def test_the_shard_that_the_first_forward_replaces_is_followed(folder):
+    """FSDP2 pads uneven shards, in new memory, when it first runs."""
+    student, teacher, whole, single = pair()
+    teacher.update()
+    single.update()
+    for _ in range(2):
+        student(tokens())
+        teacher(tokens())
+        move(student, whole, 1)
+        teacher.update()
+        single.update()
+    for (name, ours), theirs in zip(
+        teacher.module.named_parameters(), single.module.parameters(), strict=True
+    ):
+        assert torch.equal(ours.full_tensor(), theirs), name
+
+
+@on_ranks(1, 2)
+def test_a_full_state_is_refused_before_anything_is_written(folder):
+    _, teacher, _, single = pair()
+    before = whole_state(teacher)
+    with pytest.raises(ValueError, match=r"'module.embed.weight' is not sharded, the teacher's is sharded"):
+        teacher.load_state_dict(single.state_dict())
+    after = whole_state(teacher)
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if k != "_extra_state")
+
+
+@on_ranks(1, 2)
+def test_resuming_from_the_sharded_state_is_bit_identical(folder):
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher, whole, single = pair(dtype=dtype)
+        move(student, whole, 0)
+        teacher.update()
+        single.update()
+        state = copy.deepcopy(teacher.state_dict())
+        resumed = WMATeacher(
+            student,
+            "uniform",
+            STEPS,
+            module=lambda dtype=dtype: shard(Block().to(device(), dtype)),
+        )
+        resumed.load_state_dict(state)
+        for step in range(1, 4):
+            move(student, whole, step)
+            resumed.update()
+            single.update()
+        assert_same_teachers(resumed, single)
+
+
+@on_ranks(1, 2)
+def test_what_cannot_be_averaged_says_so(folder):
+    torch.manual_seed(0)
+    student = shard(Block().to(device()))
+    with pytest.raises(
+        ValueError, match="sharded by fully_shard, which refuses to be deep-copied: pass module=FACTORY"
+    ):
+        WMATeacher(student, "uniform")
+    with pytest.raises(
+        ValueError, match=r"student's 'embed.weight' is sharded \(.*the teacher's is not sharded: shard both"
+    ):
+        WMATeacher(student, "uniform", module=lambda: Block().to(device()))
+    teacher = WMATeacher(student, "uniform", module=lambda: shard(Block().to(device())))
+    with pytest.raises(ValueError, match="student's 'embed.weight' is not sharded, the teacher's is sharded"):
+        teacher.update(Block().to(device()))
+    assert teacher.step == 0
+    with pytest.raises(ValueError, match="is not sharded, the teacher's is sharded"):
+        teacher.copy_to(Block().to(device()))
+    if device().type == "cuda" or torch.distributed.get_world_size() > 1:
+        flat = FullyShardedDataParallel(Block().to(device()), device_id=device())
+        with pytest.raises(ValueError, match=r"FSDP1.*fully_shard instead"):
+            WMATeacher(flat, "uniform")
+        with pytest.raises(ValueError, match=r"FSDP1.*fully_shard instead"):
+            WMATeacher(nn.Sequential(flat), "uniform")
+
+
+@on_ranks(2)
+def test_another_placement_is_another_sharding(folder):
+    from torch.distributed.tensor import Shard
+
+    def build(dim):
+        return fully_shard(nn.Linear(4, 4, bias=False).to(device()), shard_placement_fn=lambda p: Shard(dim))
+
+    with pytest.raises(ValueError, match=r"'weight' is sharded \(S.*0.*the teacher's is sharded \(S.*1"):
+        WMATeacher(build(0), "uniform", module=lambda: build(1))
+    student = build(1)
+    teacher = WMATeacher(student, "ema(0.5)", module=lambda: build(1))
+    with torch.no_grad():
+        student.weight.zero_()
+    before = teacher.module.weight.full_tensor()
+    teacher.update()
+    assert torch.equal(teacher.module.weight.full_tensor(), before / 2)
