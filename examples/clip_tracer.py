@@ -8,14 +8,13 @@ several processes: `torchrun --nproc-per-node 2 examples/clip_tracer.py`, gloo o
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
 from wmateacher import kernels
-from wmateacher.integrations import processes
+from wmateacher.integrations import processes, study
 from wmateacher.integrations.clip import recipes, report
 from wmateacher.integrations.clip.experiment import Experiment
 
@@ -77,36 +76,21 @@ def configured(arguments: Arguments) -> recipes.Recipe:
 
 
 def main(arguments: Arguments) -> None:
-    if arguments.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {arguments.seeds}")
+    study.check_seeds(arguments.seeds)
     recipe = configured(arguments)
     names = [recipe.method(name).name for name in arguments.methods or recipe.methods]
     with processes.joined(arguments.device) as device:
-        output = processes.of_first(arguments.output or Path(time.strftime("runs/clip_tracer-%Y%m%d-%H%M%S")))
+        output = study.folder(arguments.output, "clip_tracer")
         run = Experiment(
             recipe, output, root=arguments.data_root, download=arguments.download,
             cache=arguments.cache, device=device,
         )  # fmt: skip
-        say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
-        try:
-            say(f"pre-trained for {recipe.pretrain.steps} steps, {run.pretrain():.0f} s of training")
-            for seed in range(arguments.seeds):
-                for name in names:
-                    record = run.run(name, seed)
-                    say(f"{name} (seed {seed}): ID {record['id']:.1f}, mean OOD {record['ood']:.1f}")
-        except KeyboardInterrupt:
-            print(
-                f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr
-            )
-            sys.exit(130)
+        study.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
+        with study.resumable(output):
+            study.say(f"pre-trained for {recipe.pretrain.steps} steps, {run.pretrain():.0f} s of training")
+            study.conduct(run, names, arguments.seeds, lambda r: f"ID {r['id']:.1f}, mean OOD {r['ood']:.1f}")
         if processes.is_first():
             conclude(run, recipe, names)
-
-
-def say(text: str) -> None:
-    """Print it, once however many processes there are."""
-    if processes.is_first():
-        print(text, flush=True)
 
 
 def conclude(run: Experiment, recipe: recipes.Recipe, names: list[str]) -> None:

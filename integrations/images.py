@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from wmateacher.integrations import digits
 from wmateacher.integrations.sampling import Epochs, mix
@@ -26,7 +26,7 @@ class Images:
         name: As given to `load`.
         classes: Names, in the order of the labels.
         train: For training.
-        val: For every choice that is made by looking at results; empty where the data set has none.
+        val: For every choice that is made by looking at results.
         test: For reporting.
         labels: Of the training images, int64 `[N]`.
         channels: 1 for grey images, 3 for colour.
@@ -47,7 +47,7 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     Args:
         name: `"digits"`, `"mnist"`, `"fashion-mnist"`, `"cifar10"` (through torchvision: 48,000 / 2,000 of
             its training images and its 10,000 test images), or `"imagefolder:DIR"`: a folder with
-            `train` and `val`, a subfolder per class in each.
+            `train` and `val`, a subfolder per class in each; a twentieth of `train` is held out.
         root: Folder that holds torchvision's files.
         download: Let torchvision download what is not there.
 
@@ -106,11 +106,18 @@ def _folders(folder: Path) -> Images:
             )
         parts.append(datasets.ImageFolder(str(folder / part)))
     train, test = parts
+    if len(train) < 20:
+        raise ValueError(f"{folder}/train has {len(train)} images: give at least 20")
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{folder}/train and {folder}/val differ in their classes: {differing[:5]}")
-    labels = torch.tensor(train.targets)
-    return Images(f"imagefolder:{folder}", tuple(train.classes), train, TensorDataset(), test, labels, 3)
+    # A twentieth of the training images is held out; `val` is the test set, as is usual with ImageNet.
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    held = len(train) // 20
+    kept = sorted(order[held:])
+    labels = torch.tensor(train.targets)[kept]
+    val = Subset(train, sorted(order[:held]))
+    return Images(f"imagefolder:{folder}", tuple(train.classes), Subset(train, kept), val, test, labels, 3)
 
 
 Transform = Callable[[Any], Any]
@@ -165,6 +172,27 @@ class Views:
             chosen = self.indices[self.epochs(step)].tolist()
             yield [(index, mix(self.seed, 2, step, i)) for i, index in enumerate(chosen)]
             step += 1
+
+
+class Viewed(Dataset[Any]):
+    """Images looked at in one way, with their labels.
+
+    Args:
+        data: (image, label) pairs.
+        view: An image to a tensor.
+        indices: Of those to look at; None: all.
+    """
+
+    def __init__(self, data: Dataset[Any], view: Transform, indices: Tensor | None = None):
+        self.data, self.view = data, view
+        self.indices = torch.arange(len(data)) if indices is None else indices  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Any, Any]:
+        image, label = self.data[int(self.indices[position])]
+        return self.view(image), label
 
 
 class _Seeded(Dataset[Any]):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -95,6 +97,12 @@ def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
             means[key] = statistics.fmean(known) if known else None
             deviations[key] = statistics.stdev(known) if len(known) > 1 else 0.0
     return {**means, "std": deviations}
+
+
+def file_name(text: str) -> str:
+    """A name for a file or folder that every file system takes, different for different texts."""
+    plain = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def write_json(content: Any, file: Path) -> None:

@@ -19,8 +19,6 @@ Range = tuple[float, float]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, per channel, of pixels in [0, 1]."""
-DRAWN_MEAN, DRAWN_STD = 0.5, 0.25
-"""Of drawn digits, on every channel."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +60,18 @@ class Crops:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Drawn pixels in [0, 1] to the network's range."""
-    import os
+    """Drawings to mean 0 and deviation 1 in each image's each channel: `[B, 3, H, W]`.
 
-    if os.environ.get("STD"):
-        c = images - images.mean((-2, -1), keepdim=True)
-        return c / (c.std((-2, -1), keepdim=True) + 0.05)
-    return (images - DRAWN_MEAN) / DRAWN_STD
+    Random colours are most of what an untrained network sees otherwise.
+    """
+    centred = images - images.mean((-2, -1), keepdim=True)
+    return centred / (centred.std((-2, -1), keepdim=True) + 0.05)
 
 
 class DrawnCrops:
-    """A `loop.Stream` of crops of grey images, each crop drawn anew in a domain of random colours.
+    """A `loop.Stream` of crops of grey images, drawn in a domain of random colours.
+
+    A crop is cut from a drawing that all crops of its image share, or drawn anew.
 
     Args:
         split: Images; their labels are not looked at by a domain of random colours.
@@ -81,13 +80,23 @@ class DrawnCrops:
         crops: How they are cut.
         batch_size: Images a step.
         seed: Of order, drawings and crops.
+        redraw: Steps between which the share of crops drawn anew goes from 0 to 1; (0, 0): all.
 
     Raises:
         ValueError: A batch is larger than the data, a crop larger than the drawing, or the domain's
             colours tell the label.
     """
 
-    def __init__(self, split: Split, domain: Domain, size: int, crops: Crops, batch_size: int, seed: int):
+    def __init__(
+        self,
+        split: Split,
+        domain: Domain,
+        size: int,
+        crops: Crops,
+        batch_size: int,
+        seed: int,
+        redraw: tuple[int, int] = (0, 0),
+    ):
         largest = max(crops.global_size, crops.local_size)
         if largest > size:
             raise ValueError(
@@ -97,6 +106,7 @@ class DrawnCrops:
         if "random" not in (domain.ink, domain.paper) and domain.ink[0] != domain.ink[1]:
             raise ValueError("the domain's colours tell the label; give ink='random'")
         self.split, self.domain, self.size, self.crops, self.seed = split, domain, size, crops, seed
+        self.redraw = redraw
         self.epochs = Epochs(len(split), batch_size, seed)
 
     def __call__(self, first_step: int) -> Iterator[list[Tensor]]:
@@ -111,21 +121,18 @@ class DrawnCrops:
         chosen = self.epochs(step)
         part = Split(self.split.images[chosen], self.split.labels[chosen])
         random = generator(self.seed, 1, step)
-        base = self.domain.draw(part, self.size, random)
-        import os
+        shared = self.domain.draw(part, self.size, random)
+        cuts = []
+        for size, scale in self.crops.sizes:
+            own = self.domain.draw(part, self.size, random)
+            redrawn = torch.rand(len(part), 1, 1, 1, generator=random) < self.redrawn_at(step)
+            cuts.append(normalise(cut(torch.where(redrawn, own, shared), size, scale, random)))
+        return cuts
 
-        p = float(os.environ.get("REDRAW", "1")) * min(
-            1.0, max(0, step - 60) / float(os.environ.get("RAMP", "1"))
-        )
-
-        def one(x):
-            n = len(x)
-            sign = torch.where(torch.rand(n, 3, 1, 1, generator=random) < 0.5 * p, -1.0, 1.0)
-            gain = sign * (0.6 + 0.8 * torch.rand(n, 3, 1, 1, generator=random))
-            off = 0.4 * (torch.rand(n, 3, 1, 1, generator=random) - 0.5)
-            return (0.5 + (x - 0.5) * gain + off).clamp(0, 1)
-
-        return [normalise(one(cut(base, size, scale, random))) for size, scale in self.crops.sizes]
+    def redrawn_at(self, step: int) -> float:
+        """The share of crops that are drawn anew at a step."""
+        first, last = self.redraw
+        return 1.0 if step >= last else max(0.0, (step - first) / (last - first))
 
 
 def cut(images: Tensor, size: int, scale: Range, random: torch.Generator) -> Tensor:

@@ -46,7 +46,7 @@ class Method:
             raise ValueError(f"confidence must be in [0, 1), got {self.confidence}")
 
 
-WEIGHT = 20.0
+WEIGHT = 10.0
 """Of the consistency by MSE, a mean over the classes."""
 
 _METHODS = [
@@ -55,7 +55,7 @@ _METHODS = [
     Method(
         "mean-teacher",
         "Mean teacher: an EMA of the student (Tarvainen & Valpola 2017)",
-        kernel="ema(0.99)",
+        kernel="ema(0.95)",
         weight=WEIGHT,
     ),
     Method(

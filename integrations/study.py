@@ -1,0 +1,71 @@
+"""An experiment from the command line: methods and seeds in turn, what is found said as it comes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from wmateacher.integrations import processes
+
+
+class Experiment(Protocol):
+    """What can be run by name and seed."""
+
+    def run(self, name: str, seed: int = 0) -> Mapping[str, Any]:
+        """Run, or look up, one method with one seed; its record."""
+        ...
+
+
+def check_seeds(seeds: int) -> None:
+    """See that there is something to run.
+
+    Raises:
+        ValueError: There are no seeds.
+    """
+    if seeds < 1:
+        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+
+
+def folder(given: Path | None, name: str) -> Path:
+    """Where results go: what was given, or a new folder in `runs/`, the same in all processes."""
+    return processes.of_first(given or Path(time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")))
+
+
+def say(text: str) -> None:
+    """Print it, once however many processes there are."""
+    if processes.is_first():
+        print(text, flush=True)
+
+
+@contextmanager
+def resumable(output: Path) -> Iterator[None]:
+    """Ctrl-C ends the program with word of how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def conduct(
+    experiment: Experiment,
+    names: Iterable[str],
+    seeds: int,
+    headline: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """Run every method with every seed.
+
+    Args:
+        experiment: Keeps its records itself.
+        names: Of the methods.
+        seeds: How many, from 0.
+        headline: A record in a few words.
+    """
+    names = list(names)
+    for seed in range(seeds):
+        for name in names:
+            say(f"{name} (seed {seed}): {headline(experiment.run(name, seed))}")
