@@ -49,19 +49,19 @@ _DRAWN = Recipe(
     image_size=16,
     crops=Crops(16, 8, 2, (0.7, 1.0), (0.4, 0.7)),
     settings=Settings(
-        steps=700,
+        steps=1400,
         batch_size=128,
-        warmup=70,
+        warmup=140,
         hold_last=20,
         base_learning_rate=0.004,
-        outputs=64,
+        outputs=128,
         hidden=256,
         bottleneck=64,
         first_teacher_temperature=0.02,
         teacher_temperature=0.02,
         centering="sinkhorn",
     ),
-    redraw=(60, 460),
+    redraw=(60, 660),
     bank_images=10000,
 )
 
