@@ -3,6 +3,7 @@
     python benchmarks/kernel_sweep.py
     python benchmarks/kernel_sweep.py --seeds 3 --strengths 0.5 0.9
     python benchmarks/kernel_sweep.py --kernels 'beta(0.3,0.3)' 'ema(0.995)' none --output DIR
+    python benchmarks/kernel_sweep.py --task mean-teacher --data mnist --data-root DIR
 
 Cells run side by side, one process and one thread each. Each writes its result when it is done, and the
 same command with the same --output goes on where it was stopped. The folder gets results.json, cells.csv,
@@ -12,27 +13,21 @@ plane.png, profiles.png, gaps.png, predicted.png and report.html, which opens of
 from __future__ import annotations
 
 import argparse
-import hashlib
 import multiprocessing
 import os
-import re
-import shutil
 import signal
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sweep_report
 import torch
+from sweep_tasks import TASKS, Cell, Task
 
 from wmateacher import kernels
 from wmateacher.integrations import runs
-from wmateacher.integrations.clip import recipes
-from wmateacher.integrations.clip.experiment import Experiment
-from wmateacher.integrations.clip.methods import METHODS
 
 KERNELS = (
     "none",
@@ -57,79 +52,13 @@ QUICK = ("none", "static", "beta(0.5,0.5)", "uniform", "ema(0.99)")
 PACKAGES = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of the sweep.
-
-    Attributes:
-        kernel: The teacher's; `"none"`: no teacher.
-        strength: lambda_SD, the weight of the distillation.
-        seed: Of fine-tuning.
-    """
-
-    kernel: str
-    strength: float
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """A name for its folder that a file system takes."""
-        text = f"{self.kernel}-{self.strength}-{self.seed}"
-        return re.sub(r"[^A-Za-z0-9.]+", "-", text) + "-" + hashlib.sha256(text.encode()).hexdigest()[:6]
-
-
-@dataclass(frozen=True)
-class ClipTask:
-    """TRACER on colour-shifted digits: `examples/clip_tracer.py` with another teacher."""
-
-    data: str
-    root: Path | None
-    steps: int | None
-    pretrain_steps: int | None
-    output: Path
-    cache: Path | None
-
-    def recipe(self, cell: Cell | None = None) -> recipes.Recipe:
-        """The digits recipe, with the cell's method in it alone."""
-        recipe = recipes.get("digits").with_data(self.data).with_steps(self.pretrain_steps, self.steps)
-        if cell is None:
-            return recipe
-        method = replace(METHODS["tracer"], name="cell", kernel=cell.kernel, strength=cell.strength)
-        if cell.kernel == "none":
-            method = replace(method, kernel=None, distillation=None, strength=1.0)
-        return replace(recipe, methods={"cell": method})
-
-    @property
-    def total_steps(self) -> int:
-        """The horizon of the teachers."""
-        return self.recipe().finetune.steps
-
-    def prepare(self) -> str:
-        """What all cells share: the pretrained towers."""
-        experiment = self._experiment(None)
-        seconds = experiment.pretrain()
-        return f"pre-trained for {experiment.recipe.pretrain.steps} steps, {seconds:.0f} s of training"
-
-    def run(self, cell: Cell) -> dict[str, Any]:
-        """One cell's record."""
-        experiment = self._experiment(cell)
-        experiment.pretrain()
-        record = experiment.run("cell", cell.seed)
-        shutil.rmtree(experiment.output / "checkpoints", ignore_errors=True)  # of use until now
-        gaps = experiment.gap_file("cell", cell.seed)
-        return {**record, "gaps": str(gaps.relative_to(self.output)) if gaps.exists() else None}
-
-    def _experiment(self, cell: Cell | None) -> Experiment:
-        folder = self.output / "cells" / (cell.folder if cell else "pretraining")
-        return Experiment(self.recipe(cell), folder, root=self.root, cache=self.cache, progress=cell is None)
-
-
-TASKS = {"clip": ClipTask}
-
-
 def main() -> int:
     """Run what is missing of the sweep, and report on all of it."""
     arguments = parsed()
+    task = TASKS[arguments.task](
+        arguments.data, arguments.data_root, arguments.steps, arguments.pretrain_steps,
+        arguments.output, arguments.cache,
+    )  # fmt: skip
     cells = [
         Cell(kernel, strength, seed)
         for seed in range(arguments.seeds)
@@ -137,13 +66,9 @@ def main() -> int:
         for kernel in arguments.kernels
         if kernel != "none" or strength == arguments.strengths[0]
     ]
-    task = TASKS[arguments.task](
-        arguments.data, arguments.data_root, arguments.steps, arguments.pretrain_steps,
-        arguments.output, arguments.cache,
-    )  # fmt: skip
     config = {"task": arguments.task, "data": arguments.data, "total_steps": task.total_steps,
-              "pretrain_steps": task.recipe().pretrain.steps}  # fmt: skip
-    results = opened(arguments.output / "results.json", config)
+              "pretrain_steps": task.pretraining}  # fmt: skip
+    results = opened(arguments.output / "results.json", config, task)
     missing = [cell for cell in cells if record_of(results, cell) is None]
     print(
         f"{len(cells)} cells, {len(missing)} to run, {arguments.jobs} at a time; "
@@ -158,7 +83,7 @@ def main() -> int:
         print("no cell has a result", file=sys.stderr)
         return 1
     print(f"\n{sweep_report.table(wanted)}\n")
-    sweep_report.write(wanted, arguments.output)
+    sweep_report.write(wanted, arguments.output, theory=task.theory)
     print(f"wrote {arguments.output}/results.json, cells.csv, report.html and its pictures")
     return 1 if failed else 0
 
@@ -169,10 +94,13 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=TASKS, default="clip")
-    parser.add_argument("--data", default="digits", help="digits, mnist or fashion-mnist (default: digits)")
+    parser.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist or cifar10")
     parser.add_argument("--data-root", type=Path, help="folder with the data, for all but digits")
     parser.add_argument("--kernels", nargs="+", help="specs as in wmateacher.kernels; none: no teacher")
-    parser.add_argument("--strengths", nargs="+", type=float, default=[0.9], help="lambda_SD (default: 0.9)")
+    parser.add_argument(
+        "--strengths", nargs="+", type=float,
+        help="clip: lambda_SD (default: 0.9); mean-teacher: multiples of the recipe's weight (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds (default: 1)")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="cells at a time (default: the cores)"
@@ -193,6 +121,8 @@ def parsed() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    task = TASKS[arguments.task]
+    arguments.strengths = arguments.strengths or list(task.strengths)
     if min(arguments.strengths) <= 0:
         parser.error(
             f"--strengths must be above 0, got {min(arguments.strengths)}: --kernels none is no teacher"
@@ -201,18 +131,21 @@ def parsed() -> argparse.Namespace:
         specs = [k if k == "none" else str(kernels.build(k)) for k in arguments.kernels or KERNELS]
     except (ValueError, TypeError) as error:
         parser.error(f"--kernels: {error}")
-    arguments.kernels = list(dict.fromkeys(specs))
+    if not task.without and not arguments.quick and arguments.kernels and "none" in specs:
+        parser.error(f"--kernels none: {arguments.task} has no run without a teacher")
+    arguments.kernels = [k for k in dict.fromkeys(specs) if k != "none" or task.without]
     return arguments
 
 
-def opened(file: Path, config: dict[str, Any]) -> dict[str, Any]:
+def opened(file: Path, config: dict[str, Any], task: Task) -> dict[str, Any]:
     """The sweep so far.
 
     Raises:
         ValueError: The folder holds another one.
     """
     if not file.exists():
-        return {"config": config, "environment": runs.environment("cpu", PACKAGES), "cells": []}
+        where = runs.environment("cpu", PACKAGES)
+        return {"config": config, "figures": task.figures, "environment": where, "cells": []}
     results = runs.read_json(file)
     there = results.get("config", {})
     differing = [f"{k}={there.get(k)!r} there, {v!r} here" for k, v in config.items() if there.get(k) != v]
@@ -229,7 +162,7 @@ def record_of(results: dict[str, Any], cell: Cell) -> dict[str, Any] | None:
     return next((r for r in results["cells"] if (r["kernel"], r["strength"], r["seed"]) == key), None)
 
 
-def run_cells(task: Any, cells: list[Cell], jobs: int, results: dict[str, Any], output: Path) -> int:
+def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any], output: Path) -> int:
     """Run cells side by side, recording each as it ends; how many failed."""
     started, failed = time.perf_counter(), 0
     context = multiprocessing.get_context("spawn")
@@ -249,8 +182,9 @@ def run_cells(task: Any, cells: list[Cell], jobs: int, results: dict[str, Any], 
             results["cells"].append({"kernel": cell.kernel, "strength": cell.strength, **record})
             runs.write_json(results, output / "results.json")
             print(
-                f"[{done}/{len(cells)}] {name}: ID {record['id']:.1f}, OOD {record['ood']:.1f}, "
-                f"about {left / 60:.0f} min left",
+                f"[{done}/{len(cells)}] {name}: "
+                + "".join(f"{name} {record[key]:.1f}, " for key, (name, _) in list(task.figures.items())[:2])
+                + f"about {left / 60:.0f} min left",
                 flush=True,
             )
     except KeyboardInterrupt:

@@ -15,7 +15,15 @@ from wmateacher import kernels, theory
 from wmateacher.integrations import runs
 
 Row = dict[str, Any]
-FIGURES = {"id": ("ID", 1), "ood": ("OOD", 1), "ece": ("OOD ECE", 3), "final_gap": ("final gap", 4)}
+Figures = dict[str, tuple[str, int]]
+CLIP_FIGURES: Figures = {
+    "id": ("ID", 1), "ood": ("OOD", 1), "ece": ("OOD ECE", 3), "final_gap": ("final gap", 4)
+}  # fmt: skip
+
+
+def figures(results: dict[str, Any]) -> Figures:
+    """Key in a record -> heading and digits; the first two are the axes of the plane."""
+    return results.get("figures", CLIP_FIGURES)
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
@@ -26,7 +34,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
     found = []
     for (kernel, strength), cells in groups.items():
         row: Row = {"kernel": kernel, "strength": strength, "seeds": len(cells)}
-        for key in FIGURES:
+        for key in figures(results):
             values = [c[key] for c in cells if c[key] is not None]
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -36,21 +44,22 @@ def rows(results: dict[str, Any]) -> list[Row]:
             row["mean_age"] = summary.mean_age / results["config"]["total_steps"]
         row["gaps"] = cells[0]["gaps"]
         found.append(row)
+    axes = list(figures(results))[:2]
     for row in found:
-        row["front"] = not any(dominates(other, row) for other in found)
+        row["front"] = not any(dominates(other, row, axes) for other in found)
     return found
 
 
-def dominates(one: Row, other: Row) -> bool:
-    """Whether `one` is at least as good in ID and OOD accuracy, and better in one of them."""
-    mine, theirs = (one["id"], one["ood"]), (other["id"], other["ood"])
+def dominates(one: Row, other: Row, axes: list[str]) -> bool:
+    """Whether `one` is at least as good on both axes of the plane, and better on one of them."""
+    mine, theirs = ([row[axis] for axis in axes] for row in (one, other))
     return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
 
 
 def table(results: dict[str, Any]) -> str:
-    """Aligned text; `*` marks the Pareto front of mean ID and OOD accuracy."""
-    lines = [[name for name, _ in cells(rows(results)[0])]]
-    lines += [[value for _, value in cells(row)] for row in rows(results)]
+    """Aligned text; `*` marks the Pareto front of the first two figures."""
+    lines = [[name for name, _ in cells(rows(results)[0], figures(results))]]
+    lines += [[value for _, value in cells(row, figures(results))] for row in rows(results)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -60,7 +69,7 @@ def table(results: dict[str, Any]) -> str:
     )
 
 
-def cells(row: Row) -> list[tuple[str, str]]:
+def cells(row: Row, shown: Figures) -> list[tuple[str, str]]:
     """A row's columns, by name."""
 
     def figure(key: str, digits: int) -> str:
@@ -73,43 +82,47 @@ def cells(row: Row) -> list[tuple[str, str]]:
         ("kernel", row["kernel"]),
         ("strength", f"{row['strength']:g}" if row["kernel"] != "none" else ""),
         ("front", "*" if row["front"] else ""),
-        *((name, figure(key, digits)) for key, (name, digits) in FIGURES.items()),
+        *((name, figure(key, digits)) for key, (name, digits) in shown.items()),
         ("weight of W^0", f"{row['start_weight']:.4f}" if "start_weight" in row else ""),
         ("mean age / T", f"{row['mean_age']:.3f}" if "mean_age" in row else ""),
     ]
 
 
-def write(results: dict[str, Any], output: Path) -> None:
+def write(results: dict[str, Any], output: Path, theory: bool = True) -> None:
     """Everything that one looks at, beside results.json."""
     found = rows(results)
-    header = ["kernel", "strength", "seed", "id", "ood", "ece", "final_gap", "seconds"]
+    header = ["kernel", "strength", "seed", *figures(results), "seconds"]
     runs.write_csv(header, ([cell[key] for key in header] for cell in results["cells"]), output / "cells.csv")
     pictures = {
-        "plane.png": plane(found),
+        "plane.png": plane(found, figures(results)),
         "profiles.png": profiles(found, results["config"]["total_steps"]),
         "gaps.png": gaps(found, output),
-        "predicted.png": predicted(found, results["config"]["total_steps"]),
     }
-    for name, figure in pictures.items():
-        figure.savefig(output / name, dpi=130)
+    if theory:
+        pictures["predicted.png"] = predicted(found, results["config"]["total_steps"])
+    for name, drawing in pictures.items():
+        drawing.savefig(output / name, dpi=130)
     (output / "report.html").write_text(page(results, found, [output / name for name in pictures]), "utf-8")
 
 
-def plane(found: list[Row]) -> Any:
-    """ID against OOD accuracy, with the Pareto front."""
+def plane(found: list[Row], shown: Figures) -> Any:
+    """The first figure against the second, with the Pareto front."""
     figure, axis = _figure(9, 6)
-    front = sorted((r for r in found if r["front"]), key=lambda r: r["id"])
-    axis.plot([r["id"] for r in front], [r["ood"] for r in front], color="0.7", linewidth=1, zorder=0)
+    (x, (x_name, _)), (y, (y_name, _)), *_ = shown.items()
+    front = sorted((r for r in found if r["front"]), key=lambda r: r[x])
+    axis.plot([r[x] for r in front], [r[y] for r in front], color="0.7", linewidth=1, zorder=0)
     for i, row in enumerate(found):
         many = row["seeds"] > 1
         axis.errorbar(
-            row["id"], row["ood"],
-            xerr=row["id_std"] if many else None, yerr=row["ood_std"] if many else None,
+            row[x], row[y],
+            xerr=row[f"{x}_std"] if many else None, yerr=row[f"{y}_std"] if many else None,
             fmt="os^D"[i // 10 % 4], color=f"C{i % 10}", label=_label(row, found), elinewidth=0.6,
             markeredgecolor="black" if row["front"] else "none",
         )  # fmt: skip
     axis.set(
-        xlabel="ID accuracy (%)", ylabel="mean OOD accuracy (%)", title="Outlined: not dominated in both"
+        xlabel=f"{x_name} accuracy (%)",
+        ylabel=f"{y_name} accuracy (%)",
+        title="Outlined: not dominated in both",
     )
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
@@ -170,10 +183,10 @@ def predicted(found: list[Row], total_steps: int) -> Any:
 
 def page(results: dict[str, Any], found: list[Row], pictures: list[Path]) -> str:
     """One HTML file with everything in it."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in cells(found[0]))
+    head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in cells(found[0], figures(results)))
     body = "".join(
         f"<tr{' class=front' if row['front'] else ''}>"
-        + "".join(f"<td>{html.escape(value)}</td>" for _, value in cells(row))
+        + "".join(f"<td>{html.escape(value)}</td>" for _, value in cells(row, figures(results)))
         + "</tr>"
         for row in found
     )
@@ -181,6 +194,7 @@ def page(results: dict[str, Any], found: list[Row], pictures: list[Path]) -> str
         f'<img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
         for p in pictures
     )
+    axes = " and ".join(name for name, _ in list(figures(results).values())[:2])
     facts = {**results["config"], **results["environment"]["packages"]}
     facts["processor"] = results["environment"]["processor"]
     listed = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items())
@@ -200,7 +214,7 @@ dl {{ display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; }
 dd {{ margin: 0; }}
 </style></head><body>
 <h1>Kernel sweep: {html.escape(results["config"]["task"])} on {html.escape(results["config"]["data"])}</h1>
-<p>Accuracies in percent, ECE in [0, 1]; bold: no other kernel is better in ID and OOD accuracy together.</p>
+<p>Accuracies in percent, ECE in [0, 1]; bold: no other kernel is better in {axes} together.</p>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 {images}
 <h2>How it was run</h2><dl>{listed}</dl>

@@ -39,9 +39,9 @@ _BATCH = 500
 class Experiment:
     """A recipe with its data loaded, and a folder that its results go to.
 
-    The folder holds `results.json`, `curves/KERNEL-SEED.csv` and `checkpoints/`. A folder with results of
-    the same configuration is continued: finished runs are not run again, an interrupted one goes on from
-    its checkpoint.
+    The folder holds `results.json`, `gaps/KERNEL-SEED.csv`, `curves/KERNEL-SEED.csv` and `checkpoints/`. A folder
+    with results of the same configuration is continued: finished runs are not run again, an interrupted
+    one goes on from its checkpoint.
 
     Args:
         recipe: What to run.
@@ -131,6 +131,10 @@ class Experiment:
             validate_every=max(1, settings.steps // 10),
         )  # fmt: skip
 
+    def gap_file(self, kernel: str, seed: int) -> Path:
+        """Where the teacher-student gap after every step is written."""
+        return self.output / "gaps" / f"{runs.file_name(kernel)}-{seed}.csv"
+
     def curve_file(self, kernel: str, seed: int) -> Path:
         """Where the k-NN accuracy over training is written."""
         return self.output / "curves" / f"{runs.file_name(kernel)}-{seed}.csv"
@@ -147,6 +151,7 @@ class Experiment:
         if processes.is_first():
             file = self.curve_file(kernel, seed)
             runs.write_csv(("step", "knn"), fitted.record.series["validation"], file)
+            runs.write_csv(("step", "gap"), fitted.record.series["gap"], self.gap_file(kernel, seed))
         return {
             "teacher": self._scores(partial(self._features, fitted.teacher.module.backbone)),
             "student": self._scores(partial(self._features, fitted.student.backbone)),

@@ -33,9 +33,9 @@ _BATCH = 500
 class Experiment:
     """A recipe with its data loaded, and a folder that its results go to.
 
-    The folder holds `results.json`, `curves/METHOD-SEED.csv` and `checkpoints/`. A folder with results of
-    the same configuration is continued: finished runs are not run again, an interrupted one goes on from
-    its checkpoint.
+    The folder holds `results.json`, `gaps/METHOD-SEED.csv`, `curves/METHOD-SEED.csv` and `checkpoints/`. A folder
+    with results of the same configuration is continued: finished runs are not run again, an interrupted
+    one goes on from its checkpoint.
 
     Args:
         recipe: What to run.
@@ -120,6 +120,8 @@ class Experiment:
         curve = fitted.record.series["validation"]
         if processes.is_first():
             runs.write_csv(("step", "accuracy"), curve, self.curve_file(name, seed))
+            if "gap" in fitted.record.series:
+                runs.write_csv(("step", "gap"), fitted.record.series["gap"], self.gap_file(name, seed))
         of_student = self._score(student, "test")
         teacher = of_student if fitted.teacher is None else self._score(fitted.teacher.module, "test")
         gaps = fitted.record.values("gap")
@@ -135,6 +137,10 @@ class Experiment:
         }
         self._results.record(name, record)
         return record
+
+    def gap_file(self, method: str, seed: int) -> Path:
+        """Where the teacher-student gap after every step is written."""
+        return self.output / "gaps" / f"{runs.file_name(method)}-{seed}.csv"
 
     def curve_file(self, method: str, seed: int) -> Path:
         """Where the validation accuracy over training is written."""

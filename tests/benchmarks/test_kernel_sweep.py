@@ -64,10 +64,10 @@ def test_rows_are_means_and_deviations_with_the_kernels_numbers():
 
 
 def test_equal_points_do_not_dominate_each_other():
-    one, other = {"id": 1.0, "ood": 2.0}, {"id": 1.0, "ood": 2.0}
-    assert not sweep_report.dominates(one, other)
-    assert sweep_report.dominates(one | {"id": 1.5}, other)
-    assert not sweep_report.dominates(one | {"id": 1.5, "ood": 1.0}, other)
+    one, other, axes = {"id": 1.0, "ood": 2.0}, {"id": 1.0, "ood": 2.0}, ["id", "ood"]
+    assert not sweep_report.dominates(one, other, axes)
+    assert sweep_report.dominates(one | {"id": 1.5}, other, axes)
+    assert not sweep_report.dominates(one | {"id": 1.5, "ood": 1.0}, other, axes)
 
 
 def test_folders_of_cells_differ_and_are_plain():

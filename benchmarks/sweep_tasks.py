@@ -1,0 +1,213 @@
+"""What a kernel sweep can sweep: each task runs one cell, a kernel with a strength and a seed."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from sweep_report import Figures
+
+from wmateacher.integrations import runs
+from wmateacher.integrations.clip import recipes as clip_recipes
+from wmateacher.integrations.clip.experiment import Experiment as ClipExperiment
+from wmateacher.integrations.clip.methods import METHODS as CLIP_METHODS
+from wmateacher.integrations.dino import recipes as dino_recipes
+from wmateacher.integrations.dino.experiment import Experiment as DinoExperiment
+from wmateacher.integrations.mean_teacher import recipes as mean_teacher_recipes
+from wmateacher.integrations.mean_teacher.experiment import Experiment as MeanTeacherExperiment
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the sweep.
+
+    Attributes:
+        kernel: The teacher's; `"none"`: no teacher.
+        strength: Weight of the distillation.
+        seed: Of the run.
+    """
+
+    kernel: str
+    strength: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """A name for its folder that a file system takes."""
+        return runs.file_name(f"{self.kernel}-{self.strength}-{self.seed}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the tasks have in common.
+
+    Attributes:
+        data: Name of the data.
+        root: Where it lies.
+        steps: Optimizer steps; None: the recipe's.
+        pretrain_steps: Of pre-training, where there is one.
+        output: The sweep's folder.
+        cache: For pretrained networks.
+        figures: Key in a record -> heading and digits; the first two are the axes of the plane.
+        strengths: By default.
+        without: Whether there is a run without teacher.
+        theory: Whether the linear world of `wmateacher.theory` is about this task.
+    """
+
+    data: str
+    root: Path | None
+    steps: int | None
+    pretrain_steps: int | None
+    output: Path
+    cache: Path | None
+    figures: ClassVar[Figures]
+    strengths: ClassVar[tuple[float, ...]] = (1.0,)
+    without: ClassVar[bool] = True
+    theory: ClassVar[bool] = False
+
+    @property
+    def total_steps(self) -> int:
+        """The horizon of the teachers."""
+        raise NotImplementedError
+
+    @property
+    def pretraining(self) -> int | None:
+        """Steps of pre-training; None where there is none."""
+        return None
+
+    def prepare(self) -> str:
+        """What all cells share; what was done, in words."""
+        return f"{self.total_steps} steps a cell"
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """One cell's record."""
+        raise NotImplementedError
+
+    def _folder(self, cell: Cell | None) -> Path:
+        return self.output / "cells" / (cell.folder if cell else "pretraining")
+
+    def _finished(self, experiment: Any, record: dict[str, Any], gaps: Path) -> dict[str, Any]:
+        shutil.rmtree(experiment.output / "checkpoints", ignore_errors=True)  # of use until now
+        return {**record, "gaps": str(gaps.relative_to(self.output)) if gaps.exists() else None}
+
+
+class ClipTask(Task):
+    """TRACER on colour-shifted digits: `examples/clip_tracer.py` with another teacher.
+
+    The strength is lambda_SD.
+    """
+
+    figures: ClassVar[Figures] = {
+        "id": ("ID", 1),
+        "ood": ("OOD", 1),
+        "ece": ("OOD ECE", 3),
+        "final_gap": ("final gap", 4),
+    }
+    strengths = (0.9,)
+    theory = True
+
+    def recipe(self, cell: Cell | None = None) -> clip_recipes.Recipe:
+        """The digits recipe, with the cell's method in it alone."""
+        recipe = clip_recipes.get("digits").with_data(self.data).with_steps(self.pretrain_steps, self.steps)
+        if cell is None:
+            return recipe
+        method = replace(CLIP_METHODS["tracer"], name="cell", kernel=cell.kernel, strength=cell.strength)
+        if cell.kernel == "none":
+            method = replace(method, kernel=None, distillation=None, strength=1.0)
+        return replace(recipe, methods={"cell": method})
+
+    @property
+    def total_steps(self) -> int:
+        """Of fine-tuning."""
+        return self.recipe().finetune.steps
+
+    @property
+    def pretraining(self) -> int | None:
+        """Of the towers that all cells share."""
+        return self.recipe().pretrain.steps
+
+    def prepare(self) -> str:
+        """The pretrained towers."""
+        seconds = self._experiment(None).pretrain()
+        return f"pre-trained for {self.pretraining} steps, {seconds:.0f} s of training"
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Fine-tune the towers."""
+        experiment = self._experiment(cell)
+        experiment.pretrain()
+        record = experiment.run("cell", cell.seed)
+        return self._finished(experiment, record, experiment.gap_file("cell", cell.seed))
+
+    def _experiment(self, cell: Cell | None) -> ClipExperiment:
+        return ClipExperiment(
+            self.recipe(cell), self._folder(cell), root=self.root, cache=self.cache, progress=cell is None
+        )
+
+
+class DinoTask(Task):
+    """DINO on drawn digits: `examples/dino_pretrain.py`. There is no strength."""
+
+    figures: ClassVar[Figures] = {
+        "knn": ("k-NN", 1),
+        "linear": ("linear", 1),
+        "student_knn": ("student k-NN", 1),
+        "final_gap": ("final gap", 4),
+    }
+    without = False
+
+    @property
+    def total_steps(self) -> int:
+        """Of the run."""
+        return self._recipe().settings.steps
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Pre-train a backbone."""
+        if cell.strength != 1:
+            raise ValueError(f"--strengths: dino has none to change, got {cell.strength:g}: leave it out")
+        experiment = DinoExperiment(self._recipe(), self._folder(cell), root=self.root, progress=False)
+        record = experiment.run(cell.kernel, cell.seed)
+        flat = {"knn": record["teacher"]["knn"], "linear": record["teacher"]["linear"],
+                "student_knn": record["student"]["knn"]}  # fmt: skip
+        return self._finished(experiment, {**record, **flat}, experiment.gap_file(cell.kernel, cell.seed))
+
+    def _recipe(self) -> dino_recipes.Recipe:
+        if self.data not in dino_recipes.DRAWN:
+            raise ValueError(f"--data: dino sweeps {', '.join(dino_recipes.DRAWN)}, got {self.data!r}")
+        return dino_recipes.drawn(self.data, self.steps)
+
+
+class MeanTeacherTask(Task):
+    """Few labels: `examples/mean_teacher.py`. The strength multiplies the recipe's consistency weight."""
+
+    figures: ClassVar[Figures] = {
+        "accuracy": ("test", 1),
+        "student_accuracy": ("student", 1),
+        "ece": ("ECE", 3),
+        "final_gap": ("final gap", 4),
+    }
+
+    @property
+    def total_steps(self) -> int:
+        """Of the run."""
+        return self._recipe().settings.steps
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Train from few labels."""
+        recipe = self._recipe()
+        method = recipe.method("mean-teacher")
+        method = replace(method, name="cell", kernel=cell.kernel, weight=cell.strength * method.weight)
+        if cell.kernel == "none":
+            method = replace(method, kernel=None, weight=0.0)
+        recipe = replace(recipe, methods={"cell": method})
+        experiment = MeanTeacherExperiment(recipe, self._folder(cell), root=self.root, progress=False)
+        record = experiment.run("cell", cell.seed)
+        record = {**record, "student_accuracy": record["student"]["accuracy"]}
+        return self._finished(experiment, record, experiment.gap_file("cell", cell.seed))
+
+    def _recipe(self) -> mean_teacher_recipes.Recipe:
+        return mean_teacher_recipes.get(self.data).with_steps(self.steps)
+
+
+TASKS: dict[str, type[Task]] = {"clip": ClipTask, "dino": DinoTask, "mean-teacher": MeanTeacherTask}
