@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from wmateacher.integrations import processes
 from wmateacher.integrations.loop import Record
 
 
@@ -91,7 +92,7 @@ class Watch:
             return
         found = verdict(logged["information"], logged["used"], self.outputs, self.least_used)
         kind = "" if found is None else found.partition(":")[0]
-        if found is not None and kind not in self._warned:
+        if found is not None and kind not in self._warned and processes.is_first():
             self._warned.add(kind)
             warnings.warn(
                 f"{self.name}: collapsed at step {step} of {self.steps}, {found}: {self.remedy}",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from wmateacher.integrations import digits
+from wmateacher.integrations import digits, processes
 from wmateacher.integrations.sampling import Epochs, mix
 from wmateacher.spec import nearest
 
@@ -126,7 +126,8 @@ Transform = Callable[[Any], Any]
 class Views:
     """A `loop.Stream` of transformed images with their labels.
 
-    What a step holds depends on the seed and the step alone, however many workers there are.
+    What a step holds depends on the seed and the step alone, however many workers and processes there are;
+    each process gets its part.
 
     Args:
         data: (image, label) pairs.
@@ -170,7 +171,8 @@ class Views:
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
         while True:
             chosen = self.indices[self.epochs(step)].tolist()
-            yield [(index, mix(self.seed, 2, step, i)) for i, index in enumerate(chosen)]
+            keys = [(index, mix(self.seed, 2, step, i)) for i, index in enumerate(chosen)]
+            yield keys[processes.own(len(keys))]
             step += 1
 
 

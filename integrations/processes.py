@@ -79,19 +79,33 @@ def in_turn() -> Iterator[None]:
             of_first(None)
 
 
-def check_batch(size: int, what: str = "batch_size") -> None:
+def check_batch(size: int, what: str = "batch_size", equal: bool = False) -> None:
     """See that every process gets a part of each batch.
 
+    Args:
+        size: Of a batch.
+        what: Its name in the message.
+        equal: The parts must be of one size: needed by losses that are means over the rank's own part.
+
     Raises:
-        ValueError: There are fewer images than processes.
+        ValueError: There are fewer images than processes, or unequal parts.
     """
     if size < world_size():
         raise ValueError(f"{what} must be at least the number of processes, {world_size()}, got {size}")
+    if equal and size % world_size():
+        raise ValueError(f"{what} must be a multiple of the number of processes, {world_size()}, got {size}")
+
+
+def own(count: int) -> slice:
+    """This rank's share of `count` rows that all ranks know; sizes differ by at most one."""
+    share, rest = divmod(count, world_size())
+    first = rank() * share + min(rank(), rest)
+    return slice(first, first + share + (rank() < rest))
 
 
 def part(rows: Tensor) -> Tensor:
-    """This rank's share of rows [B, ...] that all ranks have; sizes differ by at most one."""
-    return rows.tensor_split(world_size())[rank()]
+    """This rank's share of rows [B, ...] that all ranks have."""
+    return rows[own(len(rows))]
 
 
 def whole(rows: Tensor) -> Tensor:

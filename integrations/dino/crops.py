@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
 
+from wmateacher.integrations import processes
 from wmateacher.integrations.digits import Domain, Split
 from wmateacher.integrations.images import Images, Views
 from wmateacher.integrations.sampling import Epochs, generator
@@ -117,7 +118,7 @@ class DrawnCrops:
             step += 1
 
     def batch(self, step: int) -> list[Tensor]:
-        """The crops of one step, each `[B, 3, H, W]`, the global ones first."""
+        """This process's crops of one step, each `[B, 3, H, W]`, the global ones first."""
         chosen = self.epochs(step)
         part = Split(self.split.images[chosen], self.split.labels[chosen])
         random = generator(self.seed, 1, step)
@@ -126,8 +127,8 @@ class DrawnCrops:
         for size, scale in self.crops.sizes:
             own = self.domain.draw(part, self.size, random)
             redrawn = torch.rand(len(part), 1, 1, 1, generator=random) < self.redrawn_at(step)
-            cuts.append(normalise(cut(torch.where(redrawn, own, shared), size, scale, random)))
-        return cuts
+            cuts.append(cut(torch.where(redrawn, own, shared), size, scale, random))
+        return [normalise(processes.part(crop)) for crop in cuts]
 
     def redrawn_at(self, step: int) -> float:
         """The share of crops that are drawn anew at a step."""

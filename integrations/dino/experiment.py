@@ -39,7 +39,7 @@ _BATCH = 500
 class Experiment:
     """A recipe with its data loaded, and a folder that its results go to.
 
-    The folder holds `results.json`, `gaps/KERNEL-SEED.csv`, `curves/KERNEL-SEED.csv` and `checkpoints/`. A folder
+    The folder holds `results.json`, `gaps/KERNEL-SEED.csv`, `curves/KERNEL-SEED.csv` and `checkpoints/`. One
     with results of the same configuration is continued: finished runs are not run again, an interrupted
     one goes on from its checkpoint.
 

@@ -74,9 +74,9 @@ def maps(backbone: nn.Module, images: Tensor, file: Path) -> None:
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     shown = ((images - low) / (high - low)).permute(0, 2, 3, 1)
     for row, image, heat in zip(axes, shown, found, strict=True):
-        row[0].imshow(image.cpu())
+        row[0].imshow(image.cpu().numpy())
         for axis, one in zip(row[1:], heat, strict=True):
-            axis.imshow(one.cpu(), cmap="magma")
+            axis.imshow(one.cpu().numpy(), cmap="magma")
         for axis in row:
             axis.set_axis_off()
     figure.suptitle(words)

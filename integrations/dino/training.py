@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
-from wmateacher.integrations import collapse, loop, schedules
+from wmateacher.integrations import collapse, loop, processes, schedules
 from wmateacher.integrations.dino.loss import MultiCropLoss, koleo
 from wmateacher.integrations.dino.model import Head, MultiCrop
 from wmateacher.losses.logits import DINO
@@ -139,7 +139,8 @@ def fit(
     """Train `backbone` in place by DINO, under a teacher with that kernel.
 
     An interrupted run that is started again with the same arguments goes on from its last checkpoint
-    and ends with the same bits as an uninterrupted one.
+    and ends with the same bits as an uninterrupted one. Under torchrun each process sees its part of every
+    batch.
 
     Args:
         backbone: Images to features, on the device to train on.
@@ -154,12 +155,14 @@ def fit(
         after_step: Called with the number of steps done after each one.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or belongs to another run.
+        ValueError: The checkpoint cannot be read, or belongs to another run; a batch has no equal parts for
+            all processes.
         FloatingPointError: The loss is not finite.
 
     Warns:
         CollapseWarning: The teacher's outputs are constant, or hardly any of them are used.
     """
+    processes.check_batch(settings.batch_size, equal=True)
     task = _Pretraining(backbone, stream, settings, kernel)
     if validate is not None:
         task.validate, task.validate_every = validate, validate_every
@@ -167,6 +170,7 @@ def fit(
         task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
         label=label, progress=progress, after_step=after_step, after_read=task.watch.see,
     )  # fmt: skip
+    processes.same_buffers(task.student)
     return Fit(task.student, task.teacher, record, task.watch.judge(record))
 
 
@@ -185,6 +189,7 @@ class _Pretraining:
             batch_norm=settings.head_batch_norm,
         )  # fmt: skip
         self.student = MultiCrop(backbone, head).to(self.device).train()
+        self.model = processes.parallel(self.student)
         self.teacher = WMATeacher(self.student, kernel, settings.steps)
         criterion = DINO(
             settings.outputs, settings.student_temperature, settings.first_teacher_temperature,
@@ -213,7 +218,7 @@ class _Pretraining:
         bf16 = settings.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             target = self.teacher(crops[:2])
-            output = self.student(crops)
+            output = self.model(crops)
         loss, probabilities = self.loss(output.logits, target.logits)
         total = loss
         if settings.koleo:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
-from wmateacher.integrations import collapse, loop, schedules
+from wmateacher.integrations import collapse, loop, processes, schedules
 from wmateacher.integrations.mean_teacher.consistency import Consistency
 from wmateacher.integrations.mean_teacher.methods import Method
 
@@ -132,6 +132,8 @@ def fit(
     Warns:
         CollapseWarning: The targets are constant, or leave out most classes.
     """
+    processes.check_batch(settings.labelled_batch, "labelled_batch", equal=True)
+    processes.check_batch(settings.unlabelled_batch, "unlabelled_batch", equal=True)
     task = _SemiSupervised(student, method, labelled, unlabelled, settings, classes)
     if validate is not None:
         task.validate, task.validate_every = validate, validate_every
@@ -139,6 +141,7 @@ def fit(
         task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
         label=label, progress=progress, after_step=after_step, after_read=task.watch.see,
     )  # fmt: skip
+    processes.same_buffers(student)
     return Fit(student, task.teacher, record, task.watch.judge(record))
 
 
@@ -157,6 +160,7 @@ class _SemiSupervised:
         torch.manual_seed(settings.seed)
         self.name, self.steps = method.name, settings.steps
         self.student, self.method, self.settings = student.train(), method, settings
+        self.model = processes.parallel(student)
         self.classes = classes
         self.device = next(student.parameters()).device
         self.teacher = None
@@ -191,7 +195,7 @@ class _SemiSupervised:
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
             # One batch, so that BatchNorm sees labelled and unlabelled images together.
-            answers = self.student(torch.cat(parts)).float().split([len(p) for p in parts])
+            answers = self.model(torch.cat(parts)).float().split([len(p) for p in parts])
         if answers[0].shape[-1] != self.classes:
             raise ValueError(
                 f"the student answers with {answers[0].shape[-1]} logits, but there are {self.classes} "

@@ -105,6 +105,23 @@ def test_a_sweep_leaves_everything_and_runs_nothing_twice(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "cells", "axes"),
+    [("dino", 3, ("knn", "linear")), ("mean-teacher", 4, ("accuracy", "student_accuracy"))],
+)
+def test_other_tasks_are_swept_too(tmp_path, task, cells, axes):
+    done = sweep("--task", task, "--steps", 4, "--quick", *KERNELS, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(results["cells"]) == cells
+    assert list(results["figures"])[:2] == list(axes)
+    assert all(cell[axis] >= 0 for cell in results["cells"] for axis in axes)
+    gaps = [cell["gaps"] for cell in results["cells"] if cell["kernel"] != "none"]
+    assert all((tmp_path / "out" / file).exists() for file in gaps)
+    assert (tmp_path / "out/report.html").read_text().count("data:image/png;base64,") == 3
+
+
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     arguments = [*SHORT, *KERNELS, "--jobs", 1, "--cache", tmp_path / "cache", "--output"]
     process = subprocess.Popen(
@@ -136,6 +153,10 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--strengths", "0"], "--strengths must be above 0, got 0.0: --kernels none is no teacher"),
         (["--task", "gan"], "invalid choice: 'gan'"),
+        (
+            ["--task", "dino", "--kernels", "none", "uniform"],
+            "--kernels none: dino has no run without a teacher",
+        ),
     ],
 )
 def test_bad_input(arguments, message, monkeypatch, capsys):

@@ -206,6 +206,17 @@ def test_dino_moves_one_centre(folder):
     assert different == (size > 1)
 
 
+@on_ranks(1, 2, 4)
+def test_sinkhorn_balances_the_batches_of_all_ranks(folder):
+    size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    whole = torch.randn(sum(ROWS[:size]), 6, generator=torch.Generator().manual_seed(3)).to(device())
+    ours, alone = (
+        losses.build("dino(6,centering=sinkhorn)", gather=g).terms["dino"] for g in ("full", "off")
+    )
+    expected = alone.targets(whole).split(ROWS[:size])[rank]
+    torch.testing.assert_close(ours.targets(whole.split(ROWS[:size])[rank]), expected, rtol=1e-4, atol=1e-6)
+
+
 @on_ranks(2)
 def test_low_precision_gathers_in_float32(folder):
     _, own = batches(even=True)

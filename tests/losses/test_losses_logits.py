@@ -91,6 +91,25 @@ def test_dino_keeps_the_centre_in_evaluation_mode_and_in_its_state():
     assert torch.equal(again(student, teacher).total, criterion(student, teacher).total)
 
 
+def test_sinkhorn_uses_all_outputs_alike():
+    """Against the iterations on probabilities that SwAV writes down, in float64."""
+    student, teacher = pair(0, (6, 4))
+    criterion = losses.build("dino(4,teacher_temperature=0.5,centering=sinkhorn)").terms["dino"]
+    targets = criterion.targets(teacher)
+    scores = (teacher.double() / 0.5).exp()
+    for _ in range(3):
+        scores = scores / scores.sum(0)
+        scores = scores / scores.sum(1, keepdim=True)
+    torch.testing.assert_close(targets, scores.to(targets.dtype), rtol=1e-4, atol=1e-6)
+    balanced = criterion.targets(teacher.repeat(50, 1) + torch.tensor([3.0, 0, 0, 0])).mean(0)
+    torch.testing.assert_close(balanced, torch.full_like(balanced, 0.25), rtol=0.1, atol=0)
+    expected = -(targets * (student / 0.1).log_softmax(-1)).sum(-1).mean()
+    torch.testing.assert_close(criterion(student, teacher), expected.to(targets.dtype))
+    assert not criterion.center.any()
+    huge = criterion.targets(1e4 * teacher)
+    assert torch.isfinite(huge).all()
+
+
 def test_dino_may_be_called_twice_before_backward():
     student, teacher = pair(0)
     student = require_grad(student)
@@ -148,6 +167,7 @@ def test_inputs_are_checked(student, teacher, error, message):
         ("dino(0)", r"dino: dim must be an integer >= 1, got 0; give the size.*dino\(512\)"),
         ("dino(4,student_temperature=0)", "dino: student_temperature must be a finite number > 0"),
         ("dino(4,teacher_temperature=-1)", "dino: teacher_temperature must be a finite number > 0"),
+        ("dino(4,centering=none)", "dino: unknown centering 'none'; .*available: mean, sinkhorn"),
         ("dino(4,center_momentum=1)", r"dino: center_momentum must be a number in \[0, 1\), got 1"),
     ],
 )
