@@ -9,14 +9,14 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
 from wmateacher import kernels
 from wmateacher.integrations import curves, images, processes, report, study
 from wmateacher.integrations.dino import experiment, pictures, recipes
-
-KERNELS = ("ema(0.996,1.0,schedule=cosine)", "power(sigma_rel=0.1)")
+from wmateacher.integrations.dino.training import PAPER_KERNEL
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Arguments:
     by their nearest neighbours among training images.
     """
 
-    kernels: tuple[str, ...] = KERNELS
-    """Of the teacher, one run each: the paper's EMA and a power-function average by default."""
+    kernels: tuple[str, ...] = (PAPER_KERNEL,)
+    """Of the teacher, one run each, e.g. --kernels 'ema(0.97)' uniform; the paper's EMA by default."""
     data: str = "digits"
     """digits, mnist or fashion-mnist, drawn in random colours; cifar10; or imagefolder:DIR with DIR/train
     and DIR/val, a folder per class in each. All but digits and imagefolder need --data-root."""
@@ -44,12 +44,12 @@ class Arguments:
     """Passes over the images, for photographs."""
     batch_size: int | None = None
     """Images a step, over all processes."""
-    centering: str | None = None
+    centering: Literal["mean", "sinkhorn"] | None = None
     """mean (DINO) or sinkhorn (DINOv2); the recipe's by default."""
     koleo: float = 0.0
     """Weight of KoLeo, which spreads features; 0.1 in DINOv2."""
-    precision: str = "fp32"
-    """fp32, or bf16 autocast."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast with float32 weights."""
     workers: int = 0
     """Processes that prepare photographs."""
     seeds: int = 1
@@ -71,12 +71,14 @@ def configured(arguments: Arguments) -> recipes.Recipe:
         recipe = recipes.photographs(
             arguments.data, count, epochs=arguments.epochs, batch_size=arguments.batch_size
         )
-    changes = {"koleo": arguments.koleo, "precision": arguments.precision}
-    if arguments.centering is not None:
-        changes["centering"] = arguments.centering
-    if arguments.batch_size is not None:
-        changes["batch_size"] = arguments.batch_size
-    settings = replace(recipe.settings, **changes)
+    settings = recipe.settings
+    settings = replace(
+        settings,
+        koleo=arguments.koleo,
+        precision=arguments.precision,
+        centering=arguments.centering or settings.centering,
+        batch_size=arguments.batch_size or settings.batch_size,
+    )
     return replace(recipe, settings=settings, backbone=arguments.backbone or recipe.backbone)
 
 
@@ -109,7 +111,7 @@ def conclude(run: experiment.Experiment, names: tuple[str, ...], shown: experime
     levels = {name: run.results["methods"][name]["teacher"]["knn"] for name in run.baselines}
     curves.picture(files, levels, output / "curves.png")
     try:
-        pictures.maps(shown.teacher.module.backbone, run.pictured().to(run.device), output / "maps.png")
+        pictures.maps(shown.average.backbone, run.pictured().to(run.device), output / "maps.png")
     except ValueError as error:
         print(f"no maps.png: {error}", file=sys.stderr)
     print(f"wrote {output}/results.json, curves/*.csv, curves.png, maps.png")

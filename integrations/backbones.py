@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 from torch import nn
 
@@ -28,11 +30,15 @@ def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) ->
         raise ValueError(f"unknown backbone {call.name!r}; {nearest(call.name, timm.list_models())}")
     given = {"in_chans": channels, "num_classes": classes, **call.kwargs}
     # Which sizes a network can be told differs from family to family; the first that fits is taken.
-    sizes = ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {})
+    sizes: tuple[dict[str, Any], ...] = (
+        {"img_size": image_size, "dynamic_img_size": True},
+        {"img_size": image_size},
+        {},
+    )
     reason: Exception | None = None
-    for size in sizes:
+    for told in ({**size, "dynamic_img_size": True}, size, {}):
         try:
-            return timm.create_model(call.name, **{**size, **given})
+            return timm.create_model(call.name, **{**told, **given})
         except TypeError as error:
             reason = error
         except (AssertionError, ValueError, RuntimeError) as error:

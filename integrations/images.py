@@ -90,8 +90,8 @@ def _cifar10(root: str | Path | None, download: bool) -> Images:
         return digits.Split(torch.from_numpy(data.data).permute(0, 3, 1, 2), torch.tensor(data.targets))
 
     kept, held = digits.stratify(split(train), 2000)
-    parts = [TensorDataset(part.images, part.labels) for part in (kept, held, split(test))]
-    return Images("cifar10", tuple(train.classes), *parts, kept.labels, 3)
+    ours, val, unseen = (TensorDataset(part.images, part.labels) for part in (kept, held, split(test)))
+    return Images("cifar10", tuple(train.classes), ours, val, unseen, kept.labels, 3)
 
 
 def _folders(folder: Path) -> Images:
@@ -162,7 +162,7 @@ class Views:
         """Batches without end from `first_step` on: what the transform gives, stacked, and labels."""
         loader: DataLoader[Any] = DataLoader(
             self._data,
-            batch_sampler=self._keys(first_step),  # type: ignore[arg-type]
+            batch_sampler=self._keys(first_step),
             num_workers=self.workers,
             generator=torch.Generator(),  # else it would draw from the global one
         )

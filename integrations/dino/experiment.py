@@ -113,7 +113,8 @@ class Experiment:
         if recorded is not None:
             return recorded
         if name in BASELINES:
-            record = {"teacher": self._scores(self._baseline(name, seed)), "student": None}
+            scores = self._scores(self._baseline(name, seed))
+            record: dict[str, Any] = {"teacher": scores, "student": None}
         else:
             record = self._trained(name, seed, after_step)
         record = {"seed": seed, **record}
@@ -153,7 +154,7 @@ class Experiment:
             runs.write_csv(("step", "knn"), fitted.record.series["validation"], file)
             runs.write_csv(("step", "gap"), fitted.record.series["gap"], self.gap_file(kernel, seed))
         return {
-            "teacher": self._scores(partial(self._features, fitted.teacher.module.backbone)),
+            "teacher": self._scores(partial(self._features, fitted.average.backbone)),
             "student": self._scores(partial(self._features, fitted.student.backbone)),
             "final_gap": fitted.record.values("gap")[-1],
             "validation": fitted.record.values("validation")[-1],

@@ -122,6 +122,12 @@ class Fit:
     record: loop.Record
     collapsed: str | None
 
+    @property
+    def average(self) -> MultiCrop:
+        """The teacher's network."""
+        assert isinstance(self.teacher.module, MultiCrop)
+        return self.teacher.module
+
 
 def fit(
     backbone: nn.Module,
