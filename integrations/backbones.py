@@ -30,11 +30,7 @@ def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) ->
         raise ValueError(f"unknown backbone {call.name!r}; {nearest(call.name, timm.list_models())}")
     given = {"in_chans": channels, "num_classes": classes, **call.kwargs}
     # Which sizes a network can be told differs from family to family; the first that fits is taken.
-    sizes: tuple[dict[str, Any], ...] = (
-        {"img_size": image_size, "dynamic_img_size": True},
-        {"img_size": image_size},
-        {},
-    )
+    size: dict[str, Any] = {"img_size": image_size}
     reason: Exception | None = None
     for told in ({**size, "dynamic_img_size": True}, size, {}):
         try:
