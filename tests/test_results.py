@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from wmateacher.integrations import report as reports
 from wmateacher.integrations.clip import report
+from wmateacher.integrations.dino import experiment as dino
+from wmateacher.integrations.mean_teacher import experiment as mean_teacher
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -32,6 +35,10 @@ def tables(folder):
         "kernel-sweep-digits": sweep_report.table,
         "kernel-sweep-mnist": sweep_report.table,
     }
+    columns = {"dino": dino.COLUMNS, "mean-teacher": mean_teacher.COLUMNS}
+    for task, shown in columns.items():
+        if folder.startswith(task):
+            return [reports.table(results, shown)]
     return [makers.get(folder, report.table)(results)]
 
 
