@@ -38,7 +38,12 @@ def knn_accuracy(
 
 
 def linear_accuracy(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, strength: float = 1.0
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    strength: float = 1.0,
+    most: int = 100_000,
 ) -> float:
     """Accuracy in percent of scikit-learn's logistic regression on standardised features.
 
@@ -48,11 +53,15 @@ def linear_accuracy(
         test: Features `[M, D]`.
         test_labels: int64 `[M]`.
         strength: C, the inverse of the L2 penalty.
+        most: Training images, drawn at random where there are more.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+    if len(train) > most:
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:most]
+        train, train_labels = train[chosen], train_labels[chosen]
     classifier.fit(train.cpu().numpy(), train_labels.cpu().numpy())
     return 100 * float(classifier.score(test.cpu().numpy(), test_labels.cpu().numpy()))

@@ -27,7 +27,7 @@ class Recipe:
         redraw: Steps between which the share of crops that are drawn anew, in colours and at an angle of
             their own, goes from 0 to 1.
         train_images: At most that many training images are used.
-        bank_images: At most that many of them are neighbours in evaluation.
+        bank_images: At most that many images of each part are drawn for evaluation.
     """
 
     data: str

@@ -1,0 +1,119 @@
+"""Images as a network sees them in evaluation, and how good its features of them are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from wmateacher.integrations import images, probes, processes
+from wmateacher.integrations.digits import Domain, Source, Split
+from wmateacher.integrations.dino import crops
+from wmateacher.integrations.sampling import generator
+
+_BATCH = 500
+Labelled = Iterator[tuple[Tensor, Tensor]]
+Features = Callable[[str], tuple[Tensor, Tensor]]
+"""Of `"train"`, `"val"` or `"test"`: features `[N, D]` and labels `[N]`."""
+
+
+class Views(Protocol):
+    """Images that are always looked at in the same way."""
+
+    def batches(self, part: str, raw: bool = False) -> Labelled:
+        """Images `[B, 3, S, S]` and labels of `"train"`, `"val"` or `"test"`; raw: not normalised."""
+        ...
+
+
+class DrawnViews:
+    """Grey images, each drawn once.
+
+    Args:
+        source: Where they come from.
+        train: Its training images, as far as they are used.
+        domain: How they are drawn.
+        drawing: Height and width of the drawing, in pixels.
+        size: Of what the network sees.
+        most: At most that many of each part.
+    """
+
+    def __init__(self, source: Source, train: Split, domain: Domain, drawing: int, size: int, most: int):
+        self._splits = {"train": train, "val": source.val, "test": source.test}
+        self._domain, self._drawing, self._size, self._most = domain, drawing, size, most
+        self._drawn: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def batches(self, part: str, raw: bool = False) -> Labelled:
+        """As `Views`."""
+        if part not in self._drawn:
+            split = self._splits[part].subset(self._most)
+            whole = self._domain.draw(split, self._drawing, generator(0, len(part)))
+            small = F.interpolate(whole, (self._size, self._size), mode="bilinear", antialias=True)
+            self._drawn[part] = small, split.labels
+        pixels, labels = self._drawn[part]
+        for some, theirs in zip(pixels.split(_BATCH), labels.split(_BATCH), strict=True):
+            yield some if raw else crops.normalise(some), theirs
+
+
+class PhotoViews:
+    """Photographs, the middle of each.
+
+    Args:
+        photos: Where they come from.
+        size: Height and width of what the network sees, in pixels.
+        workers: Processes that read.
+    """
+
+    def __init__(self, photos: images.Images, size: int, workers: int):
+        self._parts: dict[str, Dataset[Any]] = {
+            "train": photos.train, "val": photos.val, "test": photos.test,
+        }  # fmt: skip
+        self._view, self._workers = crops.photo_view(size), workers
+
+    def batches(self, part: str, raw: bool = False) -> Labelled:
+        """As `Views`."""
+        viewed = images.Viewed(self._parts[part], self._view)
+        yield from DataLoader(
+            viewed, batch_size=_BATCH, num_workers=self._workers, generator=torch.Generator()
+        )
+
+
+def pixels(views: Views, raw: bool) -> Features:
+    """The images themselves as features."""
+
+    def of(part: str) -> tuple[Tensor, Tensor]:
+        seen, labels = zip(*views.batches(part, raw), strict=True)
+        return torch.cat(seen).flatten(1), torch.cat(labels)
+
+    return of
+
+
+def features(views: Views, backbone: nn.Module, device: torch.device) -> Features:
+    """A backbone's features, in eval mode; its mode is restored. All processes share the work."""
+
+    @torch.no_grad()
+    def of(part: str) -> tuple[Tensor, Tensor]:
+        training = backbone.training
+        backbone.eval()
+        found, labels = [], []
+        for seen, theirs in views.batches(part):
+            found.append(processes.whole(backbone(processes.part(seen).to(device))).float().cpu())
+            labels.append(theirs)
+        backbone.train(training)
+        return torch.cat(found), torch.cat(labels)
+
+    return of
+
+
+def scores(of: Features) -> dict[str, float]:
+    """k-NN and linear accuracy on test images, in percent; neighbours and classifier from training."""
+    train, test = of("train"), of("test")
+    return {"knn": probes.knn_accuracy(*train, *test), "linear": probes.linear_accuracy(*train, *test)}
+
+
+def validation(of: Features) -> float:
+    """k-NN accuracy on validation images, in percent."""
+    return probes.knn_accuracy(*of("train"), *of("val"))
