@@ -27,7 +27,10 @@ def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) ->
     if call.args:
         raise ValueError(f"backbone {spec!r}: give arguments by name, as in {call.name}(depth=4)")
     if not timm.is_model(call.name):
-        raise ValueError(f"unknown backbone {call.name!r}; {nearest(call.name, timm.list_models())}")
+        raise ValueError(
+            f"unknown backbone {call.name!r}; {nearest(call.name, timm.list_models())}, "
+            "see timm.list_models()"
+        )
     given = {"in_chans": channels, "num_classes": classes, **call.kwargs}
     # Which sizes a network can be told differs from family to family; the first that fits is taken.
     size: dict[str, Any] = {"img_size": image_size}

@@ -63,3 +63,9 @@ def test_arguments_that_do_not_fit_show_the_usage():
 
 def test_nearest_names_come_first():
     assert spec.nearest("bta", ["beta", "uniform"]) == "did you mean 'beta'? available: beta, uniform"
+
+
+def test_many_names_are_counted_instead_of_listed():
+    names = [f"net{i}" for i in range(1500)]
+    assert spec.nearest("net12x", names).startswith("did you mean 'net12")
+    assert spec.nearest("other", names) == "1500 are available"

@@ -83,11 +83,11 @@ def canonical(obj: Any, name: str) -> Call:
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the close ones first, then all."""
+    """The end of an error message about an unknown name: the close ones first, then all if they are few."""
     known = sorted(options)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return f"{hint}available: {', '.join(known)}"
+    return hint + (f"available: {', '.join(known)}" if len(known) <= 50 else f"{len(known)} are available")
 
 
 def _usage(parameter: inspect.Parameter) -> str:
