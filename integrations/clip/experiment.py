@@ -15,12 +15,14 @@ import torch
 
 from wmateacher.integrations import digits, loop, processes, runs
 from wmateacher.integrations.clip.evaluation import Labelled, Scores, score, summarise
-from wmateacher.integrations.clip.methods import METHODS
+from wmateacher.integrations.clip.heads import Prompts, Student, head_of, towers_of
+from wmateacher.integrations.clip.methods import METHODS, Merge, Method
 from wmateacher.integrations.clip.pairs import DrawnPairs, normalise
 from wmateacher.integrations.clip.recipes import Recipe
-from wmateacher.integrations.clip.towers import Towers, build, zero_shot_head
-from wmateacher.integrations.clip.training import Settings, fit
+from wmateacher.integrations.clip.towers import Towers, build
+from wmateacher.integrations.clip.training import Settings, fit, started
 from wmateacher.integrations.digits import Domain, Split
+from wmateacher.posthoc import interpolate, model_stock
 
 _EVALUATION_BATCH = 500
 
@@ -69,6 +71,7 @@ class Experiment:
             self.source = digits.load(recipe.data, root, download=download)
         self.train = self.source.train.subset(recipe.train_images)
         self.towers, self.tokenizer = self._fresh_towers()
+        self.prompts = Prompts(self.source.classes, self.source.templates, self.tokenizer)
         packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
         self._results = runs.Results(output, asdict(recipe), runs.environment(self.device, packages))
 
@@ -101,21 +104,12 @@ class Experiment:
         recorded = self._results.recorded(name, seed)
         if recorded is not None:
             return recorded
-        method = self.recipe.method(name)
-        towers, seconds, gaps = deepcopy(self.towers), 0.0, []
-        if method.trains:
-            settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
-            fitted = fit(
-                towers, method, self._pairs(self.recipe.narrow, settings), settings,
-                checkpoint=self.output / "checkpoints" / f"{name}-{seed}.pt",
-                label=f"{name} (seed {seed})", progress=self.progress, after_step=after_step,
-            )  # fmt: skip
-            seconds, gaps = fitted.seconds, fitted.gaps
+        student, seconds, gaps = self._student(self.recipe.method(name), seed, after_step)
         if gaps and processes.is_first():
             runs.write_csv(("step", "gap"), enumerate(gaps, 1), self.gap_file(name, seed))
-        scores = self.evaluate(towers, self.source.test, {"id": self.recipe.narrow, **self.recipe.shifts})
+        scores = self.evaluate(student, self.source.test, {"id": self.recipe.narrow, **self.recipe.shifts})
         validation = self.evaluate(
-            towers, self.source.val, {"id": self.recipe.narrow, "wide": self.recipe.wide}
+            student, self.source.val, {"id": self.recipe.narrow, "wide": self.recipe.wide}
         )
         record = {
             "seed": seed,
@@ -127,9 +121,9 @@ class Experiment:
         self._results.record(name, record)
         return record
 
-    def evaluate(self, towers: Towers, split: Split, domains: Mapping[str, Domain]) -> dict[str, Scores]:
-        """Score the zero-shot head of `towers` on a split drawn in each domain, always the same way."""
-        head = zero_shot_head(towers, self.tokenizer, self.source.classes, self.source.templates)
+    def evaluate(self, student: Student, split: Split, domains: Mapping[str, Domain]) -> dict[str, Scores]:
+        """Score the student's head on a split drawn in each domain, always the same way."""
+        towers, head = towers_of(student), head_of(student, self.prompts)
         return {name: score(towers, head, self._drawn(split, domain)) for name, domain in domains.items()}
 
     @property
@@ -142,6 +136,36 @@ class Experiment:
         return self.output / "gaps" / f"{method}-{seed}.csv"
 
     # --- pieces -------------------------------------------------------------------------------------
+
+    def _student(
+        self, method: Method, seed: int, after_step: Callable[[int], None] | None = None
+    ) -> tuple[Student, float, list[float]]:
+        """A method's finished model, the seconds of training and the teacher's gaps."""
+        if method.merge is not None:
+            return *self._merged(method.merge, seed), []
+        student = started(method, deepcopy(self.towers), self.prompts)
+        if not method.trains:
+            return student, 0.0, []
+        settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
+        fitted = fit(
+            student, method, self._pairs(self.recipe.narrow, settings), settings,
+            prompts=self.prompts, anchors=self._pairs(self.recipe.wide, settings),
+            checkpoint=self.output / "checkpoints" / f"{method.name}-{seed}.pt",
+            label=f"{method.name} (seed {seed})", progress=self.progress, after_step=after_step,
+        )  # fmt: skip
+        return student, fitted.seconds, fitted.gaps
+
+    def _merged(self, merge: Merge, seed: int) -> tuple[Student, float]:
+        """Weights between the pretrained and fine-tuned ones, and the seconds of all fine-tuning."""
+        method = self.recipe.method(merge.of)
+        student = started(method, deepcopy(self.towers), self.prompts)
+        ends = [self._student(method, merge.models * seed + i) for i in range(merge.models)]
+        states = [end.state_dict() for end, *_ in ends]
+        start = student.state_dict()
+        alpha = merge.alpha
+        merged = model_stock(start, states) if alpha is None else interpolate(start, states[0], alpha)
+        student.load_state_dict(merged)
+        return student, sum(seconds for _, seconds, _ in ends)
 
     def _fresh_towers(self) -> tuple[Towers, Any]:
         torch.manual_seed(self.recipe.pretrain.seed)
@@ -173,5 +197,6 @@ class Experiment:
             "images": len(self.train),
             "domain": asdict(recipe.wide),
             "pretrain": asdict(recipe.pretrain),
+            "method": METHODS["flyp"].settings(),
             "checkpoint": loop.FORMAT,
         }

@@ -1,11 +1,14 @@
-"""The loss that every method minimises: TRACER's L = L_MMCL + lambda_SD L_SD, plus an L2 pull."""
+"""The loss that every method minimises: a task, pulls on the weights, anchors and a distillation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from wmateacher import losses
+from wmateacher.integrations.clip import guidance
+from wmateacher.integrations.clip.heads import Classified, Prompts, Student, towers_of
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.towers import Towers
 from wmateacher.losses import LossOutput, PairedEmbeddings
@@ -33,52 +36,95 @@ class Objective(nn.Module):
 
     Args:
         method: What to minimise.
-        towers: The student as it starts.
+        student: As it starts.
+        prompts: Of the task; needed by methods with a guidance.
+        seed: Of random texts.
 
     Raises:
-        ValueError: A teacher without a distillation loss or the other way round, or a criterion that
-            is not one of paired embeddings.
+        ValueError: The method needs prompts, and there are none.
     """
 
-    def __init__(self, method: Method, towers: Towers):
+    def __init__(self, method: Method, student: Student, prompts: Prompts | None = None, seed: int = 0):
         super().__init__()
-        if (method.kernel is None) != (method.distillation is None):
-            raise ValueError(
-                f"method {method.name!r} has kernel={method.kernel!r} and "
-                f"distillation={method.distillation!r}: give both or neither"
-            )
         self.method = method
         self.criterion = None if method.distillation is None else losses.build(method.distillation)
-        if self.criterion is not None and self.criterion.family not in (None, "paired"):
-            raise ValueError(
-                f"distillation {method.distillation!r} takes {self.criterion.family}, CLIP gives paired "
-                f"embeddings: choose from {', '.join(losses.available('paired'))}"
+        self._guide = None
+        if method.guidance is not None:
+            self._guide = guidance.build(
+                method.guidance, towers_of(student), needed(prompts, method.name), seed
             )
         # Not buffers: they can always be had from the pretrained weights again.
-        self._start = [p.detach().clone() for p in _trained(towers)] if method.l2_sp else []
+        self._start = [p.detach().clone() for p in _trained(student)] if method.l2_sp else []
 
     def forward(
-        self, towers: Towers, student: PairedEmbeddings, teacher: PairedEmbeddings | None = None
+        self,
+        student: Student,
+        answers: PairedEmbeddings | Classified,
+        targets: PairedEmbeddings | Classified | None = None,
+        *,
+        labels: Tensor | None = None,
+        anchors: PairedEmbeddings | None = None,
+        step: int = 0,
     ) -> LossOutput:
-        """The total, and every term before its coefficient, detached."""
-        method = self.method
-        weighted = [("info_nce", 1.0, losses.info_nce(*student))]
+        """The total, and every term before its coefficient, detached.
+
+        Args:
+            student: The model itself, for the terms on its weights.
+            answers: What it gives for the batch.
+            targets: What the teacher gives.
+            labels: int64 `[B]`, for a linear head.
+            anchors: What the student gives for the anchor pairs.
+            step: Index of the optimizer step, for what is random.
+        """
+        method, towers = self.method, towers_of(student)
+        if isinstance(answers, Classified):
+            weighted = [("cross_entropy", 1.0, F.cross_entropy(answers.logits, labels))]
+        else:
+            weighted = [("info_nce", 1.0, losses.info_nce(*answers))]
         if method.cross_frobenius:
             weighted.append(("cross_frobenius", method.cross_frobenius, cross_frobenius(towers)))
         if method.orthogonality:
             weighted.append(("orthogonality", method.orthogonality, orthogonality(towers)))
         if method.l2_sp:
-            moved = torch._foreach_sub(list(_trained(towers)), self._start)
+            moved = torch._foreach_sub(list(_trained(student)), self._start)
             distance = torch.stack([m.square().sum() for m in moved]).sum()
             weighted.append(("l2_sp", method.l2_sp, distance))
+        if anchors is not None:
+            weighted.append(("anchors", method.anchors, losses.info_nce(*anchors)))
         terms = {name: value.detach() for name, _, value in weighted}
         if self.criterion is not None:
-            distillation, parts = self.criterion(student, teacher)
+            distillation, parts = self.criterion(*self._comparable(towers, answers, targets, step))
             weighted.append(("distillation", method.strength, distillation))
             terms |= parts
         total = torch.stack([coefficient * value for _, coefficient, value in weighted]).sum()
         return LossOutput(total, terms)
 
+    def _comparable(
+        self, towers: Towers, answers: object, targets: object, step: int
+    ) -> tuple[object, object]:
+        """What the criterion takes of both sides: paired embeddings, or logits."""
+        if not (isinstance(answers, Classified) and isinstance(targets, Classified)):
+            return answers, targets
+        if self._guide is None:
+            return answers.logits, targets.logits
+        with torch.autocast(answers.logits.device.type, enabled=False):
+            texts = towers.logit_scale * self._guide(step).to(answers.logits.dtype).mT
+            student, teacher = (side.image.to(texts.dtype) @ texts for side in (answers, targets))
+            return student, teacher
 
-def _trained(towers: Towers) -> list[nn.Parameter]:
-    return [p for p in towers.parameters() if p.requires_grad]
+
+def needed(prompts: Prompts | None, method: str) -> Prompts:
+    """The prompts, where they were given.
+
+    Raises:
+        ValueError: They were not.
+    """
+    if prompts is None:
+        raise ValueError(
+            f"method {method!r} needs the task's classes and templates: pass prompts=Prompts(...)"
+        )
+    return prompts
+
+
+def _trained(student: Student) -> list[nn.Parameter]:
+    return [p for p in student.parameters() if p.requires_grad]

@@ -20,11 +20,22 @@ class Batch(NamedTuple):
         images: float32 `[B, 3, H, W]`, normalised.
         tokens: int64 `[U, L]`, each distinct caption of the batch once.
         caption: int64 `[B]`, the row of `tokens` that belongs to each image.
+        labels: int64 `[B]`, the classes, where there are any.
     """
 
     images: Tensor
     tokens: Tensor
     caption: Tensor
+    labels: Tensor | None = None
+
+
+def joined(first: Batch, second: Batch) -> Batch:
+    """The pairs of both in one batch, without labels."""
+    return Batch(
+        torch.cat([first.images, second.images]),
+        torch.cat([first.tokens, second.tokens]),
+        torch.cat([first.caption, second.caption + len(first.tokens)]),
+    )
 
 
 MEAN, STD = 0.5, 0.25
@@ -90,4 +101,4 @@ class DrawnPairs:
         template = torch.randint(self.templates, (len(part),), generator=random)
         caption = part.labels * self.templates + template
         distinct, which = caption.unique(return_inverse=True)
-        return Batch(images, self.captions[distinct], which)
+        return Batch(images, self.captions[distinct], which, part.labels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,10 +13,13 @@ from torch import Tensor
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
 from wmateacher.integrations import loop, processes, schedules
+from wmateacher.integrations.clip import clocks, pairs
+from wmateacher.integrations.clip.heads import Classifier, Prompts, Student
 from wmateacher.integrations.clip.methods import Method
-from wmateacher.integrations.clip.objective import Objective
+from wmateacher.integrations.clip.objective import Objective, needed
 from wmateacher.integrations.clip.pairs import Batch
 from wmateacher.integrations.clip.towers import Towers
+from wmateacher.losses import PairedEmbeddings
 
 
 @dataclass(frozen=True)
@@ -66,26 +69,42 @@ class Fit:
     """A finished run.
 
     Attributes:
-        student: The trained towers.
+        student: The trained towers, under a linear head where the method has one.
         teacher: None for methods without one.
         losses: The total loss of every step.
         gaps: `|W - M| / |W|` after every step; empty without a teacher.
         seconds: Spent training, over all resumes.
     """
 
-    student: Towers
+    student: Student
     teacher: WMATeacher | None
     losses: list[float]
     gaps: list[float]
     seconds: float
 
 
+def started(method: Method, towers: Towers, prompts: Prompts | None = None) -> Student:
+    """What a method fine-tunes, or evaluates: the pretrained towers, or a classifier on them.
+
+    Args:
+        method: Its head decides.
+        towers: As pretrained; they become the student's.
+        prompts: The task's classes and templates; needed by a linear head.
+
+    Raises:
+        ValueError: A linear head without prompts.
+    """
+    return Classifier(towers, needed(prompts, method.name)) if method.head == "linear" else towers
+
+
 def fit(
-    student: Towers,
+    student: Student,
     method: Method,
     stream: loop.Stream[Batch],
     settings: Settings,
     *,
+    prompts: Prompts | None = None,
+    anchors: loop.Stream[Batch] | None = None,
     checkpoint: Path | None = None,
     label: str | None = None,
     progress: bool = True,
@@ -97,22 +116,24 @@ def fit(
     and ends, on one device and one version of torch, with the same bits as an uninterrupted one.
 
     Args:
-        student: The pretrained towers, on the device to train on.
+        student: As `started` gives it, on the device to train on.
         method: What to minimise, with which teacher.
         stream: Batches from a given step on.
         settings: How to optimise.
+        prompts: The task's classes and templates; needed by methods with a guidance.
+        anchors: Pairs like those of pre-training; needed by methods with anchors.
         checkpoint: File to write checkpoints to, and to go on from where it exists.
         label: Name in the progress bar; the method's by default.
         progress: Show a bar, where there is a terminal.
         after_step: Called with the number of steps done after each one.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or belongs to another run; a batch has fewer pairs
-            than there are processes.
+        ValueError: The checkpoint cannot be read, or belongs to another run; a batch cannot be shared out
+            to the processes; the method needs what was not given.
         FloatingPointError: The loss is not finite.
     """
-    processes.check_batch(settings.batch_size)
-    task = _FineTuning(student, method, stream, settings)
+    processes.check_batch(settings.batch_size, equal=method.head == "linear")
+    task = _FineTuning(student, method, stream, settings, prompts, anchors)
     record = loop.train(
         task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
         label=label, progress=progress, after_step=after_step,
@@ -124,18 +145,37 @@ def fit(
 class _FineTuning:
     """A `loop.Task`."""
 
-    def __init__(self, student: Towers, method: Method, stream: loop.Stream[Batch], settings: Settings):
+    def __init__(
+        self,
+        student: Student,
+        method: Method,
+        stream: loop.Stream[Batch],
+        settings: Settings,
+        prompts: Prompts | None,
+        anchors: loop.Stream[Batch] | None,
+    ):
+        if isinstance(student, Classifier) != (method.head == "linear"):
+            raise ValueError(
+                f"method {method.name!r} has head={method.head!r}, got a {type(student).__name__}: build the "
+                "student with started(method, towers, prompts)"
+            )
+        if method.anchors and anchors is None:
+            raise ValueError(
+                f"method {method.name!r} needs anchor pairs, image-text pairs like those of pre-training: "
+                "pass anchors=..., or set the method's anchors to 0"
+            )
         torch.manual_seed(settings.seed)
         self.name, self.steps = method.name, settings.steps
         self.student, self.method, self.settings = student, method, settings
         self.device = next(student.parameters()).device
-        if settings.freeze_text:
+        if settings.freeze_text and isinstance(student, Towers):
             student.freeze_text()
-        self.objective = Objective(method, student).to(self.device)
+        self.objective = Objective(method, student, prompts, settings.seed).to(self.device)
         self.model = processes.parallel(student)
         self.teacher = None
         if method.kernel is not None:
-            self.teacher = WMATeacher(student, method.kernel, settings.steps)
+            kernel = clocks.build(method.kernel, method.update_every, method.clock)
+            self.teacher = WMATeacher(student, kernel, settings.steps, update_every=method.update_every)
         self.parameters = [
             p for p in (*student.parameters(), *self.objective.parameters()) if p.requires_grad
         ]
@@ -143,20 +183,28 @@ class _FineTuning:
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         self.batch = loop.Feed(stream)
+        self.anchors = loop.Feed(anchors) if method.anchors and anchors is not None else None
+        self.probing = round(method.probe * settings.steps)
+        self.probes = False
         student.train()
 
     def advance(self, step: int) -> dict[str, Tensor]:
         """One optimizer step."""
-        batch = self.batch(step)
-        batch = Batch(processes.part(batch.images), batch.tokens, processes.part(batch.caption))
-        batch = Batch(*(t.to(self.device, non_blocking=True) for t in batch))
+        self._enter_phase(step)
+        batch = self._own(self.batch(step))
+        anchors = None if self.anchors is None else self._own(self.anchors(step))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(step)
+            group["lr"] = self.learning_rate_at(step)
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            embeddings = self.model(*batch)
-            targets = None if self.teacher is None else self.teacher(*batch)
-            loss = self.objective(self.student, embeddings, targets).total
+            targets = None if self.teacher is None else self.teacher(*batch[:3])
+            if anchors is None:
+                answers, beside = self.model(*batch[:3]), None
+            else:
+                answers, beside = _split(self.model(*pairs.joined(batch, anchors)[:3]), len(batch.images))
+            loss = self.objective(
+                self.student, answers, targets, labels=batch.labels, anchors=beside, step=step
+            ).total
         loss.backward()
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
@@ -167,6 +215,35 @@ class _FineTuning:
         self.teacher.update()
         return {"loss": loss.detach(), "gap": parameter_gap(self.teacher)}
 
+    def learning_rate_at(self, step: int) -> float:
+        """Each phase has its own warm-up and decay."""
+        settings, method, probing = self.settings, self.method, self.probing
+        if step < probing:
+            first, length, rate = 0, probing, method.probe_rate
+        else:
+            first, length, rate = probing, settings.steps - probing, method.rate
+        warmup = settings.warmup * length // settings.steps
+        return rate * replace(settings, steps=length, warmup=warmup).learning_rate_at(step - first)
+
+    def _enter_phase(self, step: int) -> None:
+        """Train the head alone while probing, and all from then on."""
+        if self.probes == (step < self.probing) or not isinstance(self.student, Classifier):
+            return
+        self.probes = step < self.probing
+        self.student.probe(self.probes)
+        self.model = processes.parallel(self.student)
+
+    def _own(self, batch: Batch) -> Batch:
+        """This rank's pairs of a batch, on the device."""
+        if self.method.head == "linear" and batch.labels is None:
+            raise ValueError(
+                f"method {self.method.name!r} has a linear head and needs labels, the data has captions "
+                "only: take a method with head='text'"
+            )
+        labels = None if batch.labels is None else processes.part(batch.labels)
+        own = processes.part(batch.images), batch.tokens, processes.part(batch.caption), labels
+        return Batch(*(None if t is None else t.to(self.device, non_blocking=True) for t in own))
+
     def parts(self) -> dict[str, loop.Part]:
         """All that changes."""
         parts: dict[str, loop.Part] = {
@@ -176,10 +253,18 @@ class _FineTuning:
 
     def identity(self) -> dict[str, Any]:
         """Method and settings."""
-        settings, method = asdict(self.settings), asdict(self.method)
-        del settings["checkpoint_every"], method["summary"]
-        return {**method, **settings}
+        settings = asdict(self.settings)
+        del settings["checkpoint_every"]
+        return {**self.method.settings(), **settings}
 
     def remedy(self) -> str:
         """The settings that tame a loss."""
         return f"lower learning_rate ({self.settings.learning_rate}) or clip_norm ({self.settings.clip_norm})"
+
+
+def _split(embeddings: PairedEmbeddings, count: int) -> tuple[PairedEmbeddings, PairedEmbeddings]:
+    image, text, scale = embeddings
+    return (
+        PairedEmbeddings(image[:count], text[:count], scale),
+        PairedEmbeddings(image[count:], text[count:], scale),
+    )

@@ -4,11 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from wmateacher.integrations.clip.heads import Prompts, towers_of
 from wmateacher.integrations.clip.methods import METHODS
 from wmateacher.integrations.clip.pairs import DrawnPairs
 from wmateacher.integrations.clip.towers import build
-from wmateacher.integrations.clip.training import Settings, fit
-from wmateacher.integrations.digits import NARROW, load
+from wmateacher.integrations.clip.training import Settings, fit, started
+from wmateacher.integrations.digits import NARROW, WIDE, load
 
 SETTINGS = Settings(steps=6, learning_rate=1e-3, batch_size=16, warmup=2, clip_norm=1.0, checkpoint_every=2)
 
@@ -21,17 +22,23 @@ def run(method="tracer", model="tiny-vit-16", settings=SETTINGS, stop_after=None
     torch.manual_seed(7)
     towers, tokenizer = build(model)
     source = load("digits")
-    stream = DrawnPairs(
-        source.val, NARROW, source.classes, source.templates, tokenizer,
-        size=towers.image_size, batch_size=settings.batch_size, seed=3,
+    stream, anchors = (
+        DrawnPairs(
+            source.val, domain, source.classes, source.templates, tokenizer,
+            size=towers.image_size, batch_size=settings.batch_size, seed=3,
+        )
+        for domain in (NARROW, WIDE)
     )  # fmt: skip
+    prompts = Prompts(source.classes, source.templates, tokenizer)
 
     def stop(step):
         if step == stop_after:
             raise Stopped
 
     method = METHODS[method] if isinstance(method, str) else method
-    return fit(towers, method, stream, settings, progress=False, after_step=stop, **options)
+    given = {"prompts": prompts, "anchors": anchors, **options}
+    student = started(method, towers, given["prompts"])
+    return fit(student, method, stream, settings, progress=False, after_step=stop, **given)
 
 
 def assert_same(a, b):
@@ -56,7 +63,7 @@ def test_warm_up_and_cosine_are_the_published_schedule():
 def test_every_method_runs_and_moves_the_student(method):
     before = build("tiny-vit-16")[0].state_dict().keys()
     fitted = run(method)
-    assert fitted.student.state_dict().keys() == before
+    assert towers_of(fitted.student).state_dict().keys() == before
     assert len(fitted.losses) == 6
     assert all(map(math.isfinite, fitted.losses))
     assert len(fitted.gaps) == (6 if METHODS[method].kernel else 0)
@@ -80,7 +87,7 @@ def test_the_first_teacher_is_the_pretrained_model():
     assert fitted.losses[0] == pytest.approx(alone.losses[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["tracer", "l2-sp", "flyp"])
+@pytest.mark.parametrize("method", ["tracer", "l2-sp", "flyp", "lp-ft", "lipsum-ft", "arf"])
 @pytest.mark.parametrize("model", ["tiny-vit-16", "tiny-resnet-32"])
 def test_a_resumed_run_ends_bit_identical(tmp_path, method, model):
     whole = run(method, model)
