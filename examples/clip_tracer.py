@@ -8,6 +8,7 @@ several processes: `torchrun --nproc-per-node 2 examples/clip_tracer.py`, gloo o
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import tyro
 
 from wmateacher import kernels
 from wmateacher.integrations import processes, study
-from wmateacher.integrations.clip import recipes, report
+from wmateacher.integrations.clip import ablations, recipes, report
 from wmateacher.integrations.clip.experiment import Experiment
+from wmateacher.integrations.clip.methods import Method
+from wmateacher.spec import nearest
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,16 @@ class Arguments:
     """Only these, e.g. --methods zero-shot flyp tracer; all of the recipe's by default."""
     kernel: str | None = None
     """Kernel of tracer's teacher, e.g. 'beta(0.2,0.7)' or 'ema(0.999)'."""
+    distillation: str | None = None
+    """Terms of tracer's distillation with their coefficients, e.g. '3.90625*fd + crd'."""
+    update_every: int | None = None
+    """Optimizer steps between updates of tracer's teacher."""
+    published_clock: bool = False
+    """Look tracer's kernel up at the number of the update, as the published code does."""
+    ablate: str | None = None
+    """kernel, lambda, terms, interval, or alpha (WiSE-FT's): the paper's variants of tracer, in its place."""
+    alpha_of: str = "ft"
+    """The fine-tuned method that --ablate alpha interpolates to."""
     strength: float | None = None
     """lambda_SD, the weight of the distillation, of every method that has a teacher."""
     model: str | None = None
@@ -66,19 +79,41 @@ def configured(arguments: Arguments) -> recipes.Recipe:
     methods = dict(recipe.methods)
     if arguments.kernel is not None:
         kernels.build(arguments.kernel)  # a misspelt one should not be found after pre-training
-        methods["tracer"] = replace(methods["tracer"], kernel=arguments.kernel)
+    changes = {
+        "kernel": arguments.kernel,
+        "distillation": arguments.distillation,
+        "update_every": arguments.update_every,
+        "clock": "published" if arguments.published_clock else None,
+    }
+    changed = {name: value for name, value in changes.items() if value is not None}
+    methods["tracer"] = replace(methods["tracer"], **changed)  # type: ignore[arg-type]
     if arguments.strength is not None:
         methods = {
             name: m if m.kernel is None else replace(m, strength=arguments.strength)
             for name, m in methods.items()
         }
+    methods |= varied(arguments, methods, recipe.finetune.steps)
     return replace(recipe, methods=methods, model=arguments.model or recipe.model)
+
+
+def varied(arguments: Arguments, methods: Mapping[str, Method], steps: int) -> dict[str, Method]:
+    """The variants of the ablation, if one was asked for."""
+    if arguments.ablate is None:
+        return {}
+    if arguments.methods:
+        raise ValueError(f"--ablate {arguments.ablate} runs its own variants: leave out --methods")
+    if arguments.alpha_of not in methods:
+        raise ValueError(
+            f"--alpha-of: unknown method {arguments.alpha_of!r}; {nearest(arguments.alpha_of, methods)}"
+        )
+    return ablations.variants(arguments.ablate, methods["tracer"], steps, arguments.alpha_of)
 
 
 def main(arguments: Arguments) -> None:
     study.check_seeds(arguments.seeds)
     recipe = configured(arguments)
-    names = [recipe.method(name).name for name in arguments.methods or recipe.methods]
+    variants = varied(arguments, recipe.methods, recipe.finetune.steps)
+    names = [recipe.method(name).name for name in arguments.methods or variants or recipe.methods]
     with processes.joined(arguments.device) as device:
         output = study.folder(arguments.output, "clip_tracer")
         run = Experiment(
@@ -91,6 +126,11 @@ def main(arguments: Arguments) -> None:
             study.conduct(run, names, arguments.seeds, lambda r: f"ID {r['id']:.1f}, mean OOD {r['ood']:.1f}")
         if processes.is_first():
             conclude(run, recipe, names)
+            if arguments.ablate is not None:
+                steps, file = recipe.finetune.steps, run.output / "ablation.png"
+                print(f"\n{ablations.table(run.results, arguments.ablate, variants, steps)}\n")
+                ablations.picture(run.results, arguments.ablate, variants, file)
+                print(f"wrote {file}")
 
 
 def conclude(run: Experiment, recipe: recipes.Recipe, names: list[str]) -> None:

@@ -20,13 +20,17 @@ def table(results: Results, columns: Columns) -> str:
     rows = []
     for name, record in results["methods"].items():
         row = {"method": name}
-        for heading, (path, digits) in columns.items():
-            value, deviation = look_up(record, path), look_up(record["std"], path)
-            row[heading] = "" if value is None else f"{value:.{digits}f}"
-            if value is not None and len(record["runs"]) > 1:
-                row[heading] += f" ±{deviation:.{digits}f}"
+        row |= {heading: figure(record, path, digits) for heading, (path, digits) in columns.items()}
         rows.append(row)
     return aligned(rows)
+
+
+def figure(record: Mapping[str, Any], path: str, digits: int) -> str:
+    """One figure of a method's record, with its deviation over several seeds; blank where there is none."""
+    value, deviation = look_up(record, path), look_up(record["std"], path)
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" + (f" ±{deviation:.{digits}f}" if len(record["runs"]) > 1 else "")
 
 
 def look_up(record: Mapping[str, Any], path: str) -> Any:
