@@ -117,9 +117,8 @@ def start_share(method: Method, steps: int) -> float | None:
     """The weight of W^0 in the teacher at the end of a run; None without a teacher."""
     if method.kernel is None:
         return None
-    every = method.update_every
+    kernel, every = clocks.build(method.kernel, method.update_every, method.clock)
     snapshots = [*range(0, steps, every), steps]
-    kernel = clocks.build(method.kernel, every, method.clock)
     return float(shares(kernel, len(snapshots), snapshots)[0])
 
 

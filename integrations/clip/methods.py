@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from wmateacher import kernels, losses
+from wmateacher.integrations.clip import clocks
 from wmateacher.integrations.clip.guidance import check as check_guidance
 from wmateacher.spec import nearest
 
@@ -96,7 +97,7 @@ class Method:
     probe_rate: float = 1.0
     rate: float = 1.0
     update_every: int = 1
-    clock: Literal["steps", "once", "published"] = "steps"
+    clock: clocks.Name = "steps"
     merge: Merge | None = None
     trains: bool = True
 

@@ -174,8 +174,8 @@ class _FineTuning:
         self.model = processes.parallel(student)
         self.teacher = None
         if method.kernel is not None:
-            kernel = clocks.build(method.kernel, method.update_every, method.clock)
-            self.teacher = WMATeacher(student, kernel, settings.steps, update_every=method.update_every)
+            kernel, every = clocks.build(method.kernel, method.update_every, method.clock)
+            self.teacher = WMATeacher(student, kernel, settings.steps, update_every=every)
         self.parameters = [
             p for p in (*student.parameters(), *self.objective.parameters()) if p.requires_grad
         ]
