@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from wmateacher.integrations.clip.methods import METHODS
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_tracer.py"
 SHORT = ("--pretrain-steps", "30", "--steps", "12", "--model", "tiny-vit-16")
 
@@ -42,8 +44,8 @@ def test_all_methods_leave_a_table_results_gaps_and_a_picture(tmp_path):
     assert header in " ".join(done.stdout.split())
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert set(results) == {"config", "environment", "methods"}
-    methods = {"zero-shot", "flyp", "l2-sp", "static-sd", "ema", "tracer"}
-    assert set(results["methods"]) == methods
+    assert set(results["methods"]) == set(METHODS)
+    assert len(METHODS) == 14
     for name, record in results["methods"].items():
         assert {"id", "ood", "ood_per_shift", "ece", "seconds"} <= set(record)
         assert set(record["ood_per_shift"]) == {
@@ -99,6 +101,7 @@ def test_options_change_what_they_name(tmp_path):
     done = run(
         tmp_path, "--pretrain-steps", "30", "--steps", "12", "--model", "tiny-resnet-32",
         "--output", "out", "--methods", "tracer", "--kernel", "ema(0.5)", "--strength", "0.25",
+        "--distillation", "3.90625*fd + crd", "--update-every", "3", "--published-clock",
         short=(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -106,6 +109,10 @@ def test_options_change_what_they_name(tmp_path):
     assert config["model"] == "tiny-resnet-32"
     assert config["methods"]["tracer"]["kernel"] == "ema(0.5)"
     assert config["methods"]["tracer"]["strength"] == 0.25
+    assert config["methods"]["tracer"]["distillation"] == "3.90625*fd + crd"
+    assert config["methods"]["tracer"]["update_every"] == 3
+    assert config["methods"]["tracer"]["clock"] == "published"
+    assert config["methods"]["ema"]["update_every"] == 1
     assert config["methods"]["static-sd"]["strength"] == 0.25
     assert (config["pretrain"]["steps"], config["finetune"]["steps"]) == (30, 12)
     again = run(
@@ -118,12 +125,30 @@ def test_options_change_what_they_name(tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_an_ablation_leaves_a_table_beside_the_papers_and_a_picture(tmp_path):
+    done = run(tmp_path, "--output", "out", "--ablate", "alpha", "--alpha-of", "flyp")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(results["methods"]) == [f"alpha={tenths / 10:g}" for tenths in range(11)]
+    assert "alpha ID mean OOD OOD ECE" in " ".join(done.stdout.split())
+    assert (tmp_path / "out/ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--methods", "trcer"), "error: unknown method 'trcer'; did you mean 'tracer'"),
         (("--kernel", "bta(1,1)"), "error: unknown kernel 'bta'; did you mean 'beta'"),
         (("--kernel", "beta(-1,1)"), "error: beta: a must be a finite number above 0, got -1"),
+        (("--distillation", "fdd"), "error: unknown loss 'fdd'; did you mean 'fd'"),
+        (("--update-every", "0"), "error: update_every must be a whole number of at least 1, got 0"),
+        (("--ablate", "kernal"), "error: unknown ablation 'kernal'; did you mean 'kernel'"),
+        (("--ablate", "alpha", "--methods", "ft"), "error: --ablate alpha runs its own variants: leave out"),
+        (
+            ("--ablate", "alpha", "--alpha-of", "fd"),
+            "error: --alpha-of: unknown method 'fd'; did you mean 'ft'",
+        ),
         (("--recipe", "digit"), "error: unknown recipe 'digit'; did you mean 'digits'"),
         (
             ("--data", "mnist"),
