@@ -78,6 +78,11 @@ class Objective(nn.Module):
         """
         method, towers = self.method, towers_of(student)
         if isinstance(answers, Classified):
+            if labels is None:
+                raise ValueError(
+                    f"method {method.name!r} has a linear head and needs labels, the data has captions "
+                    "only: take a method with head='text'"
+                )
             weighted = [("cross_entropy", 1.0, F.cross_entropy(answers.logits, labels))]
         else:
             weighted = [("info_nce", 1.0, losses.info_nce(*answers))]

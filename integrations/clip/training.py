@@ -235,14 +235,13 @@ class _FineTuning:
 
     def _own(self, batch: Batch) -> Batch:
         """This rank's pairs of a batch, on the device."""
-        if self.method.head == "linear" and batch.labels is None:
-            raise ValueError(
-                f"method {self.method.name!r} has a linear head and needs labels, the data has captions "
-                "only: take a method with head='text'"
-            )
-        labels = None if batch.labels is None else processes.part(batch.labels)
-        own = processes.part(batch.images), batch.tokens, processes.part(batch.caption), labels
-        return Batch(*(None if t is None else t.to(self.device, non_blocking=True) for t in own))
+
+        def here(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        images, caption = here(processes.part(batch.images)), here(processes.part(batch.caption))
+        labels = None if batch.labels is None else here(processes.part(batch.labels))
+        return Batch(images, here(batch.tokens), caption, labels)
 
     def parts(self) -> dict[str, loop.Part]:
         """All that changes."""

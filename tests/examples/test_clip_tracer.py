@@ -12,6 +12,10 @@ import pytest
 from wmateacher.integrations.clip.methods import METHODS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_tracer.py"
+sys.path.insert(0, str(EXAMPLE.parent))
+
+import clip_tracer  # noqa: E402
+
 SHORT = ("--pretrain-steps", "30", "--steps", "12", "--model", "tiny-vit-16")
 
 
@@ -141,14 +145,6 @@ def test_an_ablation_leaves_a_table_beside_the_papers_and_a_picture(tmp_path):
         (("--methods", "trcer"), "error: unknown method 'trcer'; did you mean 'tracer'"),
         (("--kernel", "bta(1,1)"), "error: unknown kernel 'bta'; did you mean 'beta'"),
         (("--kernel", "beta(-1,1)"), "error: beta: a must be a finite number above 0, got -1"),
-        (("--distillation", "fdd"), "error: unknown loss 'fdd'; did you mean 'fd'"),
-        (("--update-every", "0"), "error: update_every must be a whole number of at least 1, got 0"),
-        (("--ablate", "kernal"), "error: unknown ablation 'kernal'; did you mean 'kernel'"),
-        (("--ablate", "alpha", "--methods", "ft"), "error: --ablate alpha runs its own variants: leave out"),
-        (
-            ("--ablate", "alpha", "--alpha-of", "fd"),
-            "error: --alpha-of: unknown method 'fd'; did you mean 'ft'",
-        ),
         (("--recipe", "digit"), "error: unknown recipe 'digit'; did you mean 'digits'"),
         (
             ("--data", "mnist"),
@@ -170,6 +166,24 @@ def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"distillation": "fdd"}, "unknown loss 'fdd'; did you mean 'fd'"),
+        ({"update_every": 0}, "update_every must be a whole number of at least 1, got 0"),
+        ({"ablate": "kernal"}, "unknown ablation 'kernal'; did you mean 'kernel'"),
+        (
+            {"ablate": "alpha", "methods": ("ft",)},
+            "--ablate alpha runs its own variants: leave out --methods",
+        ),
+        ({"ablate": "alpha", "alpha_of": "fd"}, "--alpha-of: unknown method 'fd'; did you mean 'ft'"),
+    ],
+)
+def test_a_method_that_cannot_be_is_found_before_any_training(options, message):
+    with pytest.raises(ValueError, match=message):
+        clip_tracer.configured(clip_tracer.Arguments(**options))
+
+
 def test_help_names_every_option(tmp_path):
     done = run(tmp_path, "--help", short=())
     assert done.returncode == 0
@@ -182,6 +196,8 @@ def test_help_names_every_option(tmp_path):
         "--seeds",
         "--output",
         "--device",
+        "--ablate",
+        "--published-clock",
     ):
         assert option in done.stdout
     assert "lambda_SD" in done.stdout
