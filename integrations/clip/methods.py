@@ -120,6 +120,11 @@ class Method:
             raise ValueError(
                 f"method {self.name!r} has probe={self.probe} and no linear head to probe with: head='linear'"
             )
+        if self.probe and self.kernel is not None:
+            raise ValueError(
+                f"method {self.name!r} has probe={self.probe} and kernel={self.kernel!r}: a teacher does not "
+                "follow a student that is frozen for a while; set probe to 0, or kernel and distillation to None"
+            )
         if not 0 <= self.probe < 1:
             raise ValueError(f"probe must be a share of the steps in [0, 1), got {self.probe}")
         if self.anchors and self.head != "text":

@@ -56,10 +56,12 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
         gaps: Method -> a CSV of its teacher's gap, with columns step and gap.
         file: Where to write the picture; its suffix gives the format.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     methods = results["methods"]
-    colours = {name: f"C{i}" for i, name in enumerate(methods)}
+    palette = colormaps["tab10" if len(methods) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    colours = {name: palette[i % len(palette)] for i, name in enumerate(methods)}
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     plane, course = figure.subplots(1, 2)
     for name, record in methods.items():
@@ -71,7 +73,7 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
         )  # fmt: skip
     plane.set(xlabel="ID accuracy (%)", ylabel="mean OOD accuracy (%)", title="In and out of distribution")
     plane.grid(alpha=0.3)
-    plane.legend()
+    plane.legend(fontsize="small")
     for name, path in gaps.items():
         steps, values = _read_gaps(path)
         course.plot(steps, values, color=colours[name], label=f"{name}: {_kernel(results, name)}")

@@ -378,6 +378,7 @@ def test_the_trained_head_classifies(experiment, name):
         ("tracer", {"clock": "step"}, "unknown clock 'step'; did you mean 'steps'"),
         ("tracer", {"update_every": 0}, "update_every must be a whole number of at least 1, got 0"),
         ("flyp", {"probe": 0.5}, r"method 'flyp' has probe=0.5 and no linear head .*head='linear'"),
+        ("car-ft", {"probe": 0.5}, "a teacher does not follow a student that is frozen for a while; set probe"),
         ("lp-ft", {"probe": 1.0}, r"probe must be a share of the steps in \[0, 1\), got 1.0"),
         ("ft", {"anchors": 1.0}, "anchor pairs need the towers' contrastive loss, head='text'"),
         ("tracer", {"guidance": "contexts"}, "whose texts need a text tower that is not trained: head='linear'"),
