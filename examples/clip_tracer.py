@@ -86,7 +86,8 @@ def configured(arguments: Arguments) -> recipes.Recipe:
         "clock": "published" if arguments.published_clock else None,
     }
     changed = {name: value for name, value in changes.items() if value is not None}
-    methods["tracer"] = replace(methods["tracer"], **changed)  # type: ignore[arg-type]
+    if changed:
+        methods["tracer"] = replace(methods["tracer"], **changed)  # type: ignore[arg-type]
     if arguments.strength is not None:
         methods = {
             name: m if m.kernel is None else replace(m, strength=arguments.strength)

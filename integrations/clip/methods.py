@@ -123,7 +123,7 @@ class Method:
         if self.probe and self.kernel is not None:
             raise ValueError(
                 f"method {self.name!r} has probe={self.probe} and kernel={self.kernel!r}: a teacher does not "
-                "follow a student that is frozen for a while; set probe to 0, or kernel and distillation to None"
+                "follow a student that is frozen for a while; set probe to 0, or kernel to None"
             )
         if not 0 <= self.probe < 1:
             raise ValueError(f"probe must be a share of the steps in [0, 1), got {self.probe}")
@@ -181,7 +181,8 @@ _METHODS = [
     ),
     Method("flyp", "Contrastive fine-tuning as in pre-training (FLYP, Goyal et al. 2023)"),
     Method("l2-sp", "FLYP + L2 pull to the start (Li et al. 2018)", l2_sp=1e-3),
-    # KL(p_0 || p) of the images' context distributions; both sides at the pretrained scale, weight 1.
+    # KL(p_0 || p) of the context distributions of the images. Weight 1 and the pretrained scale on both
+    # sides are choices of ours.
     Method(
         "car-ft",
         "FT + KL to the pretrained distribution over contexts (CAR-FT, Mao et al. 2022)",
@@ -190,7 +191,8 @@ _METHODS = [
         distillation="kl",
         guidance="contexts",
     ),
-    # 1/(2M) |v - v_0|^2 over M = 80 texts of 8 random tokens, drawn anew at each step; weight 1.
+    # 1/(2M) |v - v_0|^2 of the energies v of M = 80 texts of 8 random tokens, drawn anew at each step; weight
+    # 1 and the pretrained scale on both sides: its published code. (That trains without weight decay.)
     Method(
         "lipsum-ft",
         "FT + energies of random texts as pretrained (Lipsum-FT, Nam et al. 2024, section 5.1)",
@@ -199,11 +201,13 @@ _METHODS = [
         distillation="0.5*mse(logits)",
         guidance="random_texts(80,8)",
     ),
-    # The paper's captions of the fine-tuning images come from a captioner, its anchors by retrieval from a
-    # web data set. There is no captioner here, so that term is left out; anchors are what the recipe has.
+    # Half of it. The paper adds an InfoNCE with rich captions of the fine-tuning images, which need a
+    # captioner and are left out, and one of pairs retrieved from web data. Here the recipe gives these pairs:
+    # on digits the same images drawn as in pre-training, so it sees again what the other methods do not.
+    # Weight 1 is ours.
     Method(
         "arf",
-        "FLYP + InfoNCE of anchor pairs like those of pre-training (after ARF, Han et al. 2024)",
+        "FLYP + InfoNCE of anchor pairs like those of pre-training: half of ARF (Han et al. 2024)",
         anchors=1.0,
     ),
     _distilling("static-sd", "TRACER with the pretrained model as a fixed teacher", "static"),
@@ -224,12 +228,14 @@ _METHODS = [
         clock="once",
     ),
     _distilling("tracer", "TRACER: the Beta(0.5, 0.5) average of the trajectory (2026)", "beta(0.5,0.5)"),
+    # alpha = 0.5 is what the paper recommends where there is no more to go by.
     Method(
         "wise-ft",
         "Halfway between the pretrained weights and FT's (WiSE-FT, Wortsman et al. 2022, eq. 1)",
         merge=Merge("ft", alpha=0.5),
         trains=False,
     ),
+    # Merged once, at the end; the paper also merges during training.
     Method(
         "model-stock",
         "Each layer between the pretrained weights and two FT models' mean (Jang et al. 2024)",
