@@ -103,9 +103,10 @@ def varied(arguments: Arguments, methods: Mapping[str, Method], steps: int) -> d
         return {}
     if arguments.methods:
         raise ValueError(f"--ablate {arguments.ablate} runs its own variants: leave out --methods")
-    if arguments.alpha_of not in methods:
+    trained = [name for name, method in methods.items() if method.trains]
+    if arguments.alpha_of not in trained:
         raise ValueError(
-            f"--alpha-of: unknown method {arguments.alpha_of!r}; {nearest(arguments.alpha_of, methods)}"
+            f"--alpha-of: no trained method {arguments.alpha_of!r}; {nearest(arguments.alpha_of, trained)}"
         )
     return ablations.variants(arguments.ablate, methods["tracer"], steps, arguments.alpha_of)
 

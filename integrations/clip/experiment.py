@@ -158,6 +158,8 @@ class Experiment:
     def _merged(self, merge: Merge, seed: int) -> tuple[Student, float]:
         """Weights between the pretrained and fine-tuned ones, and the seconds of all fine-tuning."""
         method = self.recipe.method(merge.of)
+        if not method.trains:
+            raise ValueError(f"merge of {merge.of!r}, which is not trained: choose a method that is")
         student = started(method, deepcopy(self.towers), self.prompts)
         ends = [self._student(method, merge.models * seed + i) for i in range(merge.models)]
         states = [end.state_dict() for end, *_ in ends]

@@ -176,7 +176,8 @@ def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
             {"ablate": "alpha", "methods": ("ft",)},
             "--ablate alpha runs its own variants: leave out --methods",
         ),
-        ({"ablate": "alpha", "alpha_of": "fd"}, "--alpha-of: unknown method 'fd'; did you mean 'ft'"),
+        ({"ablate": "alpha", "alpha_of": "fd"}, "--alpha-of: no trained method 'fd'; did you mean 'ft'"),
+        ({"ablate": "alpha", "alpha_of": "wise-ft"}, "no trained method 'wise-ft'"),
     ],
 )
 def test_a_method_that_cannot_be_is_found_before_any_training(options, message):

@@ -358,6 +358,11 @@ def test_merged_weights_are_those_of_posthoc(experiment):
     assert all(torch.equal(value, expected[key]) for key, value in wise.state_dict().items())
 
 
+def test_only_trained_methods_are_merged(experiment):
+    with pytest.raises(ValueError, match="merge of 'wise-ft', which is not trained: choose a method that is"):
+        experiment._merged(Merge("wise-ft", alpha=0.5), 0)
+
+
 @pytest.mark.parametrize("name", ["lp-ft", "tracer"])
 def test_the_trained_head_classifies(experiment, name):
     student, *_ = experiment._student(experiment.recipe.method(name), 0)
