@@ -33,7 +33,7 @@ class Arguments:
     recipe: str = "digits"
     """digits, or colored-mnist: the paper's toy experiment, with the published figures beside."""
     methods: tuple[str, ...] = ()
-    """Only these, e.g. --methods zero-shot flyp tracer; all of the recipe's by default."""
+    """E.g. --methods zero-shot flyp tracer, or all. By default the recipe's short list."""
     kernel: str | None = None
     """Kernel of tracer's teacher, e.g. 'beta(0.2,0.7)' or 'ema(0.999)'."""
     distillation: str | None = None
@@ -115,7 +115,7 @@ def main(arguments: Arguments) -> None:
     study.check_seeds(arguments.seeds)
     recipe = configured(arguments)
     variants = varied(arguments, recipe.methods, recipe.finetune.steps)
-    names = [recipe.method(name).name for name in arguments.methods or variants or recipe.methods]
+    names = list(variants) or recipe.chosen(arguments.methods)
     with processes.joined(arguments.device) as device:
         output = study.folder(arguments.output, "clip_tracer")
         run = Experiment(

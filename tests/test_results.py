@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from wmateacher.integrations import report as reports
-from wmateacher.integrations.clip import report
+from wmateacher.integrations.clip import ablations, recipes, report
 from wmateacher.integrations.dino import experiment as dino
 from wmateacher.integrations.mean_teacher import experiment as mean_teacher
 
@@ -21,6 +21,7 @@ import sweep_report  # noqa: E402
 import update_overhead  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*/results.json"))
+ABLATION = "clip-ablation-"
 BY_MODEL = {"memory": memory.table, "update-overhead": update_overhead.table}
 
 
@@ -29,6 +30,12 @@ def tables(folder):
     results = json.loads((ROOT / "benchmarks/results" / folder / "results.json").read_text())
     if folder in BY_MODEL:
         return [BY_MODEL[folder](name, rows) for name, rows in results["models"].items()]
+    if folder.startswith(ABLATION):
+        recipe, what = recipes.get("digits"), folder.removeprefix(ABLATION)
+        steps = recipe.finetune.steps
+        return [
+            ablations.table(results, what, ablations.variants(what, recipe.method("tracer"), steps), steps)
+        ]
     makers = {
         "posthoc-synthesis": posthoc_synthesis.table,
         "checkpoint-memory": checkpoint_memory.table,

@@ -27,6 +27,7 @@ class Recipe:
         pretrain: How to pre-train, by plain contrastive learning.
         finetune: How every method is fine-tuned.
         methods: By name; their settings may differ from the published ones.
+        default: Names of those that run where none are asked for; empty: all.
         train_images: At most that many training images are used.
         large_data_steps: Pre-training steps where `with_data` changes to a source of 60,000 images.
         published_forgetting: What the paper reports, in points of accuracy on the first shift.
@@ -42,6 +43,7 @@ class Recipe:
     pretrain: Settings
     finetune: Settings
     methods: Mapping[str, Method]
+    default: tuple[str, ...] = ()
     train_images: int = 10**9
     large_data_steps: int | None = None
     published_forgetting: Mapping[str, float] = field(default_factory=dict)
@@ -55,6 +57,16 @@ class Recipe:
         if name not in self.methods:
             raise ValueError(f"unknown method {name!r}; {nearest(name, self.methods)}")
         return self.methods[name]
+
+    def chosen(self, names: tuple[str, ...]) -> list[str]:
+        """The names of methods to run: these, all for `("all",)`, the recipe's default for none.
+
+        Raises:
+            ValueError: The recipe has none of that name.
+        """
+        if names == ("all",):
+            return list(self.methods)
+        return [self.method(name).name for name in names or self.default or self.methods]
 
     def with_data(self, data: str) -> Recipe:
         """The same on other images; sources larger than the bundled one are pre-trained on for longer."""
@@ -94,6 +106,7 @@ _DIGITS = Recipe(
         "lp-ft": replace(METHODS["lp-ft"], probe_rate=1.0),
         "carot": replace(METHODS["carot"], update_every=8),
     },
+    default=("zero-shot", "flyp", "l2-sp", "static-sd", "ema", "tracer"),
     large_data_steps=3000,
 )
 

@@ -52,6 +52,17 @@ def test_unknown_names_list_what_there_is():
         recipes.get("colored-mnist").method("ema")
 
 
+def test_without_names_a_recipe_runs_its_short_list_and_all_runs_everything():
+    recipe = recipes.get("digits")
+    assert recipe.chosen(()) == list(recipe.default)
+    assert recipe.chosen(("all",)) == list(recipe.methods)
+    assert recipe.chosen(("flyp", "arf")) == ["flyp", "arf"]
+    toy = recipes.get("colored-mnist")
+    assert toy.chosen(()) == list(toy.methods)
+    with pytest.raises(ValueError, match="unknown method 'flip'; did you mean 'flyp'"):
+        recipe.chosen(("flip",))
+
+
 def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):
     recipe = replace(recipes.get("digits").with_steps(4, 4), model="tiny-vit-16")
     experiment = Experiment(recipe, tmp_path / "out", cache=tmp_path / "cache", progress=False)
