@@ -219,3 +219,12 @@ def test_parts_of_the_student_are_guarded_too():
             action()
     part.update()
     assert student[0].state_dict()
+
+
+def test_the_student_is_no_part_of_its_teacher_inside():
+    _, teacher = trained()
+    before = dict(teacher.named_modules())
+    with teacher.swap():
+        assert dict(teacher.named_modules()) == before
+    assert dict(teacher.named_modules()) == before
+    assert "_swapped" not in repr(teacher)

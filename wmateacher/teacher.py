@@ -128,7 +128,7 @@ class WMATeacher(nn.Module):
         self._beside = self._start(Binding(student).local, dtype)
         self._plan: _Plan | None = None
         self._attachment: Attachment | None = None
-        self._swapped: nn.Module | None = None
+        self._swapped: tuple[nn.Module, ...] = ()  # a tuple, as above
         self.register_state_dict_pre_hook(_refuse_swapped)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_check_state)
@@ -263,22 +263,22 @@ class WMATeacher(nn.Module):
         """
         model = self._student[0] if model is None else model
         student = pairing.unwrap(model)
-        if self._swapped is student:
+        if student in self._swapped:
             yield model
             return
-        if self._swapped is not None or swapping.owner(student) is not None:
+        if self._swapped or swapping.owner(student) is not None:
             raise RuntimeError(
                 "swap() inside swap(): another model holds this teacher's weights, or this one another "
                 "teacher's, already; leave that with block first"
             )
         sharding.reshard(sharding.fully_sharded(student))
         targets, sources = self._counterparts(student)
-        self._swapped = student
+        self._swapped = (student,)
         try:
             with swapping.lend(student, self, targets, sources):
                 yield model
         finally:
-            self._swapped = None
+            self._swapped = ()
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights and buffers into a model of the student's architecture, by name.
@@ -462,8 +462,8 @@ class WMATeacher(nn.Module):
     def _advance(self, model: nn.Module | None = None) -> None:
         """Count one step; `update` without its guard."""
         model = self._student[0] if model is None else model
-        if self._swapped is not None:
-            swapping.refuse(self._swapped, "update()")
+        if self._swapped:
+            swapping.refuse(self._swapped[0], "update()")
         swapping.refuse(pairing.unwrap(model), "update()")
         plan, before = self._planned(model), (self._clock.step, self._clock.snapshot)
         omega = self._clock.tick()
@@ -496,7 +496,7 @@ class WMATeacher(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_plan": None, "_attachment": None, "_swapped": None}
+        return {**super().__getstate__(), "_plan": None, "_attachment": None, "_swapped": ()}
 
     # --- state --------------------------------------------------------------------------------------
 
@@ -520,8 +520,8 @@ def _device(tensors: Mapping[str, Tensor]) -> torch.device:
 
 def _refuse_swapped(teacher: nn.Module, *unused: Any) -> None:
     assert isinstance(teacher, WMATeacher)
-    if teacher._swapped is not None:
-        swapping.refuse(teacher._swapped, "state_dict() of the teacher")
+    if teacher._swapped:
+        swapping.refuse(teacher._swapped[0], "state_dict() of the teacher")
     sharding.reshard(teacher._fully_sharded)
 
 

@@ -1,0 +1,394 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from wmateacher import WMATeacher
+from wmateacher.integrations.lightning import TeacherCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+BATCHES = 5
+
+
+class Network(L.LightningModule):
+    """A student that is pulled to its teacher; keeps what it passed through."""
+
+    def __init__(self, configured=False):
+        super().__init__()
+        self.states, self.seen = [], []
+        if not configured:
+            self.net = self.layers()
+
+    @staticmethod
+    def layers():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        x, y = batch
+        logits = self(x)
+        return F.cross_entropy(logits, y) + F.mse_loss(logits, self.teacher(x))
+
+    def validation_step(self, batch, index):
+        self.seen.append(weights(self))
+
+    def on_fit_start(self):
+        self.states.append(weights(self))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
+        optimizer.register_step_post_hook(lambda *_: self.states.append(weights(self)))
+        return optimizer
+
+
+class Configured(Network):
+    def __init__(self):
+        super().__init__(configured=True)
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.net = self.layers()
+
+
+class Adversaries(L.LightningModule):
+    """Two optimizers, stepped by hand: the critic at each batch, the generator at every second."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator, self.critic = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def training_step(self, batch, index):
+        generating, criticising = self.optimizers()
+        for optimizer, sign in ((criticising, 1), (generating, -1)):
+            if optimizer is generating and index % 2:
+                continue
+            optimizer.zero_grad()
+            self.manual_backward(sign * self.critic(self.generator(batch[0])).mean())
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(m.parameters(), 0.1) for m in (self.generator, self.critic)]
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+
+
+def data(batches=BATCHES):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8 * batches, 4, generator=generator)
+    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8)
+
+
+def trainer(tmp_path, *callbacks, **options):
+    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
+    return L.Trainer(
+        callbacks=list(callbacks), accelerator="cpu", devices=1, default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+def fitted(tmp_path, callback, module=None, *others, validate=False, path=None, **options):
+    module = Network() if module is None else module
+    run = trainer(tmp_path, callback, *others, **options)
+    run.fit(module, data(), data(2) if validate else None, ckpt_path=path)
+    return module, run
+
+
+def expected(module, teacher):
+    """The definition: the kernel's weights times every state that the student passed through."""
+    states = torch.stack(module.states).double()
+    return torch.from_numpy(teacher.weights()) @ states
+
+
+def assert_average(module, teacher):
+    torch.testing.assert_close(
+        weights(teacher.module).double(), expected(module, teacher), rtol=1e-5, atol=1e-6
+    )
+
+
+class Stop(Callback):
+    """Fails in the n-th training batch."""
+
+    def __init__(self, batch, kind=RuntimeError):
+        self.batch, self.kind = batch, kind
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
+            raise self.kind("stopped here")
+
+
+# --- counting -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, 10), (2, 6), (4, 4), (5, 2)])
+@pytest.mark.parametrize("kind", [Network, Configured])
+def test_optimizer_steps_count_and_the_trainer_gives_the_horizon(tmp_path, kind, accumulated, steps):
+    callback = TeacherCallback()
+    module, run = fitted(tmp_path, callback, kind(), accumulate_grad_batches=accumulated)
+    teacher = module.teacher
+    assert teacher is callback.teacher
+    assert teacher.step == teacher.total_steps == run.global_step == steps
+    assert_average(module, teacher)
+
+
+def test_max_steps_and_a_given_horizon(tmp_path):
+    module, _ = fitted(tmp_path, TeacherCallback(), max_steps=7)
+    assert module.teacher.step == module.teacher.total_steps == 7
+    with pytest.warns(UserWarning, match="counted 10 optimizer steps of a horizon of 20: .*total_steps=10"):
+        module, _ = fitted(tmp_path, TeacherCallback(total_steps=20))
+    assert (module.teacher.step, module.teacher.total_steps) == (10, 20)
+
+
+def test_steps_that_a_gradient_scaler_skips_do_not_count(tmp_path):
+    class Overflowing(Network):
+        def training_step(self, batch, index):
+            loss = super().training_step(batch, index)
+            return loss * (1e30 if index in (1, 3) else 1)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    with pytest.warns(UserWarning, match="counted 6 optimizer steps of a horizon of 10"):
+        module, _ = fitted(tmp_path, TeacherCallback(), Overflowing(), plugins=[plugin])
+    assert module.teacher.step == 6
+    assert len(module.states) == 7
+    assert_average(module, module.teacher)
+
+
+def test_the_optimizer_that_trains_the_student_is_the_one_that_counts(tmp_path):
+    module, run = fitted(tmp_path, TeacherCallback("uniform", 6, student="generator"), Adversaries())
+    assert run.global_step == 16
+    assert module.teacher.step == 6
+    assert isinstance(module.teacher.module, nn.Linear)
+    with pytest.raises(
+        ValueError, match=r"2 of the module's 2 optimizers train the student: .*optimizer=INDEX"
+    ):
+        fitted(tmp_path, TeacherCallback("uniform", 10), Adversaries())
+    module, _ = fitted(tmp_path, TeacherCallback("uniform", 10, optimizer=1), Adversaries())
+    assert module.teacher.step == 10
+
+
+def test_the_teacher_is_no_part_of_the_module(tmp_path):
+    names = set(Network().state_dict())
+    module, run = fitted(tmp_path, TeacherCallback())
+    assert set(module.state_dict()) == names
+    assert {n for n, _ in module.named_modules()} == {n for n, _ in Network().named_modules()}
+    trained = {id(p) for g in run.optimizers[0].param_groups for p in g["params"]}
+    assert trained == {id(p) for p in module.parameters()}
+
+
+def test_several_teachers_of_one_student(tmp_path):
+    fast = TeacherCallback("ema(0.5)", name="fast")
+    module, _ = fitted(tmp_path, TeacherCallback(), None, fast)
+    assert_average(module, module.fast)
+    assert_average(module, module.teacher)
+    assert not torch.equal(weights(module.fast), weights(module.teacher))
+
+
+def test_a_second_fit_goes_on_or_starts_anew(tmp_path):
+    callback = TeacherCallback("ema(0.9)")
+    module, run = fitted(tmp_path, callback)
+    first = module.teacher
+    run.fit_loop.max_epochs = 4
+    with pytest.warns(UserWarning, match="the run is now 20 steps long, the teacher began with 10"):
+        run.fit(module, data())
+    assert module.teacher is first
+    assert first.step == 20
+    fitted(tmp_path, callback, module)
+    assert module.teacher is not first
+    assert module.teacher.step == 10
+
+
+# --- evaluation ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_sees_the_average_and_training_the_student(tmp_path):
+    callback = TeacherCallback(evaluate="teacher")
+    module, run = fitted(tmp_path, callback, validate=True)
+    teacher = module.teacher
+    start, *epochs = module.seen[::2]  # two batches each
+    assert len(epochs) == 2
+    assert torch.equal(start, module.states[0])  # the sanity check, before any update
+    assert torch.equal(epochs[1], weights(teacher.module))
+    assert torch.equal(weights(module), module.states[-1])
+    assert_average(module, teacher)
+    plain, _ = fitted(tmp_path, TeacherCallback(), validate=True)
+    assert torch.equal(weights(plain), weights(module))
+    assert torch.equal(plain.seen[-1], weights(plain))
+    module.test_step = module.predict_step = module.validation_step
+    run.test(module, data(1), verbose=False)
+    assert torch.equal(module.seen[-1], weights(teacher.module))
+    assert torch.equal(weights(module), module.states[-1])
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_exception_in_validation_leaves_the_student_its_own_weights(tmp_path, kind):
+    class Failing(Network):
+        def validation_step(self, batch, index):
+            if not self.trainer.sanity_checking:
+                raise kind
+
+    module = Failing()
+    with pytest.raises((kind, SystemExit)):
+        fitted(tmp_path, TeacherCallback(evaluate="teacher"), module, validate=True)
+    assert torch.equal(weights(module), module.states[-1])
+    module.teacher.update()  # neither lent nor attached any more
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["student", "teacher"])
+def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path, kept):
+    def callbacks(folder):
+        saves = ModelCheckpoint(tmp_path / folder, save_last=True)
+        return TeacherCallback("beta(0.5,0.5)", evaluate="teacher", checkpoint=kept), saves
+
+    options = {"max_epochs": 4, "accumulate_grad_batches": 2, "validate": True, "enable_checkpointing": True}
+    teaching, saves = callbacks("whole")
+    whole, _ = fitted(tmp_path, teaching, None, saves, **options)
+    teaching, saves = callbacks("crashed")
+    with pytest.raises(RuntimeError, match="stopped here"):
+        fitted(tmp_path, teaching, None, saves, Stop(13), **options)
+    last = tmp_path / "crashed/last.ckpt"
+    teaching, saves = callbacks("crashed")
+    resumed, run = fitted(tmp_path, teaching, None, saves, path=last, **options)
+    assert resumed.teacher.step == run.global_step == 12
+    for name, value in whole.teacher.state_dict().items():
+        ours = resumed.teacher.state_dict()[name]
+        assert torch.equal(ours, value) if isinstance(value, torch.Tensor) else ours == value
+    assert torch.equal(weights(resumed), weights(whole))
+    loaded = Network.load_from_checkpoint(last, weights_only=True)
+    assert torch.equal(weights(loaded), weights(resumed if kept == "student" else resumed.teacher.module))
+
+
+def test_a_submodules_average_is_saved_under_its_name(tmp_path):
+    saves = ModelCheckpoint(tmp_path, save_last=True)
+    callback = TeacherCallback(student="net.0", checkpoint="teacher")
+
+    class Plain(Network):
+        def training_step(self, batch, index):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    module, _ = fitted(tmp_path, callback, Plain(), saves, enable_checkpointing=True)
+    loaded = Plain.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(loaded.net[0].weight, module.teacher.module.weight)
+    assert torch.equal(loaded.net[2].weight, module.net[2].weight)
+
+
+def test_a_checkpoint_is_evaluated_without_fit(tmp_path):
+    saves = ModelCheckpoint(tmp_path, save_last=True)
+    module, _ = fitted(tmp_path, TeacherCallback(), None, saves, enable_checkpointing=True)
+    fresh = Network()
+    run = trainer(tmp_path, TeacherCallback(evaluate="teacher"))
+    run.validate(fresh, data(1), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert torch.equal(fresh.seen[-1], weights(module.teacher.module))
+    assert torch.equal(weights(fresh), weights(module))
+
+
+def test_a_longer_run_and_one_that_had_no_teacher(tmp_path):
+    saves = ModelCheckpoint(tmp_path, save_last=True)
+    fitted(tmp_path, TeacherCallback(), None, saves, enable_checkpointing=True)
+    path = tmp_path / "last.ckpt"
+    with pytest.warns(UserWarning, match="the run is now 20 steps long, the teacher began with 10"):
+        module, _ = fitted(tmp_path, TeacherCallback(), path=path, max_epochs=4)
+    assert module.teacher.step == module.teacher.total_steps == 20
+    content = torch.load(path, weights_only=True)
+    content["callbacks"] = {k: v for k, v in content["callbacks"].items() if "TeacherCallback" not in k}
+    torch.save(content, path)
+    with pytest.warns(UserWarning, match="checkpoint at step 10 has no teacher: .* over the 10 steps"):
+        module, _ = fitted(tmp_path, TeacherCallback(), path=path, max_epochs=4)
+    assert module.teacher.step == module.teacher.total_steps == 10
+
+
+def test_another_kernel_does_not_take_over_a_checkpoint(tmp_path):
+    saves = ModelCheckpoint(tmp_path, save_last=True)
+    fitted(tmp_path, TeacherCallback(), None, saves, enable_checkpointing=True)
+    with pytest.raises(
+        ValueError, match="written with kernel='beta.0.5,0.5.', this teacher has kernel='unif"
+    ):
+        fitted(tmp_path, TeacherCallback("uniform"), path=tmp_path / "last.ckpt", max_epochs=4)
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.randn(4), 0)] * 8)
+
+
+def test_a_horizon_that_nobody_knows_is_asked_for(tmp_path):
+    message = r"cannot tell how many steps .*max_epochs=2, max_steps=-1, 1 optimizers.*total_steps=\.\.\."
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, TeacherCallback()).fit(Network(), DataLoader(Endless(), 8))
+    run = trainer(tmp_path, TeacherCallback("ema(0.9)"))
+    run.fit(Network(), DataLoader(Endless(), 8))
+    assert run.callbacks[0].teacher.step == 2
+    with pytest.raises(ValueError, match="max_steps=6, 2 optimizers"):
+        fitted(tmp_path, TeacherCallback(student="critic"), Adversaries(), max_steps=6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluate": "teachers"}, "evaluate must be 'student' or 'teacher', got 'teachers'; did you mean"),
+        ({"checkpoint": True}, "checkpoint must be 'student' or 'teacher', got True"),
+        ({"student": "nett"}, "Network has no submodule 'nett'; did you mean 'net'"),
+        ({"name": "net"}, "Network has an attribute 'net' of its own: pass another name"),
+        ({"optimizer": 1}, "optimizer must be an index below 1, .* got 1"),
+        ({"kernel": "betta(1,1)"}, "unknown kernel 'betta'; did you mean 'beta'"),
+    ],
+)
+def test_bad_arguments_say_what_to_do(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        fitted(tmp_path, TeacherCallback(**options))
+
+
+def test_without_lightning_the_error_names_the_extra():
+    program = (
+        "import sys; sys.modules['lightning'] = None\n"
+        "try: import wmateacher.integrations.lightning\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "needs Lightning: pip install 'wmateacher[lightning]'" in done.stdout
+
+
+# --- processes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes(tmp_path, strategy):
+    """Each rank asserts in the program: counts, the definition of the average, resuming."""
+    program = Path(__file__).parent / "lightning_ranks.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(program), strategy, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("average is right") == 4
+
+
+def test_a_teacher_is_a_wmateacher(tmp_path):
+    module, _ = fitted(tmp_path, TeacherCallback(update_every=2, buffers="average"))
+    assert isinstance(module.teacher, WMATeacher)
+    assert module.teacher.weights()[1] == 0
