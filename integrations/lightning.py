@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch import nn
 from torch.optim import Optimizer
 
 from wmateacher import WMATeacher, kernels
 from wmateacher.attachment import Attachment
+from wmateacher.integrations import resuming
 from wmateacher.kernels import Kernel
 from wmateacher.spec import nearest
 
@@ -118,7 +117,8 @@ class TeacherCallback(Callback):
             self._build(pl_module, student)
             self._take_over(self._restored)
         elif goes_on and trainer.global_step:
-            self._extend()
+            assert self.teacher is not None
+            _tell(resuming.extend(self.teacher, self._horizon))
         else:
             self._build(pl_module, student)
         assert self.teacher is not None
@@ -138,18 +138,13 @@ class TeacherCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so where the run had another length than the kernel was given."""
         assert self.teacher is not None
-        step, total = self.teacher.step, self.teacher.total_steps
-        stopped = trainer.should_stop or trainer.interrupted
-        if total is not None and step != total and not stopped:
-            rank_zero_warn(
-                f"the {self._name} counted {step} optimizer steps of a horizon of {total}: the weights are "
-                f"those of an unfinished run; pass total_steps={step}"
-            )
+        if not (trainer.should_stop or trainer.interrupted):
+            _tell(resuming.shortened(self.teacher))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop counting, and follow the module to where the Trainer leaves it."""
         self._detach()
-        if self.teacher is not None and not _sharded(self.teacher):
+        if self.teacher is not None and not resuming.sharded(self.teacher):
             self.teacher.to(pl_module.device)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -222,9 +217,9 @@ class TeacherCallback(Callback):
         ]
         if len(training) != 1:
             raise ValueError(
-                f"{len(training)} of the module's {len(optimizers)} optimizers train the student: pass "
-                "TeacherCallback(optimizer=INDEX), the one whose steps count, or student='...', the submodule to "
-                "average"
+                f"{len(training)} of the module's {len(optimizers)} optimizers train the student: "
+                "pass TeacherCallback(optimizer=INDEX), the one whose steps count, or student='...', "
+                "the submodule to average"
             )
         return optimizers[training[0]]
 
@@ -252,8 +247,7 @@ class TeacherCallback(Callback):
         """The teacher's state, in whole tensors; a collective where it is sharded."""
         if self.teacher is None:
             return dict(self._restored or {})
-        state = {key: _whole(value) for key, value in self.teacher.state_dict().items()}
-        return {"total_steps": self.teacher.total_steps, "teacher": state}
+        return resuming.saved(self.teacher)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the teacher's state, when there is a teacher."""
@@ -263,21 +257,8 @@ class TeacherCallback(Callback):
 
     def _take_over(self, restored: Mapping[str, Any]) -> None:
         assert self.teacher is not None
-        teacher, total = self.teacher, restored["total_steps"]
-        if total not in (None, teacher.total_steps):
-            teacher.set_total_steps(total)
-        own = teacher.state_dict()
-        teacher.load_state_dict({k: _like(v, own.get(k)) for k, v in restored["teacher"].items()})
         self._restored = None
-        self._extend()
-
-    def _extend(self) -> None:
-        """Let the horizon be this run's."""
-        assert self.teacher is not None
-        before = self.teacher.total_steps
-        if self._horizon is not None and self._horizon != before:
-            rank_zero_warn(f"the run is now {self._horizon} steps long, the {self._name} began with {before}")
-            self.teacher.set_total_steps(self._horizon)
+        _tell(resuming.take_over(self.teacher, restored, self._horizon))
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -289,7 +270,7 @@ class TeacherCallback(Callback):
         """
         if self._checkpoint != "teacher" or self.teacher is None:
             return
-        if _sharded(self.teacher):
+        if resuming.sharded(self.teacher):
             raise ValueError(
                 "checkpoint='teacher' is not for a teacher that is sharded: leave it out, and save "
                 "teacher.averaged_state_dict(full=True)"
@@ -307,17 +288,6 @@ class TeacherCallback(Callback):
             pl_module.load_state_dict(checkpoint[_STUDENT])
 
 
-def _sharded(teacher: WMATeacher) -> bool:
-    return any(isinstance(p, DTensor) for p in teacher.parameters())
-
-
-def _whole(value: Any) -> Any:
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
-
-
-def _like(value: Any, own: Any) -> Any:
-    """A whole tensor sharded as its counterpart is."""
-    if not isinstance(own, DTensor) or not isinstance(value, Tensor):
-        return value
-    device = torch.device(own.device_mesh.device_type)
-    return distribute_tensor(value.to(device), own.device_mesh, own.placements)
+def _tell(message: str | None) -> None:
+    if message is not None:
+        rank_zero_warn(message)

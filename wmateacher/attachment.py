@@ -29,7 +29,10 @@ class Attachment:
                 f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: of several "
                 "optimizers, name the one whose steps count"
             )
-        if not getattr(type(optimizer).step, "hooked", False):
+        inner = getattr(optimizer, "optimizer", None)
+        if not _runs_hooks(optimizer) and isinstance(inner, Optimizer):
+            optimizer = inner  # Accelerate's, which steps it
+        if not _runs_hooks(optimizer):
             raise TypeError(
                 f"the steps of this {type(optimizer).__name__} cannot be counted: it wraps another optimizer "
                 "and runs no hooks; call update() after each of its steps"
@@ -67,3 +70,7 @@ class Attachment:
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is None or not overflow.item():
             self._advance()
+
+
+def _runs_hooks(optimizer: Optimizer) -> bool:
+    return getattr(type(optimizer).step, "hooked", False)

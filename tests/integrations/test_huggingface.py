@@ -1,0 +1,357 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from wmateacher import losses
+from wmateacher.integrations.huggingface import FILE, TeacherCallback, TeacherMixin, TeacherTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
+
+
+class Sentences(Dataset):
+    """24 sentences of 6 tokens, and which of two kinds each is."""
+
+    def __init__(self, language=False):
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(20, (24, 6), generator=generator)
+        self.language = language
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, i):
+        tokens = self.tokens[i]
+        return {"input_ids": tokens, "labels": tokens if self.language else int(tokens.sum() > 57)}
+
+
+def classifier():
+    torch.manual_seed(1)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+            max_position_embeddings=8,
+        )
+    )  # fmt: skip
+
+
+def language_model(dropout=0.0):
+    torch.manual_seed(1)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=20, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0,
+            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+        )
+    )  # fmt: skip
+
+
+def arguments(folder, **options):
+    defaults = {
+        "num_train_epochs": 2, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True,
+        "report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 3,
+        "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TrainingArguments(str(folder), **{**defaults, **options})
+
+
+class Watch(TrainerCallback):
+    """Keeps what the student passed through."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.states.append(weights(model))
+        optimizer.optimizer.register_step_post_hook(lambda *_: self.states.append(weights(model)))
+
+
+class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise RuntimeError("stopped here")
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def assert_average(watch, teacher):
+    expected = torch.from_numpy(teacher.weights()) @ torch.stack(watch.states).double()
+    torch.testing.assert_close(weights(teacher.module).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+# --- the callback -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accumulated", "steps"), [(1, 12), (2, 6), (4, 4)])
+def test_optimizer_steps_count_and_the_trainer_gives_the_horizon(tmp_path, accumulated, steps):
+    teaching, watch = TeacherCallback(), Watch()
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulated)
+    trainer = Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[teaching, watch])
+    trainer.train()
+    teacher = teaching.teacher
+    assert teacher.step == teacher.total_steps == trainer.state.global_step == steps
+    assert_average(watch, teacher)
+    model = classifier()
+    teacher.copy_to(model)
+    assert torch.equal(weights(model), weights(teacher.module))
+
+
+def test_another_horizon_is_said_at_the_end(tmp_path):
+    teaching = TeacherCallback(total_steps=30)
+    trainer = Trainer(classifier(), arguments(tmp_path), train_dataset=Sentences(), callbacks=[teaching])
+    with pytest.warns(UserWarning, match="counted 12 optimizer steps of a horizon of 30: .*total_steps=12"):
+        trainer.train()
+
+
+class Scaled(TeacherTrainer):
+    """fp16's gradient scaler on a CPU, overflowing at the third step."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1000)
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * (float("inf") if self.state.global_step == 2 else 1)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_steps_that_a_gradient_scaler_skips_do_not_count(tmp_path, optim):
+    watch, args = Watch(), arguments(tmp_path, max_grad_norm=0, optim=optim)
+    trainer = Scaled(
+        classifier(), args, train_dataset=Sentences(), callbacks=[watch], distillation=None,
+        teaching=TeacherCallback(),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 12
+    assert trainer.teacher.step == 11
+    if optim == "adamw_torch_fused":  # whose kernel skips, so that the hook sees a state twice
+        del watch.states[3]
+    assert_average(watch, trainer.teacher)
+
+
+# --- distillation -------------------------------------------------------------------------------------
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.first = None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.first is None:
+            self.first = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("build", [classifier, language_model])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, accumulated):
+    """Its gradient is the whole batch's, whether the model divides its own loss by the batch or not."""
+    data, other = Sentences(language=build is language_model), build()
+    with torch.no_grad():
+        [p.add_(0.1 * torch.randn_like(p)) for p in other.parameters()]
+
+    class Fixed(TeacherTrainer):
+        teacher = property(lambda self: lambda **inputs: other.eval()(**inputs))
+
+    def gradient(strength):
+        seen, model = Gradients(), build()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        args = arguments(
+            tmp_path, per_device_train_batch_size=12 // accumulated,
+            gradient_accumulation_steps=accumulated, max_steps=1, max_grad_norm=0,
+        )  # fmt: skip
+        trainer = Fixed(
+            model, args, train_dataset=data, callbacks=[seen], distillation="mse(logits)", strength=strength
+        )
+        trainer.train()
+        return seen.first
+
+    reference, args = build().eval(), arguments(tmp_path, per_device_train_batch_size=12)
+    batch = next(iter(Trainer(reference, args, train_dataset=data).get_train_dataloader()))
+    targets = other.eval()(**batch).logits.detach()
+    losses.build("mse(logits)")(reference(**batch).logits, targets).total.backward()
+    expected = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradient(2.0) - gradient(0.0), 2.0 * expected, rtol=1e-3, atol=1e-5)
+
+
+def test_it_stands_before_any_trainer(tmp_path):
+    class Halved(Trainer):
+        def compute_loss(self, *args, **kwargs):
+            loss, outputs = super().compute_loss(*args, **{**kwargs, "return_outputs": True})
+            return 0.5 * loss, outputs
+
+    class Both(TeacherMixin, Halved):
+        pass
+
+    trainer = Both(classifier(), arguments(tmp_path), train_dataset=Sentences(), distillation="mse")
+    trainer.train()
+    assert trainer.teacher.step == 12
+    logged = [e["distillation"] for e in trainer.state.log_history if "distillation" in e]
+    assert len(logged) == 12
+    assert all(value >= 0 for value in logged)
+    assert logged[-1] > 0
+
+
+# --- checkpoints --------------------------------------------------------------------------------------
+
+
+def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path):
+    def trainer(folder, *callbacks):
+        args = arguments(
+            tmp_path / folder, save_strategy="steps", save_steps=2, save_total_limit=2,
+            gradient_accumulation_steps=2, num_train_epochs=3,
+        )  # fmt: skip
+        return TeacherTrainer(
+            language_model(dropout=0.2), args, train_dataset=Sentences(language=True),
+            callbacks=list(callbacks), teaching=TeacherCallback("beta(0.5,0.5)", buffers="average"),
+        )  # fmt: skip
+
+    whole = trainer("whole")
+    whole.train()
+    with pytest.raises(RuntimeError, match="stopped here"):
+        trainer("crashed", Stop(7)).train()
+    kept = sorted(p.name for p in (tmp_path / "crashed").glob("checkpoint-*"))
+    assert kept == ["checkpoint-4", "checkpoint-6"]
+    shutil.copytree(tmp_path / "crashed", tmp_path / "kept")
+    for path in (True, str(tmp_path / "kept/checkpoint-4")):
+        resumed = trainer("crashed")
+        resumed.train(resume_from_checkpoint=path)
+        assert torch.equal(weights(resumed.model), weights(whole.model))
+        assert resumed.teacher.step == 9
+        for name, value in whole.teacher.state_dict().items():
+            ours = resumed.teacher.state_dict()[name]
+            assert torch.equal(ours, value) if isinstance(value, torch.Tensor) else ours == value
+
+
+def saving(tmp_path, epochs=2, **options):
+    args = arguments(tmp_path, save_strategy="epoch", num_train_epochs=epochs)
+    return Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[TeacherCallback(**options)])
+
+
+def test_a_longer_run_another_kernel_and_a_checkpoint_without_a_teacher(tmp_path):
+    saving(tmp_path).train()
+    longer = saving(tmp_path, epochs=3)
+    with pytest.warns(UserWarning, match="the run is now 18 steps long, the teacher began with 12"):
+        longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    with pytest.raises(
+        ValueError, match="written with kernel='beta.0.5,0.5.', this teacher has kernel='unif"
+    ):
+        saving(tmp_path, epochs=3, kernel="uniform").train(resume_from_checkpoint=True)
+    with pytest.raises(FileNotFoundError, match=r"goes on at step 18, .*resume_from=CHECKPOINT"):
+        saving(tmp_path, epochs=4, resume_from=tmp_path / "elsewhere").train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-18" / FILE).unlink()
+    without = saving(tmp_path, epochs=4)
+    with pytest.warns(UserWarning, match=f"has no {FILE}: .* over the 6 steps that are left"):
+        without.train(resume_from_checkpoint=True)
+    (teacher,) = (c.teacher for c in without.callback_handler.callbacks if isinstance(c, TeacherCallback))
+    assert teacher.step == teacher.total_steps == 6
+
+
+def test_the_file_is_read_without_running_code(tmp_path):
+    saving(tmp_path).train()
+    state = torch.load(tmp_path / "checkpoint-6" / FILE, weights_only=True)
+    assert state["total_steps"] == 12
+    assert json.loads((tmp_path / "checkpoint-6/trainer_state.json").read_text())["global_step"] == 6
+
+
+# --- evaluation ---------------------------------------------------------------------------------------
+
+
+def test_evaluation_with_the_teacher_leaves_the_student_its_weights(tmp_path):
+    args = arguments(tmp_path, eval_strategy="epoch")
+    trainer = TeacherTrainer(
+        classifier(), args, train_dataset=Sentences(), eval_dataset=Sentences(), evaluate_with="teacher"
+    )
+    trainer.train()
+    student = weights(trainer.model)
+    measured = trainer.evaluate()["eval_loss"]
+    assert torch.equal(weights(trainer.model), student)
+    batch = {k: torch.as_tensor([Sentences()[i][k].tolist() if k == "input_ids" else Sentences()[i][k]
+                                 for i in range(24)]) for k in ("input_ids", "labels")}  # fmt: skip
+    with torch.no_grad():
+        assert measured == pytest.approx(trainer.teacher(**batch).loss.item(), rel=1e-4)
+        assert measured != pytest.approx(trainer.model.eval()(**batch).loss.item(), rel=1e-4)
+
+    def fails(*args, **kwargs):
+        raise ZeroDivisionError
+
+    trainer.prediction_step = fails
+    with pytest.raises(ZeroDivisionError):
+        trainer.predict(Sentences())
+    assert torch.equal(weights(trainer.model), student)
+    trainer.model.state_dict()  # not lent any more
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's call
+def test_a_lora_teacher_costs_the_adapter(tmp_path):
+    model = get_peft_model(classifier(), LoraConfig(target_modules=["query", "value"], r=2))
+    trainer = TeacherTrainer(model, arguments(tmp_path, save_strategy="epoch"), train_dataset=Sentences())
+    trainer.train()
+    state = torch.load(tmp_path / "checkpoint-12" / FILE, weights_only=True)["teacher"]
+    assert all("lora_" in name for name in state if name != "_extra_state")
+    assert len(state) == 5
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    own = dict(trainer.teacher.module.named_parameters())
+    assert not any(torch.equal(own[n], p) for n, p in trained.items())
+    shared = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert all(own[n].data_ptr() == dict(model.named_parameters())[n].data_ptr() for n in shared)
+
+
+# --- bad input ----------------------------------------------------------------------------------------
+
+
+def test_bad_arguments_say_what_to_do(tmp_path):
+    with pytest.raises(
+        ValueError, match="evaluate_with must be 'student' or 'teacher', got 'techer'; did you"
+    ):
+        TeacherTrainer(classifier(), arguments(tmp_path), evaluate_with="techer")
+    with pytest.raises(
+        ValueError, match="takes paired, models of transformers give logits: choose from .*kl"
+    ):
+        TeacherTrainer(classifier(), arguments(tmp_path), distillation="fd")
+    with pytest.raises(ValueError, match="unknown loss 'kll'; did you mean 'kl'"):
+        TeacherTrainer(classifier(), arguments(tmp_path), distillation="kll")
+
+
+def test_without_transformers_the_error_names_the_extra():
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "try: import wmateacher.integrations.huggingface\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "pip install 'wmateacher[huggingface]'" in done.stdout
+
+
+# --- processes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Each rank asserts in the program: counts, the definition of the average, resuming."""
+    program = Path(__file__).parent / "huggingface_ranks.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, str(program), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("average is right") == 4
