@@ -108,6 +108,21 @@ class Clock:
             )
         self._set_horizon(total_steps)
 
+    def jump(self, step: int) -> None:
+        """Stand after `step` steps, as if they had been counted under the horizon now in force.
+
+        Raises:
+            ValueError: `step` is not a whole number in [0, total_steps].
+        """
+        total = self.total_steps
+        if step:
+            step = positive_int("step", step)
+        if total is not None and step > total:
+            raise ValueError(f"step must be at most total_steps={total}, got {step}")
+        self.step = step
+        self.snapshot = step if step == total else step - step % self.update_every
+        self._horizons, self._held = [(0, total)], False
+
     def state(self) -> dict[str, Any]:
         """Everything needed to go on exactly, in plain Python types."""
         return {

@@ -180,6 +180,52 @@ class WMATeacher(nn.Module):
         """
         self._clock.set_total_steps(total_steps)
 
+    def continue_from(self, average: Mapping[str, Tensor] | None, step: int) -> None:
+        """Go on from an average that something else has made over the first `step` optimizer steps.
+
+        It keeps its proportions, and together gets the mass that the kernel gives to these steps; later steps
+        get exactly their weights. `weights()` then tells what this kernel would have given to all. For the
+        states of other libraries see `wmateacher.migration`.
+
+        Args:
+            average: Weights by the names of the student's `state_dict`; buffers may be missing, and
+                stay as they are. None: the average as it is, for a gap in the count.
+            step: Optimizer steps that it is the average of.
+
+        Raises:
+            ValueError: A weight is missing, unknown or of another shape, or `step` is no number of steps
+                of the run.
+            RuntimeError: Inside `swap`.
+        """
+        _refuse_swapped(self)
+        if average is None:
+            self._clock.jump(step)
+            return
+        own, names = self._bind(), pairing.state_names(self.module)
+        names = {path: n for path, n in names.items() if n not in self._roles.shared}
+        needed = {p for p, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
+        missing = sorted(needed - average.keys())
+        unexpected = [k for k in average if k not in self.module.state_dict()]
+        if missing or unexpected:
+            raise ValueError(
+                "average is of another architecture: " + pairing.describe_difference(missing, unexpected)
+            )
+        for path, name in names.items():
+            if path in average and average[path].shape != own.tensors[name].shape:
+                raise ValueError(
+                    f"average is of another architecture: {path!r} has shape {tuple(average[path].shape)} "
+                    f"there and {tuple(own.tensors[name].shape)} here"
+                )
+        self._clock.jump(step)
+        for path, name in names.items():
+            if path not in average:
+                continue
+            value = sharding.local(average[path]).detach()
+            if name in self._roles.averaged:
+                self._average(own, name).write(value)
+            else:
+                averaging.copy_([own.local[name]], [value])
+
     def extra_repr(self) -> str:
         """The clock, for `print(teacher)`."""
         return (

@@ -1,0 +1,286 @@
+"""Each peer averages for a while, and goes on beside a teacher that took over its state."""
+
+import copy
+from types import MappingProxyType
+
+import ema_pytorch
+import pytest
+import timm.utils
+import torch
+import torch_ema
+from diffusers.training_utils import EMAModel
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from wmateacher import WMATeacher, migration
+from wmateacher.migration import PeerEMA
+
+BEFORE, AFTER = 7, 9
+
+
+def network():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    net[0].bias.requires_grad_(False)
+    return net
+
+
+def step(net):
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p))
+
+
+class Torch:
+    kernel, decay = "ema(0.9)", 0.9
+
+    def __init__(self, net):
+        self.peer = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def update(self, net, count):
+        self.peer.update_parameters(net)
+
+    def state(self):
+        return self.peer.state_dict()
+
+    def weights(self, net):
+        return dict(self.peer.module.named_parameters())
+
+
+class Swa(Torch):
+    kernel = "uniform"
+
+    def __init__(self, net):
+        self.peer = AveragedModel(net)
+
+
+class EmaPytorch(Torch):
+    every = 1
+    kernel = PeerEMA(0.9, "inverse_gamma", delay=3)
+
+    def __init__(self, net):
+        self.peer = ema_pytorch.EMA(net, beta=0.9, update_every=self.every, update_after_step=3)
+
+    def update(self, net, count):
+        self.peer.update()
+
+    def weights(self, net):
+        return dict(self.peer.ema_model.named_parameters())
+
+
+class EmaPytorchEveryThird(EmaPytorch):
+    every = 3
+    kernel = PeerEMA(0.9, "inverse_gamma", delay=3, every=3)
+
+
+class Diffusers(Torch):
+    kernel = None
+    options = MappingProxyType({"decay": 0.8})
+
+    def __init__(self, net):
+        self.peer = EMAModel(net.parameters(), **self.options)
+
+    def update(self, net, count):
+        self.peer.step(net.parameters())
+
+    def weights(self, net):
+        return dict(zip(dict(net.named_parameters()), self.peer.shadow_params, strict=True))
+
+
+class DiffusersWarmUp(Diffusers):
+    options = MappingProxyType(
+        {"decay": 0.8, "use_ema_warmup": True, "inv_gamma": 2.0, "power": 0.75, "update_after_step": 2}
+    )
+
+
+class TorchEma(Torch):
+    kernel = None
+    counts = True
+
+    def __init__(self, net):
+        self.peer = torch_ema.ExponentialMovingAverage(net.parameters(), 0.6, use_num_updates=self.counts)
+
+    def update(self, net, count):
+        self.peer.update()
+
+    def weights(self, net):
+        return dict(zip(dict(net.named_parameters()), self.peer.shadow_params, strict=True))
+
+
+class TorchEmaConstant(TorchEma):
+    counts = False
+
+
+class Timm(Torch):
+    kernel = PeerEMA(0.9, "inverse_gamma", gamma=2.0, power=0.75, delay=2, least=0.3)
+
+    def __init__(self, net):
+        self.peer = timm.utils.ModelEmaV3(
+            net, 0.9, min_decay=0.3, update_after_step=2, use_warmup=True, warmup_gamma=2.0, warmup_power=0.75
+        )
+
+    def update(self, net, count):
+        self.peer.update(net, step=count)
+
+    def state(self):
+        return {"state_dict": {}, "state_dict_ema": self.peer.module.state_dict()}
+
+
+PEERS = [
+    Torch, Swa, EmaPytorch, EmaPytorchEveryThird, Diffusers, DiffusersWarmUp, TorchEma, TorchEmaConstant, Timm,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PEERS)
+def test_a_teacher_goes_on_as_the_peer_would(kind):
+    net = network()
+    peer = kind(net)
+    for count in range(1, BEFORE + 1):
+        step(net)
+        peer.update(net, count)
+    average = migration.read(copy.deepcopy(peer.state()), net)
+    teacher = WMATeacher(net, kind.kernel or average.kernel, frozen="copy")
+    average.into(teacher, None if average.step is not None else BEFORE)
+    for count in range(BEFORE + 1, BEFORE + AFTER + 1):
+        theirs, ours = peer.weights(net), dict(teacher.module.named_parameters())
+        for name, weight in theirs.items():
+            torch.testing.assert_close(ours[name].detach(), weight.detach(), rtol=1e-5, atol=1e-6)
+        step(net)
+        peer.update(net, count)
+        teacher.update()
+
+
+@pytest.mark.parametrize("kind", [TorchEmaConstant, Timm])
+def test_a_state_without_a_clock_asks_for_it(kind):
+    net = network()
+    peer = kind(net)
+    peer.update(net, 1)
+    average = migration.read(peer.state(), net)
+    assert average.step is None
+    with pytest.raises(
+        ValueError, match=f"{average.source} does not say how many steps .*pass step=..., the opt"
+    ):
+        average.into(WMATeacher(net, "ema(0.9)"))
+
+
+def test_another_kernel_keeps_the_average_and_gives_it_the_mass_of_the_steps_so_far():
+    net, total = network(), 20
+    before = {k: torch.randn_like(v) for k, v in net.state_dict().items()}
+    teacher = WMATeacher(net, "beta(0.5,0.5)", total, frozen="copy")
+    teacher.continue_from(before, 12)
+    assert teacher.step == 12
+    states = []
+    for _ in range(8):
+        step(net)
+        states.append({k: v.clone().double() for k, v in net.state_dict().items()})
+        teacher.update()
+    profile = torch.from_numpy(teacher.kernel.profile(total))
+    for name, value in teacher.averaged_state_dict().items():
+        later = sum(w * s[name] for w, s in zip(profile[13:], states, strict=True))
+        expected = profile[:13].sum() * before[name].double() + later
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    again = WMATeacher(net, "beta(0.5,0.5)", total, frozen="copy")
+    again.load_state_dict(teacher.state_dict())
+    assert again.step == 20
+
+
+def test_a_bfloat16_teacher_takes_the_average_at_full_precision():
+    net = network().to(torch.bfloat16)
+    precise = {k: torch.randn(v.shape) for k, v in net.state_dict().items()}
+    for dtype in ("auto", "split"):
+        teacher = WMATeacher(net, "ema(0.9)", dtype=dtype, frozen="copy")
+        teacher.continue_from(precise, 3)
+        taken = teacher.averaged_state_dict(torch.float32)
+        assert all(torch.equal(taken[k], v) for k, v in precise.items() if k != "0.bias")
+
+
+def test_older_torch_ema_leaves_out_what_is_frozen():
+    net = network()
+    shadows = [p.detach() + 1 for p in net.parameters() if p.requires_grad]
+    state = {"decay": 0.9, "num_updates": 3, "shadow_params": shadows, "collected_params": None}
+    average = migration.read(state, net)
+    assert set(average.weights) == {"0.weight", "1.weight", "1.bias"}
+    teacher = WMATeacher(net, average.kernel)
+    average.into(teacher)
+    assert torch.equal(teacher.module[1].bias, net[1].bias + 1)
+
+
+def test_buffers_may_be_missing():
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    teacher = WMATeacher(net, "ema(0.9)", buffers="average")
+    teacher.continue_from({n: p + 1 for n, p in net.named_parameters()}, 4)
+    assert torch.equal(teacher.module[0].weight, net[0].weight + 1)
+    assert torch.equal(teacher.module[1].running_var, net[1].running_var)
+    teacher.update()
+    assert teacher.step == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "step_", "message"),
+    [
+        (lambda s: s.pop("0.weight"), 3, "average is of another architecture: missing '0.weight'"),
+        (lambda s: s.update(extra=torch.zeros(1)), 3, "another architecture: unexpected 'extra'"),
+        (
+            lambda s: s.update({"0.weight": torch.zeros(2, 2)}),
+            3,
+            r"'0.weight' has shape \(2, 2\) there and \(4, 3\)",
+        ),
+        (lambda s: None, 21, "step must be at most total_steps=20, got 21"),
+        (lambda s: None, -1, "step must be a whole number of at least 1, got -1"),
+    ],
+)
+def test_what_does_not_fit_changes_nothing(change, step_, message):
+    net = network()
+    teacher = WMATeacher(net, total_steps=20, frozen="copy")
+    before = copy.deepcopy(teacher.state_dict())
+    average = {k: v + 1 for k, v in net.state_dict().items()}
+    change(average)
+    with pytest.raises(ValueError, match=message):
+        teacher.continue_from(average, step_)
+    after = teacher.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items() if isinstance(v, torch.Tensor))
+    assert after["_extra_state"] == before["_extra_state"]
+    with teacher.swap(), pytest.raises(RuntimeError, match=r"inside swap\(\)"):
+        teacher.continue_from(net.state_dict(), 3)
+
+
+def test_unknown_states_and_nameless_weights_of_another_model():
+    net = network()
+    with pytest.raises(
+        ValueError, match="a state with 'epoch' is of no library that is known here .diffusers, "
+    ):
+        migration.read({"epoch": 3}, net)
+    peer = Diffusers(net)
+    with pytest.raises(
+        ValueError, match=r"diffusers is of another architecture: .* place of 'weight' has shape"
+    ):
+        migration.read(peer.state(), nn.Linear(5, 5))
+    with pytest.raises(ValueError, match="it has 4 weights, the model 2; pass the model"):
+        migration.read(peer.state(), net[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"decay": 1.5}, r"decay must be a retention in \[0, 1\], got 1.5"),
+        ({"decay": 0.9, "rule": "ratios"}, "unknown rule 'ratios'; did you mean 'ratio'"),
+        ({"decay": 0.9, "gamma": 0.0}, "gamma must be above 0, got 0.0"),
+        ({"decay": 0.9, "every": 0}, "every must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_a_rule_out_of_range_says_so(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PeerEMA(**arguments)
+
+
+@given(
+    decay=st.floats(0, 1), rule=st.sampled_from(["constant", "inverse_gamma", "ratio"]),
+    least=st.floats(0, 1), delay=st.integers(-2, 50), every=st.integers(1, 9), total=st.integers(1, 60),
+)  # fmt: skip
+def test_weights_are_a_distribution(decay, rule, least, delay, every, total):
+    profile = PeerEMA(decay, rule, least=least, delay=delay, every=every).profile(total)
+    assert (profile >= 0).all()
+    assert profile.sum() == pytest.approx(1.0)
