@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import checkpoint_memory  # noqa: E402
+import frameworks  # noqa: E402
 import memory  # noqa: E402
 import posthoc_synthesis  # noqa: E402
 import sweep_report  # noqa: E402
@@ -39,6 +40,7 @@ def tables(folder):
     makers = {
         "posthoc-synthesis": posthoc_synthesis.table,
         "checkpoint-memory": checkpoint_memory.table,
+        "frameworks": frameworks.table,
         "kernel-sweep-digits": sweep_report.table,
         "kernel-sweep-mnist": sweep_report.table,
     }

@@ -1,0 +1,248 @@
+"""What it takes to migrate from a framework's own averaging, and what a training step costs then.
+
+    python benchmarks/frameworks.py
+
+`lines to change` are those that differ between two programs of the same training, one with the
+framework's own average and one with this library's, both of which run. A step is one of the framework's
+Trainer (timm: of a loop as in its train.py), on an MLP of 4.2 million parameters and batches of 16, so
+small that the average is a large share of it. Programs of one framework take turns; `ms a step` is the
+median over the rounds, and `over none` the median of what averaging adds to a step of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wmateacher.integrations import report, runs
+
+PACKAGES = ("lightning", "timm", "transformers", "accelerate")
+WIDTH, BATCH = 1024, 16
+
+LIGHTNING = """
+trainer = L.Trainer(max_steps=steps, {callbacks}**quiet)
+trainer.fit(module, loader)
+"""
+LIGHTNING_OWN = "callbacks=[EMAWeightAveraging(decay=0.999)], "
+LIGHTNING_OURS = 'callbacks=[TeacherCallback("ema(0.999)")], '
+
+TIMM = """
+average = {average}
+for step, (x, y) in enumerate(loader, 1):
+    loss = nn.functional.mse_loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    average.update(model, step=step)
+"""
+
+TRANSFORMERS = """
+trainer = Trainer(model, arguments, train_dataset=data{callbacks})
+trainer.train()
+"""
+
+PROGRAMS: dict[str, dict[str, str]] = {
+    "lightning": {
+        "none": LIGHTNING.format(callbacks=""),
+        "EMAWeightAveraging": LIGHTNING.format(callbacks=LIGHTNING_OWN),
+        "ours": LIGHTNING.format(callbacks=LIGHTNING_OURS),
+    },
+    "timm": {
+        "none": TIMM.replace("average = {average}\n", "").replace(
+            "    average.update(model, step=step)\n", ""
+        ),
+        "ModelEmaV3": TIMM.format(average="ModelEmaV3(model, decay=0.999)"),
+        "ours": TIMM.format(average='ModelWma(model, "ema(0.999)")'),
+    },
+    "transformers": {
+        "none": TRANSFORMERS.format(callbacks=""),
+        "ours": TRANSFORMERS.format(callbacks=', callbacks=[TeacherCallback("ema(0.999)")]'),
+    },
+}
+"""Framework -> the programs that are compared and run: without an average, with its own, with ours."""
+
+
+def main() -> None:
+    """Measure, print, and write results.json."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--frameworks", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
+    parser.add_argument("--steps", type=int, default=40, help="steps in a run (default: 40)")
+    parser.add_argument("--rounds", type=int, default=9, help="runs of each (default: 9)")
+    parser.add_argument("--output", type=Path, default=Path("runs/frameworks"))
+    arguments = parser.parse_args()
+    for name in ("steps", "rounds"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    results: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "environment": runs.environment("cpu", PACKAGES),
+        "frameworks": {},
+    }
+    for framework in arguments.frameworks:
+        results["frameworks"][framework] = measure(framework, arguments.steps, arguments.rounds)
+        runs.write_json(results, arguments.output / "results.json")
+    print(table(results))
+    print(f"wrote {arguments.output}/results.json")
+
+
+def measure(framework: str, steps: int, rounds: int) -> dict[str, dict[str, float | int]]:
+    """Each program's time of a step, and the lines by which ours differs from it."""
+    programs = PROGRAMS[framework]
+    taken: dict[str, list[float]] = {name: [] for name in programs}
+    for turn in range(rounds + 1):
+        for name, program in programs.items():
+            seconds = run(framework, program, steps)
+            if turn:  # the first is a warm-up
+                taken[name].append(seconds / steps)
+    none = taken["none"]
+    return {
+        name: {
+            "milliseconds": 1e3 * statistics.median(times),
+            "over": statistics.median(t / n for t, n in zip(times, none, strict=True)) - 1,
+            "lines": changed(program, programs["ours"]),
+        }
+        for (name, program), times in zip(programs.items(), taken.values(), strict=True)
+    }
+
+
+def changed(before: str, after: str) -> int:
+    """Lines that are added or replaced."""
+    difference = difflib.ndiff(before.splitlines(), after.splitlines())
+    return sum(line.startswith("+ ") for line in difference)
+
+
+def run(framework: str, program: str, steps: int) -> float:
+    """Seconds that a program takes from its first line to its last."""
+    names = SETUPS[framework](steps)
+    code = compile(program, f"<{framework}>", "exec")
+    begin = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, names)
+    return time.perf_counter() - begin
+
+
+def network() -> nn.Module:
+    """An MLP with four square layers."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+
+
+def batches(steps: int) -> Any:
+    """`steps` batches of inputs and targets."""
+    data = torch.randn(steps * BATCH, WIDTH)
+    dataset = torch.utils.data.TensorDataset(data, data)
+    return torch.utils.data.DataLoader(dataset, batch_size=BATCH)
+
+
+def lightning_names(steps: int) -> dict[str, Any]:
+    """What a program with Lightning uses."""
+    import lightning as L
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    from wmateacher.integrations.lightning import TeacherCallback
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), 1e-3)
+
+    for logger in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    quiet = {
+        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }  # fmt: skip
+    return {
+        "L": L, "module": Module(), "loader": batches(steps), "steps": steps, "quiet": quiet,
+        "EMAWeightAveraging": EMAWeightAveraging, "TeacherCallback": TeacherCallback,
+    }  # fmt: skip
+
+
+def timm_names(steps: int) -> dict[str, Any]:
+    """What a loop as in timm's train.py uses."""
+    from timm.utils import ModelEmaV3
+
+    from wmateacher.integrations.timm import ModelWma
+
+    model = network()
+    return {
+        "nn": nn, "model": model, "loader": batches(steps), "ModelEmaV3": ModelEmaV3, "ModelWma": ModelWma,
+        "optimizer": torch.optim.AdamW(model.parameters(), 1e-3),
+    }  # fmt: skip
+
+
+def transformers_names(steps: int) -> dict[str, Any]:
+    """What a program with transformers uses."""
+    from transformers import Trainer, TrainingArguments
+
+    from wmateacher.integrations.huggingface import TeacherCallback
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            logits = self.net(x)
+            return {"loss": nn.functional.mse_loss(logits, labels), "logits": logits}
+
+    x = torch.randn(steps * BATCH, WIDTH)
+    arguments = TrainingArguments(
+        "runs/frameworks/transformers", max_steps=steps, per_device_train_batch_size=BATCH, use_cpu=True,
+        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    return {
+        "Trainer": Trainer, "model": Model(), "arguments": arguments, "TeacherCallback": TeacherCallback,
+        "data": [{"x": row, "labels": row} for row in x],
+    }  # fmt: skip
+
+
+SETUPS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "lightning": lightning_names,
+    "timm": timm_names,
+    "transformers": transformers_names,
+}
+
+
+def table(results: dict[str, Any]) -> str:
+    """One row a framework and average."""
+    return report.aligned(
+        [
+            {
+                "framework": framework,
+                "average": name,
+                "ms a step": f"{row['milliseconds']:.2f}",
+                "over none": "" if name == "none" else f"{100 * row['over']:+.0f}%",
+                "lines to change": "" if name == "ours" else str(row["lines"]),
+            }
+            for framework, rows in results["frameworks"].items()
+            for name, row in rows.items()
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import frameworks
+
+
+@pytest.mark.parametrize("framework", frameworks.PROGRAMS)
+def test_programs_run_and_differ_by_one_line(framework, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(frameworks, "WIDTH", 8)
+    rows = frameworks.measure(framework, steps=2, rounds=1)
+    assert all(row["milliseconds"] > 0 for row in rows.values())
+    assert rows["ours"]["lines"] == 0
+    assert rows["none"]["lines"] in (1, 2)
+    text = frameworks.table({"frameworks": {framework: rows}})
+    assert [line.split()[1] for line in text.splitlines()[1:]] == list(rows)
+
+
+def test_lines_that_change_are_counted():
+    assert frameworks.changed("a\nb\n", "a\nc\nd\n") == 2
