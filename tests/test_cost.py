@@ -10,7 +10,7 @@ from torch import nn
 from wmateacher import WMATeacher, averaging, cli
 from wmateacher.cost import Model, cost
 
-PAGE = Path(__file__).parents[1] / "docs/scaling.md"
+PAGE = Path(__file__).parents[1] / "docs/guides/scaling.md"
 MODELS = ["1B/16", "8B/32", "70B/80", "--ranks", "8", "64"]
 
 

@@ -1,7 +1,12 @@
 """Every code block of the documentation runs, every link leads somewhere, and the site builds."""
 
+import html
+import importlib
+import inspect
+import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -56,7 +61,83 @@ def test_commands_name_files_and_options_that_exist(page):
                 assert f'"{spelled}"' in source or re.search(rf"^    {field}:", source, re.M), line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_to_files_exist(page):
-    for target in re.findall(r"\]\(((?!http)[^)#\s]+)[^)]*\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; `--strict` makes a warning an error, links and anchors are among what it checks."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "WARNING" not in done.stderr
+    return folder
+
+
+def public_names():
+    """Classes and functions of the modules that the reference shows, defined there."""
+    shown = re.findall(r"^::: (\S+)$", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M)
+    for path in shown:
+        try:
+            module = importlib.import_module(path)
+        except ModuleNotFoundError:
+            yield path.rsplit(".", 1)
+            continue
+        for key, value in vars(module).items():
+            own = getattr(value, "__module__", None) == path
+            if own and not key.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
+                yield path, key
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_its_search_finds_every_public_name(site):
+    found = json.loads((site / "search/search_index.json").read_text())["docs"]
+    headings = {html.unescape(re.sub("<[^>]*>", "", entry["title"])).strip() for entry in found}
+    anchors = {entry["location"].partition("#")[2] for entry in found}
+    names = list(public_names())
+    assert len(names) > 130
+    for module, key in names:
+        assert f"{module}.{key}" in anchors or key in headings, f"{module}.{key}"
+
+
+@pytest.mark.slow
+def test_results_contributing_and_changelog_are_pages_with_their_pictures(site):
+    for page in ("results", "contributing", "changelog"):
+        assert (site / f"{page}.html").exists()
+    shown = re.findall(r'src="([^"]+\.png)"', (site / "results.html").read_text())
+    assert len(shown) >= 3
+    assert all((site / picture).exists() for picture in shown)
+
+
+MODULES = sorted(
+    f"wmateacher.{p.relative_to(ROOT / 'wmateacher').with_suffix('').as_posix().replace('/', '.')}"
+    for p in (ROOT / "wmateacher").rglob("*.py")
+    if p.name not in ("__init__.py",)
+)
+
+
+def test_examples_in_docstrings_run():
+    """In a process of their own: some register kernels and losses."""
+    program = """
+import doctest, importlib, sys
+for name in sys.argv[1:]:
+    torch.manual_seed(0)
+    assert not doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed, name
+"""
+    done = subprocess.run([sys.executable, "-c", program, *MODULES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_pictures_are_drawn(tmp_path, monkeypatch):
+    pictures = runpy.run_path(str(DOCS / "pictures.py"))
+    for draw in ("profiles", "bias", "plane"):
+        pictures[draw]().savefig(tmp_path / f"{draw}.png")
+        assert (DOCS / f"assets/{draw}-light.png").exists()
+        assert (DOCS / f"assets/{draw}-dark.png").exists()
+
+
+def test_contributing_is_followed_to_a_kernel_a_loss_and_a_method(tmp_path):
+    program = tmp_path / "page.py"
+    program.write_text("\n\n".join(blocks(ROOT / "CONTRIBUTING.md", "python")))
+    done = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "top_logit" in done.stdout

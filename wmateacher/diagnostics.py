@@ -27,6 +27,15 @@ def parameter_gap(teacher: WMATeacher) -> Tensor:
 
     0 means that the teacher has collapsed onto the student.
 
+    Example:
+        >>> student = nn.Linear(4, 4)
+        >>> teacher = WMATeacher(student, "static", total_steps=10)
+        >>> parameter_gap(teacher).item()
+        0.0
+        >>> _ = student.weight.data.add_(1)
+        >>> bool(parameter_gap(teacher) > 0)
+        True
+
     Returns:
         0-d float32 tensor on the student's device.
 
@@ -296,6 +305,11 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 
     |Y^t X|_F^2 / (|X^t X|_F |Y^t Y|_F) of centred columns (Kornblith et al. 2019); 1 for representations
     that are equal up to rotation and scale.
+
+    Example:
+        >>> x = torch.randn(64, 8)
+        >>> round(linear_cka(x, 3 * x.flip(1)).item(), 4)
+        1.0
 
     Args:
         x: `[n, ...]`, one row an example.

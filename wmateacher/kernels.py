@@ -162,6 +162,16 @@ _FACTORIES: dict[str, Factory] = {}
 def register(name: str, *, override: bool = False) -> Callable[[Factory], Factory]:
     """Give a kernel class (or a factory of kernels) a name in the string grammar.
 
+    Example:
+        >>> @register("rising", override=True)
+        ... @dataclass(frozen=True)
+        ... class Rising(Density):
+        ...     power: float = 1.0
+        ...     def density(self, tau):
+        ...         return tau**self.power
+        >>> str(build("rising(2)"))
+        'rising(2)'
+
     Args:
         name: The name, a Python identifier.
         override: Replace a kernel that already has this name.
@@ -190,6 +200,12 @@ def available() -> list[str]:
 
 def build(kernel: str | Kernel | Callable[..., Any] | Any) -> Kernel:
     """Make a kernel of what a user may write.
+
+    Example:
+        >>> build("beta(0.5,0.5)").profile(4).round(3)
+        array([0.256, 0.167, 0.153, 0.167, 0.256])
+        >>> print(build(lambda tau: 1 - tau).summary(100).start_weight)
+        0.019...
 
     Args:
         kernel: A string such as `"beta(0.5,0.5)"` or `"scipy.stats.truncnorm(-2,2,loc=0.5,scale=0.2)"`, a

@@ -120,6 +120,19 @@ class Average:
 def read(state: Mapping[str, Any], model: nn.Module) -> Average:
     """Find the average in a state or checkpoint of another library.
 
+    Example:
+        >>> from torch.optim.swa_utils import AveragedModel
+        >>> from wmateacher import WMATeacher
+        >>> model = nn.Linear(2, 2)
+        >>> swa = AveragedModel(model)
+        >>> for _ in range(5):
+        ...     swa.update_parameters(model)
+        >>> average = read(swa.state_dict(), model)
+        >>> teacher = WMATeacher(model, "uniform", total_steps=20)
+        >>> average.into(teacher)
+        >>> average.source, teacher.step
+        ('torch', 4)
+
     Args:
         state: What its `state_dict()` gave, or the checkpoint that holds it: torch's `AveragedModel`,
             Lightning's `WeightAveraging` callbacks, `ema_pytorch.EMA`, diffusers' `EMAModel`, torch_ema's

@@ -70,9 +70,14 @@ class Recorder:
     the student (frozen ones) are in no snapshot: load the synthesised state with `strict=False`.
 
     Example:
-        >>> recorder = Recorder(model, total_steps=10_000, folder="snapshots", every=200)
-        >>> recorder.update()  # after each optimizer.step(), on every rank
-        >>> state, report = synthesise("snapshots", "beta(0.5,0.5)")
+        >>> import tempfile
+        >>> model, folder = nn.Linear(2, 2), tempfile.mkdtemp()
+        >>> recorder = Recorder(model, total_steps=100, folder=folder, every=10)
+        >>> for _ in range(100):
+        ...     recorder.update()  # after each optimizer.step(), on every rank
+        >>> state, report = synthesise(folder, "uniform")
+        >>> torch.allclose(state["weight"], model.weight)
+        True
 
     Attributes:
         teachers: The averages, usable as teachers while training.
@@ -457,6 +462,10 @@ def average_checkpoints(
     with `update_every=n`. Floating-point buffers are averaged like parameters; batch-norm statistics
     are better measured again (`torch.optim.swa_utils.update_bn`).
 
+    Example:
+        >>> average_checkpoints([{"w": torch.tensor([float(i)])} for i in range(4)], "uniform")
+        {'w': tensor([1.5000])}
+
     Args:
         checkpoints: State dicts or files, in the order of training.
         kernel: What `WMATeacher` takes. Default: the plain mean.
@@ -511,6 +520,10 @@ def interpolate(
 ) -> dict[str, Any]:
     """`(1 - alpha) * start + alpha * end`: WiSE-FT (Wortsman et al. 2022), eq. 1.
 
+    Example:
+        >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, alpha=0.25)
+        {'w': tensor([0.2500, 0.2500])}
+
     Args:
         start: The pretrained weights, a state dict or file.
         end: The fine-tuned weights.
@@ -541,6 +554,11 @@ def model_stock(
     for N fine-tuned models (the paper's formula for N = 2, `2 cos / (1 + cos)`, is a case of it), with
     `theta` the angle between the fine-tuned models seen from `w_0`. See `model_stock_ratios` for what
     the paper leaves open.
+
+    Example:
+        >>> start, one, two = torch.zeros(2), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
+        >>> model_stock({"w": start}, [{"w": one}, {"w": two}])["w"]  # t = 2 cos 45 / (1 + cos 45) = 0.828...
+        tensor([0.8284, 0.4142])
 
     Args:
         pretrained: `w_0`, a state dict or file.

@@ -82,6 +82,13 @@ def register(
 ) -> Callable[[LossT], LossT]:
     """Decorator that makes a loss available to `build` under `name`.
 
+    Example:
+        >>> @register("largest", family="logits", override=True)
+        ... def largest(student, teacher):
+        ...     return (student.amax(1) - teacher.amax(1)).square().mean()
+        >>> build("2*largest")(torch.zeros(2, 3), torch.ones(2, 3)).total.item()
+        2.0
+
     It decorates a function `(student, teacher, *, parameters) -> 0-d tensor`, or an `nn.Module` class
     whose `forward` takes (student, teacher) and whose `__init__` takes the parameters. In a spec the
     parameters may be given by position or by keyword: `name(2.0)`, `name(temperature=2.0)`.
@@ -139,6 +146,12 @@ def build(
     whose average over the ranks, which DDP and FSDP2 take, is its gradient. `dino` moves its centre by
     the mean over all ranks. The other losses are means over the rank's own batch. Every rank must call
     the criterion, with at least one row; sizes are exchanged at each call, for which the host waits.
+
+    Example:
+        >>> criterion = build("kl + 0.5*mse(logits)")
+        >>> output = criterion(torch.zeros(2, 3), torch.zeros(2, 3))
+        >>> output.total.item(), sorted(output.terms)
+        (0.0, ['kl', 'mse'])
 
     Args:
         spec: "3.90625*fd + crd + temperature_kl(2.0)", or a mapping of term to coefficient such as

@@ -1,0 +1,102 @@
+"""Draws the pictures of the documentation, for light and dark pages: `python docs/pictures.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
+from matplotlib.figure import Figure
+
+from wmateacher import kernels
+from wmateacher.theory import predict
+
+ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "docs/assets"
+STYLES = {"light": {}, "dark": mpl.style.library["dark_background"]}
+STEPS = 2_000
+SHOWN = {
+    "beta(0.5,0.5)": "tab:orange",
+    "uniform": "tab:green",
+    "tail(0.25)": "tab:cyan",
+    "power(sigma_rel=0.1)": "tab:purple",
+    "ema(0.99)": "tab:red",
+    "ema(0.999)": "tab:pink",
+}
+
+
+def profiles() -> Figure:
+    """How much each step's student counts at the end of the run."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for kernel, colour in SHOWN.items():
+        weights = kernels.build(kernel).profile(STEPS)
+        axes.plot(np.arange(STEPS + 1) / STEPS, weights * STEPS, color=colour, label=kernel, lw=1.8)
+    axes.set(yscale="log", ylim=(1e-2, 1e3), xlabel="share of the run", ylabel="weight, 1 is uniform")
+    axes.legend(ncols=2, fontsize="small", frameon=False)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def bias() -> Figure:
+    """Which share of the start is left at the end in the linear world, over the horizon."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    horizons = np.unique(np.geomspace(10, 25_030, 30).astype(int))
+    for kernel, colour in {**SHOWN, "static": "tab:gray"}.items():
+        left = [predict(kernel, int(t)).student_residual for t in horizons]
+        axes.plot(horizons, left, color=colour, label=kernel, lw=1.8)
+    axes.set(xscale="log", yscale="log", ylim=(1e-4, 1), xlabel="optimizer steps of the run",
+             ylabel="bias of the start that is left")  # fmt: skip
+    axes.legend(ncols=2, fontsize="small", frameon=False)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def plane() -> Figure:
+    """The measured methods: accuracy in and out of distribution."""
+    methods = json.loads((ROOT / "benchmarks/results/clip-digits/results.json").read_text())["methods"]
+    teachers = {
+        "zero-shot": "tab:gray", "flyp": "tab:red", "static-sd": "tab:blue", "ema": "tab:pink",
+        "tracer": "tab:orange",
+    }  # fmt: skip
+    labels = {
+        "zero-shot": "pretrained", "flyp": "no teacher", "static-sd": "frozen teacher",
+        "ema": "fast EMA teacher", "tracer": "weighted average",
+    }  # fmt: skip
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for name, colour in teachers.items():
+        record = methods[name]
+        axes.errorbar(
+            record["id"], record["ood"], xerr=record["std"]["id"], yerr=record["std"]["ood"], fmt="o",
+            color=colour, capsize=3, markersize=9,
+        )  # fmt: skip
+        axes.annotate(
+            labels[name],
+            (record["id"], record["ood"]),
+            xytext=(8, 8),
+            textcoords="offset points",
+            color=colour,
+        )
+    axes.set(
+        xlabel="accuracy in distribution (%)", ylabel="accuracy under shift (%)", xlim=(96.3, 99.8),
+        ylim=(94, 97.6),
+    )  # fmt: skip
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def main() -> None:
+    """Write every picture twice."""
+    ASSETS.mkdir(exist_ok=True)
+    for style, settings in STYLES.items():
+        with mpl.rc_context({**settings, "savefig.facecolor": "none", "axes.facecolor": "none"}):
+            for draw in (profiles, bias, plane):
+                draw().savefig(ASSETS / f"{draw.__name__}-{style}.png", dpi=130, transparent=True)
+
+
+if __name__ == "__main__":
+    main()
