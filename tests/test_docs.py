@@ -118,7 +118,7 @@ MODULES = sorted(
 def test_examples_in_docstrings_run():
     """In a process of their own: some register kernels and losses."""
     program = """
-import doctest, importlib, sys
+import doctest, importlib, sys, torch
 for name in sys.argv[1:]:
     torch.manual_seed(0)
     assert not doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed, name
