@@ -15,7 +15,7 @@ from pathlib import Path
 import tyro
 
 from wmateacher import kernels
-from wmateacher.integrations import processes, study
+from wmateacher.integrations import logs, processes, study
 from wmateacher.integrations.clip import ablations, recipes, report
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.methods import Method
@@ -66,6 +66,8 @@ class Arguments:
     """Results folder; one that was interrupted is continued. Default: runs/clip_tracer-TIME."""
     cache: Path | None = None
     """Where pretrained towers are kept. Default: ~/.cache/wmateacher."""
+    log: bool = False
+    """Write every loss, its terms, gap and learning rate for TensorBoard, to OUTPUT/tensorboard."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one, under torchrun each process its own."""
 
@@ -123,7 +125,7 @@ def main(arguments: Arguments) -> None:
             cache=arguments.cache, device=device,
         )  # fmt: skip
         study.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
-        with study.resumable(output):
+        with study.resumable(output), logs.to_tensorboard(output / "tensorboard" if arguments.log else None):
             study.say(f"pre-trained for {recipe.pretrain.steps} steps, {run.pretrain():.0f} s of training")
             study.conduct(run, names, arguments.seeds, lambda r: f"ID {r['id']:.1f}, mean OOD {r['ood']:.1f}")
         if processes.is_first():
@@ -148,5 +150,5 @@ def conclude(run: Experiment, recipe: recipes.Recipe, names: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments))
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 
 from wmateacher import kernels
-from wmateacher.integrations import curves, images, processes, report, study
+from wmateacher.integrations import curves, images, logs, processes, report, study
 from wmateacher.integrations.dino import experiment, pictures, recipes
 from wmateacher.integrations.dino.training import PAPER_KERNEL
 
@@ -56,6 +56,8 @@ class Arguments:
     """Train with this many seeds and report mean and deviation."""
     output: Path | None = None
     """Results folder; one that was interrupted is continued. Default: runs/dino-TIME."""
+    log: bool = False
+    """Write every loss, its terms, gap and learning rate for TensorBoard, to OUTPUT/tensorboard."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
 
@@ -94,7 +96,7 @@ def main(arguments: Arguments) -> None:
         )  # fmt: skip
         study.say(f"DINO on {recipe.data}: {recipe.backbone} on {device}, results in {output}")
         names = [*run.baselines, *arguments.kernels]
-        with study.resumable(output):
+        with study.resumable(output), logs.to_tensorboard(output / "tensorboard" if arguments.log else None):
             study.conduct(
                 run, names, arguments.seeds,
                 lambda r: f"k-NN {r['teacher']['knn']:.1f}, linear {r['teacher']['linear']:.1f}",
@@ -120,5 +122,5 @@ def conclude(run: experiment.Experiment, names: tuple[str, ...], shown: experime
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments))
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

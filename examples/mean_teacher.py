@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 
 from wmateacher import kernels
-from wmateacher.integrations import curves, processes, report, study
+from wmateacher.integrations import curves, logs, processes, report, study
 from wmateacher.integrations.mean_teacher import experiment, recipes
 
 
@@ -58,6 +58,8 @@ class Arguments:
     """Train with this many seeds and report mean and deviation; a seed chooses the labelled images too."""
     output: Path | None = None
     """Results folder; one that was interrupted is continued. Default: runs/mean_teacher-TIME."""
+    log: bool = False
+    """Write every loss, its terms, gap and learning rate for TensorBoard, to OUTPUT/tensorboard."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
 
@@ -97,7 +99,7 @@ def main(arguments: Arguments) -> None:
         study.say(
             f"{recipe.labels} labels of {recipe.data}: {recipe.backbone} on {device}, results in {output}"
         )
-        with study.resumable(output):
+        with study.resumable(output), logs.to_tensorboard(output / "tensorboard" if arguments.log else None):
             study.conduct(run, names, arguments.seeds, lambda r: f"test accuracy {r['accuracy']:.1f}")
         if processes.is_first():
             print(f"\n{report.table(run.results, experiment.COLUMNS)}\n")
@@ -108,5 +110,5 @@ def main(arguments: Arguments) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments))
-    except (ValueError, TypeError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wmateacher.integrations import processes
+from wmateacher.integrations import logs, processes, stopping
 
 Batch = TypeVar("Batch")
 Stream = Callable[[int], Iterator[Batch]]
@@ -129,35 +129,51 @@ def train(
 
     Raises:
         ValueError: The checkpoint cannot be read, or belongs to another run.
-        FloatingPointError: The loss is not finite; the last checkpoint stays.
+        FloatingPointError: The loss is not finite. The last checkpoint stays, and the batch of that step is
+            beside it, where the task has a `batch`.
+        OSError: A checkpoint cannot be written; the one before it stays whole.
+        Terminated: SIGTERM came (a `SystemExit`, code 143); the state is saved.
     """
-    run = _Run(task, after_read)
+    run = _Run(task, label or task.name, after_read)
     if checkpoint is not None and processes.of_first(checkpoint.exists()):
         run.load(checkpoint)
     bar = tqdm(
         total=task.steps, initial=run.step, desc=label or task.name, unit="step",
         disable=None if progress and processes.is_first() else True, leave=False, dynamic_ncols=True,
     )  # fmt: skip
-    with bar:
+    with bar, stopping.on_sigterm() as ending:
         while run.step < task.steps:
             run.advance()
             bar.update()
             last = run.step == task.steps
             if last or run.step % _READ_EVERY == 0:
-                run.settle()
+                run.settle(checkpoint)
                 bar.set_postfix(loss=f"{run.record.values('loss')[-1]:.3f}", refresh=False)
-            if checkpoint is not None and (last or run.step % checkpoint_every == 0):
+            ended = not last and _agreed(ending, run.step)
+            if checkpoint is not None and (last or ended or run.step % checkpoint_every == 0):
                 run.save(checkpoint)
+            if ended:
+                raise stopping.Terminated(
+                    f"{task.name}: terminated after step {run.step} of {task.steps}"
+                    + (f", which {checkpoint} has" if checkpoint is not None else "; nothing was to be saved")
+                )
             if after_step is not None:
                 after_step(run.step)
     return run.record
 
 
+def _agreed(ending: stopping.Request, step: int) -> bool:
+    """Whether to end here; of several processes all do, at a step at which all ask."""
+    if processes.alone():
+        return ending.made
+    return step % _READ_EVERY == 0 and processes.any_of(ending.made)
+
+
 class _Run:
     """A task and how far it has come."""
 
-    def __init__(self, task: Task, after_read: Callable[[int, Mapping[str, float]], None] | None):
-        self.task, self.step, self.record = task, 0, Record()
+    def __init__(self, task: Task, name: str, after_read: Callable[[int, Mapping[str, float]], None] | None):
+        self.task, self.name, self.step, self.record = task, name, 0, Record()
         self._after_read = after_read
         self._unread: list[tuple[int, Mapping[str, Tensor | float]]] = []
 
@@ -169,28 +185,40 @@ class _Run:
         self._unread.append((self.step, logged))
         self.record.seconds += time.perf_counter() - started
 
-    def settle(self) -> None:
+    def settle(self, checkpoint: Path | None = None) -> None:
         """Read what the last steps logged off the device.
 
         Raises:
-            FloatingPointError: A loss is not finite.
+            FloatingPointError: A loss is not finite; what it came of is written beside `checkpoint`.
         """
         for step, logged in self._unread:
             values = {name: float(value) for name, value in logged.items()}
             for name, value in values.items():
                 self.record.series.setdefault(name, []).append((step, value))
+            logs.write(self.name, step, values)
             if self._after_read is not None:
                 self._after_read(step, values)
             if not math.isfinite(values["loss"]):
+                kept = self._keep(step, values, checkpoint)
                 raise FloatingPointError(
                     f"{self.task.name}: the loss is {values['loss']} at step {step} of {self.task.steps}: "
-                    f"{self.task.remedy()}"
+                    f"{self.task.remedy()}{kept}"
                 )
         self._unread.clear()
 
+    def _keep(self, step: int, values: Mapping[str, float], checkpoint: Path | None) -> str:
+        """Write the batch of a step for inspection, where there is one to be had; a word of where."""
+        batch = getattr(self.task, "batch", None)
+        if batch is None or checkpoint is None or not processes.is_first():
+            return ""
+        file = checkpoint.with_name(f"{checkpoint.stem}-not-finite.pt")
+        content = batch(step - 1)
+        write_atomically({"step": step, "logged": dict(values), "batch": _plain(content)}, file)
+        return f"; the batch and what was logged of it are in {file}, for torch.load"
+
     def save(self, file: Path) -> None:
         """Write a checkpoint; the one before it stays whole until this one is."""
-        self.settle()
+        self.settle(file)
         if not processes.is_first():
             return
         state = {
@@ -240,12 +268,32 @@ class _Run:
         }
 
 
+def _plain(batch: Any) -> Any:
+    """A batch in types that are read without running code."""
+    return dict(batch._asdict()) if hasattr(batch, "_asdict") else batch
+
+
 def write_atomically(state: dict[str, Any], file: Path) -> None:
-    """Save with `torch.save` so that `file` is either the old content or the new, never a part."""
+    """Save with `torch.save` so that `file` is either the old content or the new, never a part.
+
+    Raises:
+        OSError: It cannot be written, as on a full disk.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial")
-    torch.save(state, partial)
-    os.replace(partial, file)
+    try:
+        with partial.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+        partial.unlink(missing_ok=True)
+        before = "the one before it is whole" if file.exists() else "there was none before it"
+        reason = str(error.__context__ or error).splitlines()[0]
+        raise OSError(
+            f"cannot write {file} ({reason}); {before}. Make room, and run the same command again"
+        ) from error
 
 
 def read(file: Path, keys: set[str]) -> dict[str, Any]:

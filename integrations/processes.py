@@ -67,6 +67,18 @@ def of_first(value: ValueT) -> ValueT:
     return values[0]
 
 
+def alone() -> bool:
+    """Whether there is one process only."""
+    return world_size() == 1
+
+
+def any_of(value: bool) -> bool:
+    """Whether it holds on any rank; a collective."""
+    held = torch.tensor(float(value))
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return bool(held)
+
+
 @contextmanager
 def in_turn() -> Iterator[None]:
     """Rank 0 goes through the block before the others, who find what it has downloaded."""

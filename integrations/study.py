@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from wmateacher.integrations import processes
+from wmateacher.integrations import processes, stopping
 
 
 class Experiment(Protocol):
@@ -43,9 +43,12 @@ def say(text: str) -> None:
 
 @contextmanager
 def resumable(output: Path) -> Iterator[None]:
-    """Ctrl-C ends the program with word of how to go on."""
+    """Ctrl-C, and SIGTERM, end the program with word of how to go on."""
     try:
         yield
+    except stopping.Terminated as ended:
+        print(f"\n{ended}; the same command with --output {output} goes on from here", file=sys.stderr)
+        raise
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr)
         sys.exit(130)

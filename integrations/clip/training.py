@@ -14,7 +14,7 @@ from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
 from wmateacher.integrations import loop, processes, schedules
 from wmateacher.integrations.clip import clocks, pairs
-from wmateacher.integrations.clip.heads import Classifier, Prompts, Student
+from wmateacher.integrations.clip.heads import Classifier, Prompts, Student, towers_of
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.objective import Objective, needed
 from wmateacher.integrations.clip.pairs import Batch
@@ -188,7 +188,7 @@ class _FineTuning:
         self.probes = False
         student.train()
 
-    def advance(self, step: int) -> dict[str, Tensor]:
+    def advance(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step."""
         self._enter_phase(step)
         batch = self._own(self.batch(step))
@@ -202,18 +202,24 @@ class _FineTuning:
                 answers, beside = self.model(*batch[:3]), None
             else:
                 answers, beside = _split(self.model(*pairs.joined(batch, anchors)[:3]), len(batch.images))
-            loss = self.objective(
+            loss, terms = self.objective(
                 self.student, answers, targets, labels=batch.labels, anchors=beside, step=step
-            ).total
+            )
         loss.backward()
         if self.settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.teacher is None:
-            return {"loss": loss.detach()}
-        self.teacher.update()
-        return {"loss": loss.detach(), "gap": parameter_gap(self.teacher)}
+        logged: dict[str, Tensor | float] = {
+            "loss": loss.detach(),
+            **terms,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        logged["logit_scale"] = towers_of(self.student).logit_scale.detach().clone()
+        if self.teacher is not None:
+            self.teacher.update()
+            logged["gap"] = parameter_gap(self.teacher)
+        return logged
 
     def learning_rate_at(self, step: int) -> float:
         """Each phase has its own warm-up and decay."""

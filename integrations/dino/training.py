@@ -209,14 +209,14 @@ class _Pretraining:
             f"({settings.base_learning_rate}), or use another kernel",
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(_groups(self.student), lr=0.0, fused=True)
-        self.crops = loop.Feed(stream)
+        self.batch = loop.Feed(stream)
         self.validate: Callable[[nn.Module], float] | None = None
         self.validate_every = 1
 
     def advance(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step."""
         settings = self.settings
-        crops = [crop.to(self.device, non_blocking=True) for crop in self.crops(step)]
+        crops = [crop.to(self.device, non_blocking=True) for crop in self.batch(step)]
         decayed, plain = self.optimizer.param_groups
         decayed["lr"] = plain["lr"] = settings.learning_rate_at(step)
         decayed["weight_decay"] = settings.weight_decay_at(step)

@@ -181,6 +181,10 @@ class _SemiSupervised:
         self.validate: Callable[[nn.Module], float] | None = None
         self.validate_every = 1
 
+    def batch(self, step: int) -> dict[str, Any]:
+        """What a step sees."""
+        return {"labelled": self.labelled(step), "unlabelled": self.unlabelled(step)}
+
     def advance(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step."""
         for group in self.optimizer.param_groups:

@@ -1,0 +1,166 @@
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from wmateacher.integrations import logs, loop, stopping
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_tracer.py"
+
+
+class Line:
+    """Fits a line; its batch at step `broken` is not a number."""
+
+    name, device = "line", torch.device("cpu")
+
+    def __init__(self, steps=60, broken=None):
+        torch.manual_seed(0)
+        self.steps, self.broken = steps, broken
+        self.model = nn.Linear(3, 1)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-2)
+
+    def batch(self, step):
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(step))
+        return {"x": x * float("nan") if step == self.broken else x, "y": x.sum(1, keepdim=True)}
+
+    def advance(self, step):
+        batch = self.batch(step)
+        loss = (self.model(batch["x"]) - batch["y"]).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"loss": loss.detach(), "rate": 1e-2}
+
+    def parts(self):
+        return {"model": self.model, "optimizer": self.optimizer}
+
+    def identity(self):
+        return {"steps": self.steps}
+
+    def remedy(self):
+        return "lower the rate"
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tmp_path):
+    whole = Line()
+    loop.train(whole)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(
+        stopping.Terminated, match="line: terminated after step 33 of 60, which .*run.pt has"
+    ) as end:
+        loop.train(
+            Line(), checkpoint=tmp_path / "run.pt",
+            after_step=lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 32 else None,
+        )  # fmt: skip
+    assert end.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    resumed = Line()
+    record = loop.train(resumed, checkpoint=tmp_path / "run.pt")
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+    assert [step for step, _ in record.series["loss"]] == list(range(1, 61))
+
+
+def test_a_second_sigterm_kills_at_once():
+    program = (
+        "import os, signal\n"
+        "from wmateacher.integrations import stopping\n"
+        "with stopping.on_sigterm() as request:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert request.made\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('never here')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "still here\n"
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_a_loss_that_is_not_finite_leaves_its_batch(tmp_path):
+    message = (
+        r"line: the loss is nan at step 25 of 60: lower the rate; the batch .* are in .*run-not-finite.pt"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        loop.train(Line(broken=24), checkpoint=tmp_path / "run.pt", checkpoint_every=10)
+    kept = torch.load(tmp_path / "run-not-finite.pt", weights_only=True)
+    assert kept["step"] == 25
+    assert kept["batch"]["x"].isnan().all()
+    torch.testing.assert_close(kept["batch"]["y"], Line().batch(24)["y"])
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 20
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_checkpoint_before(tmp_path):
+    file = tmp_path / "run.pt"
+    loop.write_atomically({"a": torch.zeros(10)}, file)
+    before = file.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot write .*run.pt \(.*\); the one before it is whole. Make room"
+        ):
+            loop.write_atomically({"a": torch.zeros(100_000)}, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def scalars(folder, name="loss"):
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {event.step: event.value for event in accumulator.Scalars(name)}
+
+
+def test_tensorboard_has_every_step_once_also_of_a_resumed_run(tmp_path):
+    with logs.to_tensorboard(tmp_path / "board"):
+        record = loop.train(Line(), label="whole")
+    assert scalars(tmp_path / "board/whole") == pytest.approx(dict(record.series["loss"]))
+    assert list(scalars(tmp_path / "board/whole", "rate").values()) == pytest.approx([1e-2] * 60)
+
+    def stop(step):
+        if step == 47:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), logs.to_tensorboard(tmp_path / "board"):
+        loop.train(Line(), label="run", checkpoint=tmp_path / "run.pt", checkpoint_every=30, after_step=stop)
+    with logs.to_tensorboard(tmp_path / "board"):
+        loop.train(Line(), label="run", checkpoint=tmp_path / "run.pt", checkpoint_every=30)
+    assert scalars(tmp_path / "board/run") == scalars(tmp_path / "board/whole")
+    loop.train(Line(5), label="outside")
+    assert not (tmp_path / "board/outside").exists()
+
+
+@pytest.mark.slow
+def test_the_example_ends_cleanly_when_it_is_terminated_and_goes_on(tmp_path):
+    command = [
+        sys.executable, str(EXAMPLE), "--model", "tiny-vit-16", "--pretrain-steps", "30", "--steps", "300",
+        "--methods", "tracer", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out"), "--log",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "out/checkpoints/tracer-0.pt").exists():
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == stopping.EXIT_CODE
+    assert "terminated after step" in error
+    assert f"--output {tmp_path / 'out'} goes on from here" in error
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (board,) = (tmp_path / "out/tensorboard").glob("tracer*")
+    for name in ("loss", "gap", "fd", "info_nce", "logit_scale", "learning_rate"):
+        assert list(scalars(board, name)) == list(range(1, 301)), name
