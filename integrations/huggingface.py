@@ -226,12 +226,12 @@ class TeacherMixin:
         return self.current_gradient_accumulation_steps if scaled else 1  # type: ignore[attr-defined]
 
 
-class TeacherTrainer(TeacherMixin, Trainer):
+class TeacherTrainer(TeacherMixin, Trainer):  # type: ignore[misc]
     """transformers' Trainer with a teacher: see `TeacherMixin`."""
 
 
 def _folder(args: TrainingArguments, step: int) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def _logits(outputs: Any) -> Tensor:

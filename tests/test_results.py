@@ -19,6 +19,7 @@ import frameworks  # noqa: E402
 import memory  # noqa: E402
 import posthoc_synthesis  # noqa: E402
 import sweep_report  # noqa: E402
+import train_throughput  # noqa: E402
 import update_overhead  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*/results.json"))
@@ -41,6 +42,7 @@ def tables(folder):
         "posthoc-synthesis": posthoc_synthesis.table,
         "checkpoint-memory": checkpoint_memory.table,
         "frameworks": frameworks.table,
+        "train-throughput": train_throughput.table,
         "kernel-sweep-digits": sweep_report.table,
         "kernel-sweep-mnist": sweep_report.table,
     }

@@ -1,0 +1,164 @@
+"""Images a second of CLIP fine-tuning, FLYP and TRACER, and where a step's time goes.
+
+    python benchmarks/train_throughput.py                      # ViT-B/16, 224 px; on a GPU bf16 and batch 512
+
+Synthetic images and captions, the published losses, AdamW. Steps of both methods take turns; figures are
+medians over the rounds, the ratio the median of TRACER's time over FLYP's of the same round.
+`forward+backward` is the student's, `teacher` the teacher's forward, `losses` the distillation's value and
+gradient with respect to the embeddings (measured beside the step), `optimizer` AdamW's step, and `update` the
+average's. The floor of TRACER is 4/3 of FLYP: a forward is a third of a forward and backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wmateacher import WMATeacher, losses
+from wmateacher.integrations import report, runs
+from wmateacher.integrations.clip import towers
+from wmateacher.integrations.clip.methods import METHODS
+from wmateacher.integrations.clip.objective import cross_frobenius
+from wmateacher.losses import PairedEmbeddings
+
+PACKAGES = ("open_clip_torch", "timm")
+STEPS = 25_030
+FLOOR = 4 / 3
+
+
+def main() -> None:
+    """Measure, print, and write results.json."""
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="ViT-B-16", help="any that open_clip builds (default: ViT-B-16)")
+    parser.add_argument("--batch", type=int, default=512 if gpu else 8, help="512 on a GPU, else 8")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16" if gpu else "fp32")
+    parser.add_argument("--rounds", type=int, default=9, help="steps timed of each method (default: 9)")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("runs/train-throughput"))
+    arguments = parser.parse_args()
+    for name in ("batch", "rounds"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    results: dict[str, Any] = {
+        "command": " ".join(["python", *sys.argv]),
+        "config": {k: str(v) for k, v in vars(arguments).items() if k != "output"},
+        "environment": runs.environment(arguments.device, PACKAGES),
+        **measure(arguments),
+    }
+    runs.write_json(results, arguments.output / "results.json")
+    print(table(results))
+    print(f"wrote {arguments.output}/results.json")
+
+
+class Steps:
+    """One student in training, by FLYP or by TRACER, with a clock between the parts of a step."""
+
+    def __init__(self, model: str, batch: int, precision: str, device: str):
+        torch.manual_seed(0)
+        student, tokenizer = towers.build(model)
+        self.device, self.bf16 = torch.device(device), precision == "bf16"
+        self.student = student.to(device).train()
+        self.teacher = WMATeacher(self.student, "beta(0.5,0.5)", STEPS)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
+        self.criterion = losses.build(METHODS["tracer"].distillation or "")
+        size = student.image_size
+        self.images = torch.randn(batch, 3, size, size, device=device)
+        self.tokens = tokenizer([f"a photo of number {i}" for i in range(batch)]).to(device)
+        self.caption = torch.arange(batch, device=device)
+        self.parts: dict[str, float] = {}
+
+    def run(self, distils: bool) -> float:
+        """Seconds of one step; its parts are in `parts`."""
+        self.parts, method = {}, METHODS["tracer"]
+        begin = self._now()
+        batch = (self.images, self.tokens, self.caption)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            targets = self._timed("teacher", lambda: self.teacher(*batch)) if distils else None
+            started = self._now()
+            answers = self.student(*batch)
+            loss = losses.info_nce(*answers)
+            if targets is not None:
+                loss = loss + method.cross_frobenius * cross_frobenius(self.student)
+                between = self._now()
+                loss = loss + method.strength * self.criterion(answers, targets).total
+                self._alone(answers, targets)
+                apart = self._now() - between
+            else:
+                apart = 0.0
+        loss.backward()
+        self.parts["forward+backward"] = self._now() - started - apart
+        self._timed("optimizer", self.optimizer.step)
+        self.optimizer.zero_grad()
+        if distils:
+            self._timed("update", self.teacher.update)
+        return self._now() - begin - self.parts.pop("measuring", 0.0)
+
+    def _alone(self, answers: PairedEmbeddings, targets: PairedEmbeddings) -> None:
+        """Time the distillation's value and gradient at the embeddings, beside the step."""
+        began = self._now()
+        image, text = (t.detach().requires_grad_() for t in answers[:2])
+        held = PairedEmbeddings(image, text, answers[2].detach())
+        self._timed("losses", lambda: self.criterion(held, targets).total.backward())
+        self.parts["measuring"] = self._now() - began
+
+    def _timed(self, name: str, action: Callable[[], Any]) -> Any:
+        started = self._now()
+        result = action()
+        self.parts[name] = self._now() - started
+        return result
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians of both methods' steps and parts."""
+    steps = Steps(arguments.model, arguments.batch, arguments.precision, arguments.device)
+    taken: dict[str, list[dict[str, float]]] = {"flyp": [], "tracer": []}
+    for turn in range(arguments.rounds + 2):
+        for name, rounds in taken.items():
+            seconds = steps.run(distils=name == "tracer")
+            if turn > 1:  # the first two warm up
+                rounds.append({"step": seconds, **steps.parts})
+    methods = {
+        name: {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
+        for name, rounds in taken.items()
+    }
+    ratios = [t["step"] / f["step"] for t, f in zip(taken["tracer"], taken["flyp"], strict=True)]
+    return {
+        "batch": arguments.batch,
+        "seconds": methods,
+        "ratio": statistics.median(ratios),
+        "fastest_ratio": min(t["step"] for t in taken["tracer"]) / min(f["step"] for f in taken["flyp"]),
+        "floor": FLOOR,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """One row a method, and under it the ratio."""
+    rows = []
+    for name, seconds in results["seconds"].items():
+        row = {"method": name, "images/s": f"{results['batch'] / seconds['step']:.2f}"}
+        for part in ("step", "forward+backward", "teacher", "losses", "optimizer", "update"):
+            row[f"{part} ms"] = f"{1e3 * seconds[part]:.1f}" if part in seconds else ""
+        rows.append(row)
+    return report.aligned(rows) + (
+        f"\nTRACER / FLYP: {results['ratio']:.3f}, fastest steps {results['fastest_ratio']:.3f}, "
+        f"floor {results['floor']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
