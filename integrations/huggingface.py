@@ -82,7 +82,7 @@ class TeacherCallback(TrainerCallback):
             FileNotFoundError: The run is resumed, and its checkpoint is not where it was looked for.
         """
         self._detach()
-        total_steps = self._total_steps or state.max_steps
+        total_steps = state.max_steps if self._total_steps is None else self._total_steps
         self.teacher = WMATeacher(kwargs["model"], self._kernel, total_steps, **self._options)
         if state.global_step:
             self._resume(self.teacher, args, state.global_step, total_steps)
@@ -161,14 +161,22 @@ class TeacherMixin:
             **kwargs: The Trainer's.
 
         Raises:
-            ValueError: `evaluate_with` is neither, or the distillation does not compare logits.
+            ValueError: `evaluate_with` is neither, the distillation does not compare logits, or the strength
+                is no number.
+            TypeError: `teaching` is no `TeacherCallback`.
         """
         if evaluate_with not in ("student", "teacher"):
             raise ValueError(
                 f"evaluate_with must be 'student' or 'teacher', got {evaluate_with!r}; "
                 f"{nearest(str(evaluate_with), ('student', 'teacher'))}"
             )
-        built = losses.build(distillation) if isinstance(distillation, str) else distillation
+        if not isinstance(strength, int | float) or strength < 0:
+            raise ValueError(f"strength must be a number of at least 0, got {strength!r}")
+        if not isinstance(teaching, TeacherCallback | None):
+            raise TypeError(
+                f"teaching must be a TeacherCallback, got {teaching!r}: TeacherCallback(kernel=...)"
+            )
+        built = None if distillation is None else losses.build(distillation)
         if built is not None and built.family not in (None, "logits"):
             raise ValueError(
                 f"distillation {distillation!r} takes {built.family}, models of transformers give logits: "

@@ -111,7 +111,7 @@ class TeacherCallback(Callback):
                 the name; no or several optimizers train the student.
         """
         student = self._student_of(pl_module)
-        self._horizon = self._total_steps or self._estimated(trainer)
+        self._horizon = self._estimated(trainer) if self._total_steps is None else self._total_steps
         goes_on = self.teacher is not None and self.teacher is getattr(pl_module, self._name, None)
         if self._restored is not None:
             self._build(pl_module, student)

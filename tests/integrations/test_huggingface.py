@@ -330,6 +330,17 @@ def test_bad_arguments_say_what_to_do(tmp_path):
         ValueError, match="takes paired, models of transformers give logits: choose from .*kl"
     ):
         TeacherTrainer(classifier(), arguments(tmp_path), distillation="fd")
+    with pytest.raises(ValueError, match="strength must be a number of at least 0, got '1'"):
+        TeacherTrainer(classifier(), arguments(tmp_path), strength="1")
+    with pytest.raises(
+        TypeError, match=r"teaching must be a TeacherCallback, got 'uniform': TeacherCallback\(ker"
+    ):
+        TeacherTrainer(classifier(), arguments(tmp_path), teaching="uniform")
+    trainer = TeacherTrainer(
+        classifier(), arguments(tmp_path), train_dataset=Sentences(), teaching=TeacherCallback(total_steps=0)
+    )
+    with pytest.raises(ValueError, match="total_steps must be a whole number of at least 1, got 0"):
+        trainer.train()
     with pytest.raises(ValueError, match="unknown loss 'kll'; did you mean 'kl'"):
         TeacherTrainer(classifier(), arguments(tmp_path), distillation="kll")
 

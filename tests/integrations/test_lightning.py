@@ -353,6 +353,7 @@ def test_a_horizon_that_nobody_knows_is_asked_for(tmp_path):
         ({"checkpoint": True}, "checkpoint must be 'student' or 'teacher', got True"),
         ({"student": "nett"}, "Network has no submodule 'nett'; did you mean 'net'"),
         ({"name": "net"}, "Network has an attribute 'net' of its own: pass another name"),
+        ({"total_steps": 0}, "total_steps must be a whole number of at least 1, got 0"),
         ({"optimizer": 1}, "optimizer must be an index below 1, .* got 1"),
         ({"kernel": "betta(1,1)"}, "unknown kernel 'betta'; did you mean 'beta'"),
     ],
