@@ -5,13 +5,13 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from wmateacher import WMATeacher
+from wmateacher import WMATeacher, migration
 from wmateacher.integrations.lightning import TeacherCallback
 
 pytestmark = [
@@ -393,3 +393,24 @@ def test_a_teacher_is_a_wmateacher(tmp_path):
     module, _ = fitted(tmp_path, TeacherCallback(update_every=2, buffers="average"))
     assert isinstance(module.teacher, WMATeacher)
     assert module.teacher.weights()[1] == 0
+
+
+def test_lightnings_own_average_is_gone_on_from(tmp_path):
+    class Plain(Network):
+        def training_step(self, batch, index):
+            return F.cross_entropy(self(batch[0]), batch[1])
+
+    module, saves = Plain(), ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, EMAWeightAveraging(decay=0.9), saves, enable_checkpointing=True).fit(module, data())
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    average = migration.read(content, module)
+    assert (average.source, average.step) == ("lightning", 9)  # the first of ten updates is a copy
+    teacher = WMATeacher(Plain(), "ema(0.9)")
+    average.into(teacher)
+    for name, weight in teacher.module.state_dict().items():
+        assert torch.equal(weight, content["state_dict"][name])
+    states = module.states[1:11]
+    expected = states[0]
+    for state in states[1:]:
+        expected = 0.9 * expected + 0.1 * state
+    torch.testing.assert_close(weights(teacher.module), expected, rtol=1e-5, atol=1e-6)
