@@ -21,6 +21,8 @@ from wmateacher.integrations.clip.pairs import Batch
 from wmateacher.integrations.clip.towers import Towers
 from wmateacher.losses import PairedEmbeddings
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -33,7 +35,9 @@ class Settings:
         weight_decay: On every parameter, in one group, as in the published code.
         warmup: Steps of linear warm-up; 500 in the published recipes.
         clip_norm: Largest gradient norm; None: unclipped.
-        precision: `"fp32"`, or `"bf16"` autocast with float32 weights.
+        precision: `"fp32"`, or `"bf16"` or `"fp16"` autocast with float32 weights; fp16 with a scaler,
+            and a step that it skips does not count for the teacher.
+        grad_checkpointing: Compute activations again in the backward pass instead of keeping them.
         seed: Of initialisation, dropout and data.
         checkpoint_every: Steps between checkpoints.
         freeze_text: Train the image tower and the logit scale only.
@@ -45,7 +49,8 @@ class Settings:
     weight_decay: float = 0.1
     warmup: int = 500
     clip_norm: float | None = None
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    grad_checkpointing: bool = False
     seed: int = 0
     checkpoint_every: int = 100
     freeze_text: bool = False
@@ -56,8 +61,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}")
+        if self.precision not in ("fp32", *_AUTOCAST):
+            raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16', got {self.precision!r}")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the optimizer step with index `step`, from 0."""
@@ -182,6 +187,11 @@ class _FineTuning:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
+        if self.teacher is not None:
+            self.teacher.attach(self.optimizer)  # which knows of the steps that the scaler skips
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        if settings.grad_checkpointing:
+            towers_of(student).clip.set_grad_checkpointing()
         self.batch = loop.Feed(stream)
         self.anchors = loop.Feed(anchors) if method.anchors and anchors is not None else None
         self.probing = round(method.probe * settings.steps)
@@ -195,8 +205,8 @@ class _FineTuning:
         anchors = None if self.anchors is None else self._own(self.anchors(step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(step)
-        bf16 = self.settings.precision == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+        dtype = _AUTOCAST.get(self.settings.precision)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             targets = None if self.teacher is None else self.teacher(*batch[:3])
             if anchors is None:
                 answers, beside = self.model(*batch[:3]), None
@@ -205,10 +215,12 @@ class _FineTuning:
             loss, terms = self.objective(
                 self.student, answers, targets, labels=batch.labels, anchors=beside, step=step
             )
-        loss.backward()
+        self.scaler.scale(loss).backward()
         if self.settings.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
         logged: dict[str, Tensor | float] = {
             "loss": loss.detach(),
@@ -217,7 +229,6 @@ class _FineTuning:
         }
         logged["logit_scale"] = towers_of(self.student).logit_scale.detach().clone()
         if self.teacher is not None:
-            self.teacher.update()
             logged["gap"] = parameter_gap(self.teacher)
         return logged
 
@@ -253,6 +264,7 @@ class _FineTuning:
         """All that changes."""
         parts: dict[str, loop.Part] = {
             "student": self.student, "objective": self.objective, "optimizer": self.optimizer,
+            "scaler": self.scaler,
         }  # fmt: skip
         return parts if self.teacher is None else {**parts, "teacher": self.teacher}
 

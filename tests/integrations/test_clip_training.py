@@ -186,9 +186,39 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
-        ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
+        ({"precision": "fp8"}, "precision must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
     ],
 )
 def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
         replace(SETTINGS, **changes)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_alike_and_resumes_to_the_same_bits(tmp_path, precision):
+    settings = replace(SETTINGS, precision=precision, steps=12)
+    whole = run(settings=settings)
+    exact = run(settings=replace(settings, precision="fp32"))
+    assert whole.losses[0] == pytest.approx(exact.losses[0], rel=2e-2)
+    assert whole.losses[-1] < whole.losses[0]
+    with pytest.raises(Stopped):
+        run(settings=settings, checkpoint=tmp_path / "run.pt", stop_after=7)
+    resumed = run(settings=settings, checkpoint=tmp_path / "run.pt")
+    assert_same(whole.student.state_dict(), resumed.student.state_dict())
+    assert_same(whole.teacher.state_dict(), resumed.teacher.state_dict())
+
+
+def test_steps_that_the_scaler_skips_do_not_count_for_the_teacher():
+    method = replace(METHODS["tracer"], strength=1e5)  # its gradients overflow at the scaler's first scales
+    fitted = run(method, settings=replace(SETTINGS, precision="fp16", steps=30))
+    assert 0 < fitted.teacher.step < 30
+    assert all(p.isfinite().all() for p in fitted.student.parameters())
+    assert len(fitted.losses) == 30
+
+
+@pytest.mark.parametrize("method", ["tracer", "ft"])
+def test_checkpointed_activations_change_no_number(method):
+    kept, computed = (run(method, settings=replace(SETTINGS, grad_checkpointing=on)) for on in (False, True))
+    for name, value in kept.student.state_dict().items():
+        torch.testing.assert_close(computed.student.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    assert any(getattr(m, "grad_checkpointing", False) for m in computed.student.modules())
