@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from wmateacher.integrations import evaluation
+from wmateacher.integrations.clip.imagenet import UNREADABLE, Photos, Test
 from wmateacher.integrations.clip.towers import Towers
 from wmateacher.integrations.evaluation import Labelled, Scores
 
@@ -25,6 +30,84 @@ def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
     return evaluation.score(
         towers, batches, head.shape[1], lambda images: towers.encode_image(images, normalize=True) @ head
     )
+
+
+def score_set(
+    towers: Towers,
+    head: Tensor,
+    test: Test,
+    transform: Callable[[Any], Tensor],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> Scores:
+    """Score a head of ImageNet's 1,000 classes on a set that `imagenet.load` gives, among the set's classes.
+
+    Images that cannot be read are left out, with a warning that counts them.
+
+    Args:
+        towers: As in `score`.
+        head: `[d, 1000]`.
+        test: The set.
+        transform: A PIL image to what the towers take, such as `open_clip.image_transform` gives.
+        batch_size: Images at a time.
+        workers: Processes that read images; 0: this one.
+
+    Raises:
+        ValueError: No image can be read.
+    """
+    return evaluation.score(
+        towers,
+        _read(test.images, transform, batch_size, workers),
+        test.classes,
+        lambda images: test.answers(towers.encode_image(images, normalize=True) @ head),
+    )
+
+
+def _read(
+    photos: Photos, transform: Callable[[Any], Tensor], batch_size: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of what can be read."""
+    loader: DataLoader[Any] = DataLoader(
+        _Readable(photos, transform),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_together,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    unreadable: list[int] = []
+    for batch, failed in loader:
+        unreadable += failed
+        if batch is not None:
+            yield batch
+    if unreadable:
+        warnings.warn(
+            f"{len(unreadable)} of {len(photos)} images cannot be read and are left out, such as "
+            f"{photos.files[unreadable[0]]}: get them again, the published figures have them",
+            stacklevel=2,
+        )
+
+
+class _Readable(Dataset[Any]):
+    """(image, label), or the index of an image that cannot be read."""
+
+    def __init__(self, photos: Photos, transform: Callable[[Any], Tensor]):
+        self.photos, self.transform = photos, transform
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | int:
+        try:
+            image, label = self.photos[index]
+        except UNREADABLE:
+            return index
+        return self.transform(image), label
+
+
+def _together(items: list[Any]) -> tuple[Any, list[int]]:
+    read = [item for item in items if not isinstance(item, int)]
+    return (default_collate(read) if read else None), [item for item in items if isinstance(item, int)]
 
 
 def summarise(scores: Mapping[str, Scores], in_distribution: str = "id") -> dict[str, object]:
