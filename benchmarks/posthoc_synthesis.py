@@ -25,7 +25,6 @@ from wmateacher.integrations.clip import recipes
 from wmateacher.integrations.clip.evaluation import summarise
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.methods import METHODS
-from wmateacher.integrations.clip.pairs import DrawnPairs
 from wmateacher.integrations.clip.training import fit
 from wmateacher.posthoc import Recorder, Synthesis, synthesise
 
@@ -45,7 +44,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="for pretrained towers; default: ~/.cache/wmateacher")
     arguments = parser.parse_args()
     specs = [str(kernels.build(kernel)) for kernel in arguments.kernels]
-    recipe = recipes.get("digits").with_steps(arguments.pretrain_steps, arguments.steps)
+    recipe = recipes.DIGITS.with_pretraining(arguments.pretrain_steps).with_steps(arguments.steps)
     experiment = Experiment(recipe, arguments.output / "pretraining", cache=arguments.cache)
     experiment.pretrain()
 
@@ -59,13 +58,8 @@ def main() -> None:
         for average in (recorder, *kept.values()):
             average.update()
 
-    pairs = DrawnPairs(
-        experiment.train, recipe.narrow, experiment.source.classes, experiment.source.templates,
-        experiment.tokenizer, size=towers.image_size, batch_size=settings.batch_size, seed=settings.seed,
-    )  # fmt: skip
-    fit(towers, METHODS["tracer"], pairs, settings, after_step=after_step)
+    fit(towers, METHODS["tracer"], experiment.world.pairs(settings), settings, after_step=after_step)
 
-    domains = {"id": recipe.narrow, **recipe.shifts}
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": runs.environment("cpu"),
@@ -78,8 +72,8 @@ def main() -> None:
         state, reports[spec] = synthesise(snapshots, spec)
         synthetic = deepcopy(towers)
         synthetic.load_state_dict(state)
-        direct = summarise(experiment.evaluate(teacher.module, experiment.source.test, domains))
-        made = summarise(experiment.evaluate(synthetic.eval(), experiment.source.test, domains))
+        direct = summarise(experiment.evaluate(teacher.module))
+        made = summarise(experiment.evaluate(synthetic.eval()))
         exact = teacher.averaged_state_dict(torch.float64)
         apart = torch.stack([(state[n].double() - exact[n]).norm() for n, _ in towers.named_parameters()])
         travelled = torch.stack(

@@ -108,9 +108,10 @@ class ClipTask(Task):
     strengths = (0.9,)
     theory = True
 
-    def recipe(self, cell: Cell | None = None) -> clip_recipes.Recipe:
+    def recipe(self, cell: Cell | None = None) -> clip_recipes.DigitsRecipe:
         """The digits recipe, with the cell's method in it alone."""
-        recipe = clip_recipes.get("digits").with_data(self.data).with_steps(self.pretrain_steps, self.steps)
+        recipe = clip_recipes.DIGITS.with_data(self.data).with_pretraining(self.pretrain_steps)
+        recipe = recipe.with_steps(self.steps)
         if cell is None:
             return recipe
         method = replace(CLIP_METHODS["tracer"], name="cell", kernel=cell.kernel, strength=cell.strength)

@@ -1,37 +1,50 @@
-"""Robust fine-tuning of a small CLIP: what each kind of teacher keeps, and what it costs.
+"""Robust fine-tuning of CLIP: what each kind of teacher keeps, and what it costs.
 
-Pre-trains a small CLIP on digits in many domains (kept for the next run), fine-tunes it on one narrow
-domain by several methods, and compares them there (ID) and under shift (OOD). Nothing is downloaded. On
-several processes: `torchrun --nproc-per-node 2 examples/clip_tracer.py`, gloo on CPUs, nccl on GPUs.
+By default on digits: pre-trains a small CLIP on many domains (kept for the next run), fine-tunes it on one
+narrow domain by several methods, and compares them there (ID) and under shift (OOD). Nothing is downloaded.
+With `--recipe imagenet-vit-b-16 --data-root DIR` the paper's experiment. On several processes:
+`torchrun --nproc-per-node 2 examples/clip_tracer.py`, gloo on CPUs, nccl on GPUs.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from wmateacher import kernels
 from wmateacher.integrations import logs, processes, study
-from wmateacher.integrations.clip import ablations, recipes, report
+from wmateacher.integrations.clip import ablations, plan, recipes, report
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.methods import Method
+from wmateacher.integrations.clip.published import compare
+from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
 from wmateacher.spec import nearest
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Robust fine-tuning of a small CLIP: what each kind of teacher keeps, and what it costs.
+    """Robust fine-tuning of CLIP: what each kind of teacher keeps, and what it costs.
 
-    Pre-trains a small CLIP on digits in many domains (kept for the next run), fine-tunes it on one
-    narrow domain by several methods, and compares them there (ID) and under shift (OOD).
+    By default a small CLIP on digits: pre-trained on many domains (kept for the next run), fine-tuned on
+    one, compared there (ID) and under shift (OOD). By --recipe the paper's experiments.
     """
 
     recipe: str = "digits"
-    """digits, or colored-mnist: the paper's toy experiment, with the published figures beside."""
+    """digits; colored-mnist, the paper's toy experiment; imagenet-vit-b-16, imagenet-vit-l-14 or
+    imagenet-rn50, its main ones, on the data sets in --data-root."""
+    set: tuple[str, ...] = ()
+    """Any value of the recipe: --set finetune.batch_size=256 methods.tracer.strength=1.5 ...; --dry-run names
+    them all."""
+    dry_run: bool = False
+    """Print configuration, number of steps, an estimate of memory and what data is missing, and stop."""
+    compare_paper: bool = False
+    """Print every figure beside the paper's, and the difference."""
     methods: tuple[str, ...] = ()
     """E.g. --methods zero-shot flyp tracer, or all. By default the recipe's short list."""
     kernel: str | None = None
@@ -51,9 +64,12 @@ class Arguments:
     model: str | None = None
     """Towers: tiny-conv-32, tiny-vit-16, tiny-resnet-32, light-vit-28, or any that open_clip can build."""
     data: str | None = None
-    """digits, mnist or fashion-mnist; the recipe's by default. All but digits need --data-root."""
+    """Of the digits: digits, mnist or fashion-mnist. All but digits need --data-root."""
     data_root: Path | None = None
-    """Folder with torchvision's MNIST/raw or FashionMNIST/raw."""
+    """Folder with torchvision's MNIST/raw or FashionMNIST/raw; or with ImageNet and its shifts, which
+    `python -m wmateacher.integrations.clip.check DIR` looks through."""
+    workers: int = 0
+    """Processes that read photographs."""
     download: bool = False
     """Download the data to --data-root where it is not there."""
     seeds: int = 1
@@ -61,13 +77,13 @@ class Arguments:
     steps: int | None = None
     """Optimizer steps of fine-tuning."""
     pretrain_steps: int | None = None
-    """Optimizer steps of pre-training."""
+    """Optimizer steps of pre-training, on digits."""
     output: Path | None = None
     """Results folder; one that was interrupted is continued. Default: runs/clip_tracer-TIME."""
     cache: Path | None = None
     """Where pretrained towers are kept. Default: ~/.cache/wmateacher."""
-    log: bool = False
-    """Write every loss, its terms, gap and learning rate for TensorBoard, to OUTPUT/tensorboard."""
+    log: tuple[logs.Tool, ...] = ()
+    """tensorboard, wandb, or both: write every loss, its terms, gap and learning rate there."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one, under torchrun each process its own."""
 
@@ -75,9 +91,16 @@ class Arguments:
 def configured(arguments: Arguments) -> recipes.Recipe:
     """The recipe with the command line's changes."""
     recipe = recipes.get(arguments.recipe)
-    if arguments.data is not None:
-        recipe = recipe.with_data(arguments.data)
-    recipe = recipe.with_steps(arguments.pretrain_steps, arguments.steps)
+    for name in ("data", "pretrain_steps", "download"):
+        if getattr(arguments, name) and not isinstance(recipe, DigitsRecipe):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for recipes of digits, got --recipe {recipe.name}"
+            )
+    if isinstance(recipe, DigitsRecipe):
+        recipe = recipe.with_data(arguments.data or recipe.data).with_pretraining(arguments.pretrain_steps)
+    for assignment in arguments.set:
+        recipe = recipe.changed(assignment)
+    recipe = recipe.with_steps(arguments.steps)
     methods = dict(recipe.methods)
     if arguments.kernel is not None:
         kernels.build(arguments.kernel)  # a misspelt one should not be found after pre-training
@@ -113,23 +136,45 @@ def varied(arguments: Arguments, methods: Mapping[str, Method], steps: int) -> d
     return ablations.variants(arguments.ablate, methods["tracer"], steps, arguments.alpha_of)
 
 
+def published(arguments: Arguments, recipe: recipes.Recipe) -> str | None:
+    """The rows of the paper's tables to stand beside, if that was asked for."""
+    if not arguments.compare_paper:
+        return None
+    rows = recipe.published if isinstance(recipe, PhotoRecipe) else None
+    if rows is None:
+        raise ValueError(
+            f"--compare-paper: the paper has no table for recipe {recipe.name!r}; its recipes are "
+            + ", ".join(name for name, r in recipes.RECIPES.items() if isinstance(r, PhotoRecipe))
+        )
+    return rows
+
+
 def main(arguments: Arguments) -> None:
     study.check_seeds(arguments.seeds)
     recipe = configured(arguments)
     variants = varied(arguments, recipe.methods, recipe.finetune.steps)
     names = list(variants) or recipe.chosen(arguments.methods)
+    beside = published(arguments, recipe)
+    if arguments.dry_run:
+        print(plan.describe(recipe, names, arguments.data_root, int(os.environ.get("WORLD_SIZE", "1"))))
+        return
     with processes.joined(arguments.device) as device:
         output = study.folder(arguments.output, "clip_tracer")
         run = Experiment(
             recipe, output, root=arguments.data_root, download=arguments.download,
-            cache=arguments.cache, device=device,
+            cache=arguments.cache, device=device, workers=arguments.workers, say=study.say,
         )  # fmt: skip
+        recipe = run.recipe
         study.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
-        with study.resumable(output), logs.to_tensorboard(output / "tensorboard" if arguments.log else None):
-            study.say(f"pre-trained for {recipe.pretrain.steps} steps, {run.pretrain():.0f} s of training")
-            study.conduct(run, names, arguments.seeds, lambda r: f"ID {r['id']:.1f}, mean OOD {r['ood']:.1f}")
+        with study.resumable(output), logs.to(arguments.log, output):
+            seconds = run.pretrain()
+            if isinstance(recipe, DigitsRecipe):
+                study.say(f"pre-trained for {recipe.pretrain.steps} steps, {seconds:.0f} s of training")
+            study.conduct(run, names, arguments.seeds, headline)
         if processes.is_first():
-            conclude(run, recipe, names)
+            conclude(run, names)
+            if beside is not None:
+                print(f"\n{compare(run.results, beside)}\n")
             if arguments.ablate is not None:
                 steps, file = recipe.finetune.steps, run.output / "ablation.png"
                 print(f"\n{ablations.table(run.results, arguments.ablate, variants, steps)}\n")
@@ -137,14 +182,30 @@ def main(arguments: Arguments) -> None:
                 print(f"wrote {file}")
 
 
-def conclude(run: Experiment, recipe: recipes.Recipe, names: list[str]) -> None:
-    """The table and the picture."""
+def headline(record: Mapping[str, Any]) -> str:
+    """A record in a few words."""
+    ood = "" if record["ood"] is None else f", mean OOD {record['ood']:.1f}"
+    return f"ID {record['id']:.1f}{ood}"
+
+
+def conclude(run: Experiment, names: list[str]) -> None:
+    """The tables and the pictures."""
     print(f"\n{report.table(run.results)}\n")
-    if recipe.published_forgetting:
-        print(f"{report.forgetting_table(run.results, recipe.published_forgetting)}\n")
-    gaps = {name: run.gap_file(name, 0) for name in names if run.gap_file(name, 0).exists()}
-    report.picture(run.results, gaps, run.output / "methods.png")
-    print(f"wrote {run.output}/results.json, gaps/*.csv, methods.png")
+    if averaged := report.teachers(run.results):
+        print(f"{averaged}\n")
+    if isinstance(run.recipe, DigitsRecipe) and run.recipe.published_forgetting:
+        print(f"{report.forgetting_table(run.results, run.recipe.published_forgetting)}\n")
+    files = {
+        what: {name: run.file(what, name, 0) for name in names if run.file(what, name, 0).exists()}
+        for what in ("gaps", "reliability", "epochs")
+    }
+    report.picture(run.results, files["gaps"], run.output / "methods.png")
+    report.reliability(files["reliability"], run.output / "reliability.png")
+    written = "results.json, gaps/*.csv, reliability/*.csv, methods.png, reliability.png"
+    if files["epochs"]:
+        report.course(files["epochs"], next(iter(run.world.tests)), run.output / "epochs.png")
+        written += ", epochs/*.csv, epochs.png"
+    print(f"wrote to {run.output}: {written}")
 
 
 if __name__ == "__main__":

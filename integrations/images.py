@@ -137,6 +137,7 @@ class Views:
         indices: Use these images only.
         workers: Processes that prepare batches; 0: this one.
         what: Name of the images in messages.
+        order: Gives the indices of each step's images; by default they are `Epochs`.
 
     Raises:
         ValueError: A batch is larger than the data.
@@ -152,9 +153,10 @@ class Views:
         indices: Tensor | None = None,
         workers: int = 0,
         what: str = "training images",
+        order: Callable[[int], Tensor] | None = None,
     ):
         self.indices = torch.arange(len(data)) if indices is None else indices  # type: ignore[arg-type]
-        self.epochs = Epochs(len(self.indices), batch_size, seed, what)
+        self.order = order or Epochs(len(self.indices), batch_size, seed, what)
         self.seed, self.workers = seed, workers
         self._data = _Seeded(data, transform)
 
@@ -164,13 +166,14 @@ class Views:
             self._data,
             batch_sampler=self._keys(first_step),
             num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else it would draw from the global one
         )
         return iter(loader)
 
     def _keys(self, step: int) -> Iterator[list[tuple[int, int]]]:
         while True:
-            chosen = self.indices[self.epochs(step)].tolist()
+            chosen = self.indices[self.order(step)].tolist()
             keys = [(index, mix(self.seed, 2, step, i)) for i, index in enumerate(chosen)]
             yield keys[processes.own(len(keys))]
             step += 1

@@ -111,6 +111,8 @@ def train(
     progress: bool = True,
     after_step: Callable[[int], None] | None = None,
     after_read: Callable[[int, Mapping[str, float]], None] | None = None,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluate_every: int = 0,
 ) -> Record:
     """Run a task from where its checkpoint stands to its end.
 
@@ -126,6 +128,9 @@ def train(
         after_step: Called with the number of steps done after each one.
         after_read: Called with the number of steps done and what was logged of the last, each once, some
             steps later, when it has been read off the device.
+        evaluate: Figures to log beside what every `evaluate_every`th step logs, but for the last. Their
+            time is not training.
+        evaluate_every: 0: never.
 
     Raises:
         ValueError: The checkpoint cannot be read, or belongs to another run.
@@ -135,6 +140,9 @@ def train(
         Terminated: SIGTERM came (a `SystemExit`, code 143); the state is saved.
     """
     run = _Run(task, label or task.name, after_read)
+    evaluate_at = (
+        range(evaluate_every, task.steps, evaluate_every) if evaluate is not None and evaluate_every else ()
+    )
     if checkpoint is not None and processes.of_first(checkpoint.exists()):
         run.load(checkpoint)
     bar = tqdm(
@@ -143,7 +151,7 @@ def train(
     )  # fmt: skip
     with bar, stopping.on_sigterm() as ending:
         while run.step < task.steps:
-            run.advance()
+            run.advance(evaluate if run.step + 1 in evaluate_at else None)
             bar.update()
             last = run.step == task.steps
             if last or run.step % _READ_EVERY == 0:
@@ -177,13 +185,13 @@ class _Run:
         self._after_read = after_read
         self._unread: list[tuple[int, Mapping[str, Tensor | float]]] = []
 
-    def advance(self) -> None:
-        """One optimizer step."""
+    def advance(self, evaluate: Callable[[], Mapping[str, float]] | None) -> None:
+        """One optimizer step, and figures of what it leads to."""
         started = time.perf_counter()
         logged = self.task.advance(self.step)
         self.step += 1
-        self._unread.append((self.step, logged))
         self.record.seconds += time.perf_counter() - started
+        self._unread.append((self.step, {**logged, **(evaluate() if evaluate else {})}))
 
     def settle(self, checkpoint: Path | None = None) -> None:
         """Read what the last steps logged off the device.

@@ -10,16 +10,17 @@ Columns = Mapping[str, tuple[str, int]]
 """Heading -> (dotted path in a method's record, digits after the point)."""
 
 
-def table(results: Results, columns: Columns) -> str:
+def table(results: Results, columns: Columns, heading: str = "method") -> str:
     """One row a method; with several seeds every figure is `mean ± sample deviation`.
 
     Args:
         results: As in `results.json`.
         columns: What to show; a figure that a method does not have is left blank.
+        heading: Of the names.
     """
     rows = []
     for name, record in results["methods"].items():
-        row = {"method": name}
+        row = {heading: name}
         row |= {heading: figure(record, path, digits) for heading, (path, digits) in columns.items()}
         rows.append(row)
     return aligned(rows)

@@ -17,14 +17,26 @@ def generator(*stream: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix(*stream))
 
 
+def check_batch_size(batch_size: int, count: int, what: str) -> None:
+    """See that a batch can be drawn.
+
+    Raises:
+        ValueError: It is larger than the data.
+    """
+    if not 1 <= batch_size <= count:
+        raise ValueError(f"batch_size must be between 1 and the {count} {what}, got {batch_size}")
+
+
 class Epochs:
-    """The images of each step: a new permutation an epoch, its remainder left out.
+    """The images of each step: a new permutation an epoch.
 
     Args:
         count: Number of images.
         batch_size: Images a step.
         seed: Of the permutations.
         what: Name of the images in messages.
+        fill: The remainder of an epoch is a step too, filled up with the first images of the epoch; else
+            it is left out.
 
     Attributes:
         steps_per_epoch: Steps in a pass over the images.
@@ -33,17 +45,57 @@ class Epochs:
         ValueError: A batch is larger than the data.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, what: str = "training images"):
-        if not 1 <= batch_size <= count:
-            raise ValueError(f"batch_size must be between 1 and the {count} {what}, got {batch_size}")
+    def __init__(
+        self, count: int, batch_size: int, seed: int, what: str = "training images", *, fill: bool = False
+    ):
+        check_batch_size(batch_size, count, what)
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.steps_per_epoch = count // batch_size
+        self.steps_per_epoch = -(-count // batch_size) if fill else count // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
     def __call__(self, step: int) -> Tensor:
         """The indices of a step's images, int64 `[batch_size]`."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._order = torch.randperm(self.count, generator=generator(self.seed, 0, epoch))
+            order = torch.randperm(self.count, generator=generator(self.seed, 0, epoch))
+            missing = max(0, self.steps_per_epoch * self.batch_size - self.count)
+            self._order = torch.cat([order, order[:missing]])
             self._epoch = epoch
         return self._order[position * self.batch_size :][: self.batch_size]
+
+
+class Balanced:
+    """The images of each step: all classes as often as each other.
+
+    In a batch of at most as many images as there are classes none has a twin, so that none is another's
+    false negative in a contrastive loss. Classes are drawn without replacement, an image of each at random.
+
+    Args:
+        labels: int64 `[N]`, the class of every image.
+        batch_size: Images a step.
+        seed: Of the draws.
+        what: Name of the images in messages.
+
+    Attributes:
+        steps_per_epoch: Steps in which as many images are drawn as there are, rounded up.
+
+    Raises:
+        ValueError: A batch is larger than the data.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, seed: int, what: str = "training images"):
+        check_batch_size(batch_size, len(labels), what)
+        self.batch_size, self.seed = batch_size, seed
+        self.steps_per_epoch = -(-len(labels) // batch_size)
+        self._members = labels.argsort(stable=True)
+        self._sizes = labels.unique(return_counts=True)[1]
+        self._first = self._sizes.cumsum(0) - self._sizes
+
+    def __call__(self, step: int) -> Tensor:
+        """The indices of a step's images, int64 `[batch_size]`."""
+        random = generator(self.seed, 0, step)
+        classes = len(self._sizes)
+        rounds = [torch.randperm(classes, generator=random) for _ in range(-(-self.batch_size // classes))]
+        drawn = torch.cat(rounds)[: self.batch_size]
+        within = torch.rand(self.batch_size, generator=random, dtype=torch.float64) * self._sizes[drawn]
+        return self._members[self._first[drawn] + within.long()]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from tqdm import tqdm
+
 from wmateacher.integrations import processes, stopping
 
 
@@ -36,9 +38,10 @@ def folder(given: Path | None, name: str) -> Path:
 
 
 def say(text: str) -> None:
-    """Print it, once however many processes there are."""
+    """Print it above any progress bar, once however many processes there are."""
     if processes.is_first():
-        print(text, flush=True)
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 @contextmanager

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from wmateacher.integrations import evaluation
+from wmateacher.integrations import evaluation, processes
 from wmateacher.integrations.clip.imagenet import UNREADABLE, Photos, Test
 from wmateacher.integrations.clip.towers import Towers
 from wmateacher.integrations.evaluation import Labelled, Scores
+
+Scorer = Callable[[Towers, Tensor], Scores]
+"""Towers and a head `[d, classes]` to their scores on one test set."""
 
 
 def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
@@ -22,7 +25,7 @@ def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
     Args:
         towers: The model; evaluated in eval mode, its mode restored.
         head: `[d, classes]`, as `zero_shot_head` gives.
-        batches: The test set.
+        batches: The test set, whole on every rank.
 
     Raises:
         ValueError: The test set is empty.
@@ -43,7 +46,7 @@ def score_set(
 ) -> Scores:
     """Score a head of ImageNet's 1,000 classes on a set that `imagenet.load` gives, among the set's classes.
 
-    Images that cannot be read are left out, with a warning that counts them.
+    Images that cannot be read are left out, with a warning that counts them. Each process reads its part.
 
     Args:
         towers: As in `score`.
@@ -61,6 +64,7 @@ def score_set(
         _read(test.images, transform, batch_size, workers),
         test.classes,
         lambda images: test.answers(towers.encode_image(images, normalize=True) @ head),
+        parts=True,
     )
 
 
@@ -70,22 +74,27 @@ def _read(
     """Batches of what can be read."""
     loader: DataLoader[Any] = DataLoader(
         _Readable(photos, transform),
-        batch_size=batch_size,
+        batch_sampler=_own_parts(len(photos), batch_size),
         num_workers=workers,
         collate_fn=_together,
         generator=torch.Generator(),  # else it would draw from the global one
     )
     unreadable: list[int] = []
-    for batch, failed in loader:
+    for images, labels, failed in loader:
         unreadable += failed
-        if batch is not None:
-            yield batch
+        yield images, labels
     if unreadable:
         warnings.warn(
             f"{len(unreadable)} of {len(photos)} images cannot be read and are left out, such as "
             f"{photos.files[unreadable[0]]}: get them again, the published figures have them",
             stacklevel=2,
         )
+
+
+def _own_parts(count: int, batch_size: int) -> list[range]:
+    """The indices of each batch's images that this process reads."""
+    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    return [batch[processes.own(len(batch))] for batch in batches]
 
 
 class _Readable(Dataset[Any]):
@@ -105,9 +114,10 @@ class _Readable(Dataset[Any]):
         return self.transform(image), label
 
 
-def _together(items: list[Any]) -> tuple[Any, list[int]]:
+def _together(items: list[Any]) -> tuple[Tensor, Tensor, list[int]]:
     read = [item for item in items if not isinstance(item, int)]
-    return (default_collate(read) if read else None), [item for item in items if isinstance(item, int)]
+    images, labels = default_collate(read) if read else (torch.empty(0), torch.empty(0, dtype=torch.int64))
+    return images, labels, [item for item in items if isinstance(item, int)]
 
 
 def summarise(scores: Mapping[str, Scores], in_distribution: str = "id") -> dict[str, object]:
@@ -115,12 +125,12 @@ def summarise(scores: Mapping[str, Scores], in_distribution: str = "id") -> dict
 
     Returns:
         `id`, `ood` (mean over the shifts) and `ood_per_shift` in percent; `ece` and `ece_per_batch`,
-        means over the shifts; `id_ece`.
+        means over the shifts; `id_ece`. Means are None where there are no shifts.
     """
     shifts = {name: s for name, s in scores.items() if name != in_distribution}
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
+    def mean(values: list[float]) -> float | None:
+        return sum(values) / len(values) if values else None
 
     return {
         "id": scores[in_distribution].accuracy,

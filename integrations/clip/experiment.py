@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from wmateacher.integrations import digits, loop, processes, runs
-from wmateacher.integrations.clip.evaluation import Labelled, Scores, score, summarise
-from wmateacher.integrations.clip.heads import Prompts, Student, head_of, towers_of
+from wmateacher.integrations import loop, processes, runs
+from wmateacher.integrations.clip.evaluation import Scorer, Scores, summarise
+from wmateacher.integrations.clip.heads import Student, head_of, towers_of
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
-from wmateacher.integrations.clip.pairs import DrawnPairs, normalise
-from wmateacher.integrations.clip.recipes import Recipe
-from wmateacher.integrations.clip.towers import Towers, build
-from wmateacher.integrations.clip.training import Settings, fit, started
-from wmateacher.integrations.digits import Domain, Split
+from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Recipe
+from wmateacher.integrations.clip.towers import build
+from wmateacher.integrations.clip.training import fit, started
+from wmateacher.integrations.clip.worlds import DigitsWorld, PhotoWorld, World
 from wmateacher.posthoc import interpolate, model_stock
 
-_EVALUATION_BATCH = 500
+SIDES = ("student", "teacher")
 
 
 def default_cache() -> Path:
@@ -32,10 +32,28 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wmateacher"
 
 
+@dataclass
+class Finished:
+    """A method's end.
+
+    Attributes:
+        student: What it fine-tuned, or made.
+        teacher: The averaged student; None where the method has none.
+        seconds: Of training.
+        series: As `loop.Record` has them.
+    """
+
+    student: Student
+    teacher: Student | None = None
+    seconds: float = 0.0
+    series: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+
 class Experiment:
     """A recipe with its data loaded, and a folder that its results go to.
 
-    The folder holds `results.json`, `gaps/METHOD-SEED.csv` and `checkpoints/`. A folder with results of
+    The folder holds `results.json`, `gaps/METHOD-SEED.csv`, `epochs/METHOD-SEED.csv` (the scores of student
+    and teacher while training), `reliability/METHOD-SEED.csv` and `checkpoints/`. A folder with results of
     the same configuration is continued: finished methods are not run again, an interrupted one goes on
     from its checkpoint.
 
@@ -43,13 +61,20 @@ class Experiment:
         recipe: What to run.
         output: The folder.
         root: Where the recipe's data lies.
-        download: Let torchvision download it.
+        download: Let torchvision download digits.
         cache: Where pretrained towers are kept between runs.
         device: To train on.
+        workers: Processes that read photographs.
         progress: Show progress bars.
+        say: Told of every evaluation while training.
+
+    Attributes:
+        recipe: With the number of steps that its data makes.
+        towers: As pretrained, once `pretrain` has run.
+        world: The data.
 
     Raises:
-        ValueError: The folder holds results of another configuration.
+        ValueError: The folder holds results of another configuration; the data is wrong.
         FileNotFoundError: The data is not there.
     """
 
@@ -62,28 +87,44 @@ class Experiment:
         download: bool = False,
         cache: Path | None = None,
         device: torch.device | str = "cpu",
+        workers: int = 0,
         progress: bool = True,
+        say: Callable[[str], None] | None = None,
     ):
-        self.recipe, self.output, self.progress = recipe, output, progress
+        self.recipe, self.output, self.progress, self.say = recipe, output, progress, say
         self.device = torch.device(device)
         self.cache = cache or default_cache()
-        with processes.in_turn():
-            self.source = digits.load(recipe.data, root, download=download)
-        self.train = self.source.train.subset(recipe.train_images)
-        self.towers, self.tokenizer = self._fresh_towers()
-        self.prompts = Prompts(self.source.classes, self.source.templates, self.tokenizer)
+        self.world: World
+        if isinstance(recipe, PhotoRecipe):
+            self.towers, tokenizer = build(recipe.model, recipe.pretrained)
+            self.world = PhotoWorld(recipe, self.towers, tokenizer, root=root, workers=workers)
+            self.recipe = recipe.on(len(self.world.train))
+        elif isinstance(recipe, DigitsRecipe):
+            torch.manual_seed(recipe.pretrain.seed)
+            self.towers, tokenizer = build(recipe.model)
+            self.world = DigitsWorld(recipe, self.towers, tokenizer, root=root, download=download)
+        else:
+            raise TypeError(f"recipe must be a DigitsRecipe or a PhotoRecipe, got {type(recipe).__name__}")
+        self.towers.to(self.device)
+        self.prompts = self.world.prompts
         packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
-        self._results = runs.Results(output, asdict(recipe), runs.environment(self.device, packages))
+        where = runs.environment(self.device, packages)
+        self._results = runs.Results(output, asdict(self.recipe), where)
 
     # --- one method ---------------------------------------------------------------------------------
 
     def pretrain(self) -> float:
-        """Pre-train the towers, or load them from the cache; seconds that the training took."""
+        """Pre-train the towers, or load them from the cache; seconds that the training took.
+
+        Towers that came with weights stay as they are.
+        """
+        if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.world, DigitsWorld):
+            return 0.0
+        settings = self.recipe.pretrain
         key = hashlib.sha256(json.dumps(self._pretraining(), sort_keys=True).encode()).hexdigest()[:16]
-        stream = self._pairs(self.recipe.wide, self.recipe.pretrain)
         file = self.cache / f"{self.recipe.model}-{self.recipe.data}-{key}.pt"
         pretrained = fit(
-            self.towers, METHODS["flyp"], stream, self.recipe.pretrain,
+            self.towers, METHODS["flyp"], self.world.drawn(self.recipe.wide, settings), settings,
             checkpoint=file, label="pre-training", progress=self.progress,
         )  # fmt: skip
         return pretrained.seconds
@@ -104,27 +145,36 @@ class Experiment:
         recorded = self._results.recorded(name, seed)
         if recorded is not None:
             return recorded
-        student, seconds, gaps = self._student(self.recipe.method(name), seed, after_step)
-        if gaps and processes.is_first():
-            runs.write_csv(("step", "gap"), enumerate(gaps, 1), self.gap_file(name, seed))
-        scores = self.evaluate(student, self.source.test, {"id": self.recipe.narrow, **self.recipe.shifts})
-        validation = self.evaluate(
-            student, self.source.val, {"id": self.recipe.narrow, "wide": self.recipe.wide}
+        end = self._finished(self.recipe.method(name), seed, after_step)
+        sides = (
+            {"student": end.student}
+            if end.teacher is None
+            else {"student": end.student, "teacher": end.teacher}
         )
+        scores = {side: self.evaluate(model) for side, model in sides.items()}
+        validation = self.evaluate(end.student, self.world.validation)
+        gaps = end.series.get("gap", [])
+        in_distribution = next(iter(self.world.tests))
+        summaries = {side: summarise(s, in_distribution) for side, s in scores.items()}
         record = {
             "seed": seed,
-            **summarise(scores),
-            "seconds": seconds,
-            "final_gap": gaps[-1] if gaps else None,
+            **summaries["student"],
+            "teacher": summaries.get("teacher"),
+            "seconds": end.seconds,
+            "final_gap": gaps[-1][1] if gaps else None,
             "validation": {k: s.accuracy for k, s in validation.items()},
+            "unreadable": sum(int(count) for _, count in end.series.get("unreadable", [])),
         }
+        if processes.is_first():
+            self._write(name, seed, end, scores)
         self._results.record(name, record)
         return record
 
-    def evaluate(self, student: Student, split: Split, domains: Mapping[str, Domain]) -> dict[str, Scores]:
-        """Score the student's head on a split drawn in each domain, always the same way."""
+    def evaluate(self, student: Student, tests: Mapping[str, Scorer] | None = None) -> dict[str, Scores]:
+        """Score a student's head on sets; on those of the world by default."""
         towers, head = towers_of(student), head_of(student, self.prompts)
-        return {name: score(towers, head, self._drawn(split, domain)) for name, domain in domains.items()}
+        chosen = self.world.tests if tests is None else tests
+        return {name: scorer(towers, head) for name, scorer in chosen.items()}
 
     @property
     def results(self) -> dict[str, Any]:
@@ -133,72 +183,115 @@ class Experiment:
 
     def gap_file(self, method: str, seed: int) -> Path:
         """Where the teacher-student gap after every step is written."""
-        return self.output / "gaps" / f"{method}-{seed}.csv"
+        return self.file("gaps", method, seed)
+
+    def file(self, what: str, method: str, seed: int) -> Path:
+        """Where one of the tables of a run is written: gaps, epochs, reliability."""
+        return self.output / what / f"{method}-{seed}.csv"
 
     # --- pieces -------------------------------------------------------------------------------------
 
-    def _student(
+    def _finished(
         self, method: Method, seed: int, after_step: Callable[[int], None] | None = None
-    ) -> tuple[Student, float, list[float]]:
-        """A method's finished model, the seconds of training and the teacher's gaps."""
+    ) -> Finished:
+        """A method's finished model."""
         if method.merge is not None:
-            return *self._merged(method.merge, seed), []
+            return self._merged(method.merge, seed)
         student = started(method, deepcopy(self.towers), self.prompts)
         if not method.trains:
-            return student, 0.0, []
+            return Finished(student)
         settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
+        label = f"{method.name} (seed {seed})"
         fitted = fit(
-            student, method, self._pairs(self.recipe.narrow, settings), settings,
-            prompts=self.prompts, anchors=self._pairs(self.recipe.wide, settings),
+            student, method, self.world.pairs(settings), settings,
+            prompts=self.prompts, anchors=self.world.anchors(settings) if method.anchors else None,
             checkpoint=self.output / "checkpoints" / f"{method.name}-{seed}.pt",
-            label=f"{method.name} (seed {seed})", progress=self.progress, after_step=after_step,
+            label=label, progress=self.progress, after_step=after_step,
+            evaluate=self._watched, evaluate_every=self.recipe.evaluate_every or 0,
+            after_read=None if self.say is None else _telling(self.say, label),
         )  # fmt: skip
-        return student, fitted.seconds, fitted.gaps
+        teacher = None if fitted.teacher is None else fitted.teacher.module
+        return Finished(student, teacher, fitted.seconds, fitted.series)  # type: ignore[arg-type]
 
-    def _merged(self, merge: Merge, seed: int) -> tuple[Student, float]:
+    def _watched(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Figures of student and teacher while training."""
+        return _figures({side: self.evaluate(model) for side, model in models.items()})  # type: ignore[arg-type]
+
+    def _merged(self, merge: Merge, seed: int) -> Finished:
         """Weights between the pretrained and fine-tuned ones, and the seconds of all fine-tuning."""
         method = self.recipe.method(merge.of)
         if not method.trains:
             raise ValueError(f"merge of {merge.of!r}, which is not trained: choose a method that is")
         student = started(method, deepcopy(self.towers), self.prompts)
-        ends = [self._student(method, merge.models * seed + i) for i in range(merge.models)]
-        states = [end.state_dict() for end, *_ in ends]
+        ends = [self._finished(method, merge.models * seed + i) for i in range(merge.models)]
+        states = [end.student.state_dict() for end in ends]
         start = student.state_dict()
         alpha = merge.alpha
         merged = model_stock(start, states) if alpha is None else interpolate(start, states[0], alpha)
         student.load_state_dict(merged)
-        return student, sum(seconds for _, seconds, _ in ends)
+        return Finished(student, seconds=sum(end.seconds for end in ends))
 
-    def _fresh_towers(self) -> tuple[Towers, Any]:
-        torch.manual_seed(self.recipe.pretrain.seed)
-        towers, tokenizer = build(self.recipe.model)
-        return towers.to(self.device), tokenizer
-
-    def _pairs(self, domain: Domain, settings: Settings) -> DrawnPairs:
-        return DrawnPairs(
-            self.train, domain, self.source.classes, self.source.templates, self.tokenizer,
-            size=self.towers.image_size, batch_size=settings.batch_size, seed=settings.seed,
-        )  # fmt: skip
-
-    def _drawn(self, split: Split, domain: Domain) -> Labelled:
-        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            generator = torch.Generator().manual_seed(0)
-            for first in range(0, len(split), _EVALUATION_BATCH):
-                chosen = slice(first, first + _EVALUATION_BATCH)
-                part = Split(split.images[chosen], split.labels[chosen])
-                yield normalise(domain.draw(part, self.towers.image_size, generator)), part.labels
-
-        return batches()
+    def _write(self, name: str, seed: int, end: Finished, scores: Mapping[str, Mapping[str, Scores]]) -> None:
+        """The tables of a run."""
+        if "gap" in end.series:
+            runs.write_csv(("step", "gap"), end.series["gap"], self.file("gaps", name, seed))
+        watched = [
+            (step, *series.split("/"), value)
+            for series, values in end.series.items()
+            if series.startswith(tuple(f"{side}/" for side in SIDES))
+            for step, value in values
+        ]
+        if watched:
+            last = self.recipe.finetune.steps
+            watched += [(last, *series.split("/"), value) for series, value in _figures(scores).items()]
+            header = ("step", "model", "set", "figure", "value")
+            runs.write_csv(header, watched, self.file("epochs", name, seed))
+        rows = [
+            (side, test, *row)
+            for side, sets in scores.items()
+            for test, s in sets.items()
+            for row in s.reliability
+        ]
+        header = ("model", "set", "confidence", "accuracy", "share")
+        runs.write_csv(header, rows, self.file("reliability", name, seed))
 
     def _pretraining(self) -> dict[str, Any]:
         """What the pretrained towers depend on."""
-        recipe = self.recipe
+        recipe, world = self.recipe, self.world
+        assert isinstance(recipe, DigitsRecipe)
+        assert isinstance(world, DigitsWorld)
         return {
             "model": recipe.model,
             "data": recipe.data,
-            "images": len(self.train),
+            "images": len(world.train),
             "domain": asdict(recipe.wide),
             "pretrain": asdict(recipe.pretrain),
             "method": METHODS["flyp"].settings(),
             "checkpoint": loop.FORMAT,
         }
+
+
+def _figures(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, float]:
+    """Scores by names such as `student/imagenet/accuracy`."""
+    return {
+        f"{side}/{name}/{figure}": getattr(s, figure)
+        for side, sets in scores.items()
+        for name, s in sets.items()
+        for figure in ("accuracy", "ece")
+    }
+
+
+def _telling(say: Callable[[str], None], label: str) -> Callable[[int, Mapping[str, float]], None]:
+    """Says accuracies, where a step logged any."""
+
+    def tell(step: int, values: Mapping[str, float]) -> None:
+        for side in SIDES:
+            shown = [
+                f"{name.split('/')[1]} {value:.1f}"
+                for name, value in values.items()
+                if name.startswith(f"{side}/") and name.endswith("/accuracy")
+            ]
+            if shown:
+                say(f"{label}, step {step}, {side}: {', '.join(shown)}")
+
+    return tell

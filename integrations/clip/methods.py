@@ -11,9 +11,18 @@ from wmateacher.integrations.clip import clocks
 from wmateacher.integrations.clip.guidance import check as check_guidance
 from wmateacher.spec import nearest
 
-TRACER_TERMS = "3.90625*fd + crd + icl + cross_kd"
-"""TRACER's distillation; 3.90625 on the per-sample FD is the published 2000 on the element-wise mean
-at width 512."""
+
+def tracer_terms(width: int, elementwise: float = 2000.0) -> str:
+    """TRACER's distillation for embeddings of a width d.
+
+    Its published coefficient is on FD as a mean over elements; on the FD per sample, the sum over them, it is
+    that divided by d: 3.90625 at width 512.
+    """
+    return f"{elementwise / width!r}*fd + crd + icl + cross_kd"
+
+
+TRACER_TERMS = tracer_terms(512)
+"""TRACER's distillation at width 512."""
 CAROT_EMA = "ema(0.05,0.9,schedule=linear,warmup=0.2)"
 """CaRot's teacher: retention .05 -> .9 over the first 20% of the run."""
 
@@ -73,6 +82,7 @@ class Method:
         probe: Share of the steps, at the start, in which the linear head alone is trained.
         probe_rate: Their learning rate, in multiples of the recipe's.
         rate: Learning rate, in multiples of the recipe's.
+        clip_norm: Largest gradient norm, where the recipe has none.
         update_every: Optimizer steps between updates of the teacher.
         clock: What a teacher's updates count as: see `clocks.build`.
         merge: The weights are not trained but made of other methods'.
@@ -96,6 +106,7 @@ class Method:
     probe: float = 0.0
     probe_rate: float = 1.0
     rate: float = 1.0
+    clip_norm: float | None = None
     update_every: int = 1
     clock: clocks.Name = "steps"
     merge: Merge | None = None
@@ -169,7 +180,13 @@ def _distilling(name: str, summary: str, kernel: str) -> Method:
 _METHODS = [
     Method("zero-shot", "The pretrained model (Radford et al. 2021)", trains=False),
     # TRACER's recipe for it: 3e-5 where the contrastive methods have 1e-5, gradients clipped at 1.
-    Method("ft", "Cross-entropy through a head that starts as the zero-shot one", head="linear", rate=3.0),
+    Method(
+        "ft",
+        "Cross-entropy through a head that starts as the zero-shot one",
+        head="linear",
+        rate=3.0,
+        clip_norm=1.0,
+    ),
     # The paper tunes rates and lengths of both phases on validation data, and leaves them open. Here: half
     # of the steps each, a warm-up and a decay in each, probing at ten times the rate.
     Method(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wmateacher.integrations import processes
 from wmateacher.integrations.clip.towers import Tokenizer
 from wmateacher.integrations.digits import Domain, Split
 from wmateacher.integrations.sampling import Epochs, generator
@@ -21,12 +22,25 @@ class Batch(NamedTuple):
         tokens: int64 `[U, L]`, each distinct caption of the batch once.
         caption: int64 `[B]`, the row of `tokens` that belongs to each image.
         labels: int64 `[B]`, the classes, where there are any.
+        unreadable: How many images others stand in for.
     """
 
     images: Tensor
     tokens: Tensor
     caption: Tensor
     labels: Tensor | None = None
+    unreadable: int = 0
+
+    def rows(self, chosen: slice) -> Batch:
+        """Some of the pairs, with the captions that they need."""
+        distinct, caption = self.caption[chosen].unique(return_inverse=True)
+        labels = None if self.labels is None else self.labels[chosen]
+        return Batch(self.images[chosen], self.tokens[distinct], caption, labels, self.unreadable)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        tensors = (t if t is None else t.to(device, non_blocking=True) for t in self[:4])
+        return Batch(*tensors, self.unreadable)  # type: ignore[arg-type]
 
 
 def joined(first: Batch, second: Batch) -> Batch:
@@ -51,7 +65,7 @@ class DrawnPairs:
     """Digits drawn anew in a domain at every step, each with a random template's caption.
 
     A `loop.Stream`: what step s holds depends on the seed and s alone, so a run resumes in its data where it
-    stopped.
+    stopped; of several processes each gets its part.
 
     Args:
         split: Images and labels.
@@ -89,11 +103,12 @@ class DrawnPairs:
         """Batches without end from `first_step` on."""
         step = first_step
         while True:
-            yield self.batch(step)
+            whole = self.batch(step)
+            yield whole if processes.alone() else whole.rows(processes.own(len(whole.images)))
             step += 1
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step."""
+        """The batch of one step, of all processes."""
         chosen = self.epochs(step)
         part = Split(self.split.images[chosen], self.split.labels[chosen])
         random = generator(self.seed, 1, step)

@@ -1,52 +1,50 @@
-"""Experiments as data: which towers, which images drawn how, which methods, how optimised."""
+"""Experiments as data: which towers, which images, which methods, how optimised."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
-from wmateacher.integrations import digits
-from wmateacher.integrations.clip.methods import METHODS, Method
+from wmateacher.integrations import digits, overrides
+from wmateacher.integrations.clip import imagenet
+from wmateacher.integrations.clip.captioned import Sampling
+from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
 from wmateacher.integrations.clip.training import Settings
 from wmateacher.integrations.digits import Domain
 from wmateacher.spec import nearest
 
+RecipeT = TypeVar("RecipeT", bound="Recipe")
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Pre-train a small CLIP on one domain, fine-tune it on another, evaluate under shift.
+    """Fine-tune a CLIP by several methods, and evaluate under shift.
 
     Attributes:
         name: On the command line.
         summary: One line.
-        data: A source of `wmateacher.integrations.digits`.
         model: Towers that `towers.build` knows.
-        wide: The pre-training domain.
-        narrow: The fine-tuning domain, and in-distribution at evaluation.
-        shifts: The test domains.
-        pretrain: How to pre-train, by plain contrastive learning.
         finetune: How every method is fine-tuned.
         methods: By name; their settings may differ from the published ones.
         default: Names of those that run where none are asked for; empty: all.
-        train_images: At most that many training images are used.
-        large_data_steps: Pre-training steps where `with_data` changes to a source of 60,000 images.
-        published_forgetting: What the paper reports, in points of accuracy on the first shift.
+        evaluate_every: Optimizer steps between evaluations of student and teacher while training; 0: at
+            the end only.
     """
 
     name: str
     summary: str
-    data: str
     model: str
-    wide: Domain
-    narrow: Domain
-    shifts: Mapping[str, Domain]
-    pretrain: Settings
     finetune: Settings
     methods: Mapping[str, Method]
     default: tuple[str, ...] = ()
-    train_images: int = 10**9
-    large_data_steps: int | None = None
-    published_forgetting: Mapping[str, float] = field(default_factory=dict)
+    evaluate_every: int | None = 0
+
+    def __post_init__(self) -> None:
+        if self.evaluate_every is not None and self.evaluate_every < 0:
+            raise ValueError(
+                f"evaluate_every must be at least 0, got {self.evaluate_every}: 0 is at the end only"
+            )
 
     def method(self, name: str) -> Method:
         """The method of that name, as this recipe sets it.
@@ -68,27 +66,64 @@ class Recipe:
             return list(self.methods)
         return [self.method(name).name for name in names or self.default or self.methods]
 
-    def with_data(self, data: str) -> Recipe:
-        """The same on other images; sources larger than the bundled one are pre-trained on for longer."""
-        larger = self.large_data_steps if data not in (self.data, "digits") else None
-        return replace(self, data=data, pretrain=_with_steps(self.pretrain, larger))
+    def changed(self: RecipeT, assignment: str) -> RecipeT:
+        """The same with one value changed, as `overrides.changed` does.
 
-    def with_steps(self, pretrain: int | None, finetune: int | None) -> Recipe:
-        """The same with other numbers of optimizer steps, the warm-up shortened in proportion."""
-        return replace(
-            self,
-            pretrain=_with_steps(self.pretrain, pretrain),
-            finetune=_with_steps(self.finetune, finetune),
-        )
+        Raises:
+            ValueError: There is no such name, or the value does not do.
+        """
+        return overrides.changed(self, assignment)
+
+    def with_steps(self: RecipeT, steps: int | None) -> RecipeT:
+        """The same with another number of steps of fine-tuning, the warm-up shortened in proportion."""
+        return replace(self, finetune=scaled(self.finetune, steps))
 
 
-def _with_steps(settings: Settings, steps: int | None) -> Settings:
+def scaled(settings: Settings, steps: int | None) -> Settings:
+    """Other steps, the warm-up in proportion; None: as they are."""
     if steps is None or steps < 1:
         return settings if steps is None else replace(settings, steps=steps)
     return replace(settings, steps=steps, warmup=settings.warmup * steps // settings.steps)
 
 
-_DIGITS = Recipe(
+# --- drawn digits -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsRecipe(Recipe):
+    """Pre-train a small CLIP on digits of one domain, and fine-tune it on another.
+
+    Attributes:
+        data: A source of `wmateacher.integrations.digits`.
+        wide: The pre-training domain.
+        narrow: The fine-tuning domain, and in-distribution at evaluation.
+        shifts: The test domains.
+        pretrain: How to pre-train, by plain contrastive learning.
+        train_images: At most that many training images are used.
+        large_data_steps: Pre-training steps where `with_data` changes to a source of 60,000 images.
+        published_forgetting: What the paper reports, in points of accuracy on the first shift.
+    """
+
+    data: str
+    wide: Domain
+    narrow: Domain
+    shifts: Mapping[str, Domain]
+    pretrain: Settings
+    train_images: int = 10**9
+    large_data_steps: int | None = None
+    published_forgetting: Mapping[str, float] = field(default_factory=dict)
+
+    def with_data(self, data: str) -> DigitsRecipe:
+        """The same on other images; sources larger than the bundled one are pre-trained on for longer."""
+        larger = self.large_data_steps if data not in (self.data, "digits") else None
+        return replace(self, data=data, pretrain=scaled(self.pretrain, larger))
+
+    def with_pretraining(self, steps: int | None) -> DigitsRecipe:
+        """The same with another number of steps of pre-training, the warm-up shortened in proportion."""
+        return replace(self, pretrain=scaled(self.pretrain, steps))
+
+
+DIGITS = DigitsRecipe(
     name="digits",
     summary="any digits: random colours, turns and noise -> red and blue digits -> six shifts",
     data="digits",
@@ -128,7 +163,7 @@ def _toy(name: str, **changes: object) -> Method:
     return replace(METHODS[name], cross_frobenius=0.0, **changes)  # type: ignore[arg-type]
 
 
-_COLORED_MNIST = Recipe(
+COLORED_MNIST = DigitsRecipe(
     name="colored-mnist",
     summary="the paper's toy experiment: MNIST -> red and blue MNIST -> accuracy left on MNIST",
     data="mnist",
@@ -152,7 +187,128 @@ _COLORED_MNIST = Recipe(
     published_forgetting={"flyp": 37.9, "l2-sp": 13.6, "static-sd": 1.8, "tracer": 0.1},
 )
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (_DIGITS, _COLORED_MNIST)}
+
+# --- photographs ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoRecipe(Recipe):
+    """Fine-tune a pretrained CLIP on image-text pairs from files; evaluate on ImageNet and its shifts.
+
+    Attributes:
+        pretrained: A tag of open_clip, or a checkpoint file; None: random weights.
+        train: Pairs that `captioned.load` knows.
+        anchors: Pairs like those of pre-training, likewise, for methods that need them.
+        tests: Sets of `imagenet.SETS`; the first is in-distribution.
+        templates: Captions with one `{}`, of training and of the zero-shot head.
+        epochs: Passes over the training pairs; None: `finetune.steps` says how long.
+        sampling: How batches are drawn: see `captioned.FilePairs`.
+        scale: Smallest and largest share of an image that a training crop has.
+        flip: Probability of a horizontal flip.
+        evaluate_every: None: after each epoch.
+        evaluation_batch: Images at a time in evaluation.
+        published: The rows of `published.PUBLISHED` that it reproduces; None: none.
+    """
+
+    pretrained: str | None
+    train: str = "imagenet-train"
+    anchors: str | None = None
+    tests: tuple[str, ...] = ("imagenet", *imagenet.SHIFTS)
+    templates: tuple[str, ...] = imagenet.TEMPLATES
+    epochs: int | None = 10
+    sampling: Sampling = "epochs"
+    scale: tuple[float, ...] = (0.9, 1.0)
+    flip: float = 0.5
+    evaluate_every: int | None = None
+    evaluation_batch: int = 256
+    published: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.tests:
+            if name not in imagenet.SETS:
+                raise ValueError(f"unknown data set {name!r} in tests; {nearest(name, imagenet.SETS)}")
+        if not self.tests:
+            raise ValueError("tests must have at least one data set: the first is in-distribution")
+        wrong = [t for t in self.templates if t.count("{}") != 1]
+        if wrong or not self.templates:
+            raise ValueError(
+                f"templates must be captions with one {{}} for the class, got {wrong or self.templates!r}"
+            )
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale must be two shares of an image such as (0.9, 1.0), got {self.scale}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip must be a probability, got {self.flip}")
+
+    def on(self, pairs: int) -> PhotoRecipe:
+        """The same with the steps that so many training pairs make: the last batch of an epoch is a step.
+
+        A warm-up takes at most a tenth of the run.
+        """
+        each = -(-pairs // self.finetune.batch_size)
+        steps = self.finetune.steps if self.epochs is None else self.epochs * each
+        finetune = replace(self.finetune, steps=steps, warmup=min(self.finetune.warmup, steps // 10))
+        every = each if self.evaluate_every is None else self.evaluate_every
+        return replace(self, finetune=finetune, evaluate_every=every)
+
+    def changed(self, assignment: str) -> PhotoRecipe:
+        """As `Recipe.changed`; `finetune.steps` takes the place of `epochs`."""
+        made = super().changed(assignment)
+        return (
+            replace(made, epochs=None) if assignment.partition("=")[0].strip() == "finetune.steps" else made
+        )
+
+    def with_steps(self, steps: int | None) -> PhotoRecipe:
+        """As `Recipe.with_steps`, in place of `epochs`."""
+        return self if steps is None else replace(super().with_steps(steps), epochs=None)
+
+
+IMAGENET_PAIRS = imagenet.SETS["imagenet-train"].images
+
+
+def _imagenet(name: str, model: str, width: int, batch: int, **changes: object) -> PhotoRecipe:
+    """A published recipe: AdamW, 500 steps of warm-up, a cosine, 10 epochs, bf16."""
+    defaults = {
+        "learning_rate": 1e-5,
+        "weight_decay": 0.1,
+        "elementwise": 2000.0,
+        "c_f": 0.05,
+        "strength": 0.9,
+    }
+    v: dict[str, float] = {**defaults, **changes}  # type: ignore[dict-item]
+    tracing = {"distillation": tracer_terms(width, v["elementwise"]), "strength": v["strength"]}
+    regularised = ("static-sd", "ema", "carot", "tracer")
+    methods = {n: replace(m, cross_frobenius=v["c_f"]) if n in regularised else m for n, m in METHODS.items()}
+    for teacher in ("static-sd", "ema", "tracer"):
+        methods[teacher] = replace(methods[teacher], **tracing)  # type: ignore[arg-type]
+    methods["ema"] = replace(methods["ema"], orthogonality=0.2)
+    return PhotoRecipe(
+        name=name,
+        summary=f"the paper's main experiment: {model} of OpenAI -> ImageNet -> five shifts",
+        model=f"{model}-quickgelu",
+        pretrained="openai",
+        finetune=Settings(
+            steps=10 * -(-IMAGENET_PAIRS // batch), learning_rate=v["learning_rate"], batch_size=batch,
+            weight_decay=v["weight_decay"], warmup=500, precision="bf16", checkpoint_every=500,
+        ),
+        methods=methods,
+        default=("zero-shot", "flyp", "carot", "tracer"),
+        published=name.removeprefix("imagenet-"),
+    )  # fmt: skip
+
+
+_IMAGENET = (
+    _imagenet("imagenet-vit-b-16", "ViT-B-16", 512, 512),
+    _imagenet("imagenet-vit-l-14", "ViT-L-14", 768, 224),
+    _imagenet(
+        "imagenet-rn50", "RN50", 1024, 512,
+        learning_rate=9e-6, weight_decay=0.02, elementwise=200.0, c_f=0.01, strength=0.01,
+    ),
+)  # fmt: skip
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS, COLORED_MNIST, *_IMAGENET)}
 
 
 def get(name: str) -> Recipe:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from wmateacher.integrations import report
 from wmateacher.integrations.report import Results
@@ -26,6 +27,15 @@ def table(results: Results) -> str:
             "seconds": ("seconds", 0),
         },
     )
+
+
+def teachers(results: Results) -> str:
+    """The same figures of the averaged students, one row a method that has a teacher; empty without any."""
+    having = {n: r for n, r in results["methods"].items() if report.look_up(r, "teacher.id") is not None}
+    if not having:
+        return ""
+    columns = {"ID": ("teacher.id", 1), "mean OOD": ("teacher.ood", 1), "OOD ECE": ("teacher.ece", 3)}
+    return report.table({"methods": having}, columns, "teacher of")
 
 
 def forgetting_table(results: Results, published: Mapping[str, float]) -> str:
@@ -56,15 +66,15 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
         gaps: Method -> a CSV of its teacher's gap, with columns step and gap.
         file: Where to write the picture; its suffix gives the format.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     methods = results["methods"]
-    palette = colormaps["tab10" if len(methods) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
-    colours = {name: palette[i % len(palette)] for i, name in enumerate(methods)}
+    colours = _colours(list(methods))
     figure = Figure(figsize=(11, 5.2), layout="constrained")
-    plane, course = figure.subplots(1, 2)
+    plane, distance = figure.subplots(1, 2)
     for name, record in methods.items():
+        if record["ood"] is None:
+            continue
         many = len(record["runs"]) > 1
         plane.errorbar(
             record["id"], record["ood"],
@@ -75,23 +85,104 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
     plane.grid(alpha=0.3)
     plane.legend(fontsize="small")
     for name, path in gaps.items():
-        steps, values = _read_gaps(path)
-        course.plot(steps, values, color=colours[name], label=f"{name}: {_kernel(results, name)}")
-    course.set(
+        rows = _rows(path)
+        steps, values = [int(r["step"]) for r in rows], [float(r["gap"]) for r in rows]
+        distance.plot(steps, values, color=colours[name], label=f"{name}: {_kernel(results, name)}")
+    distance.set(
         xlabel="optimizer step", ylabel="|W - M| / |W|", title="Distance of the teacher from its student"
     )
-    course.grid(alpha=0.3)
+    distance.grid(alpha=0.3)
     if gaps:
-        course.legend(loc="upper left", bbox_to_anchor=(0, -0.12), frameon=False)
+        distance.legend(loc="upper left", bbox_to_anchor=(0, -0.12), frameon=False)
+    _save(figure, file)
+
+
+def reliability(tables: Mapping[str, Path], file: Path) -> None:
+    """Accuracy over confidence on every test set, of every method: on the diagonal is calibrated.
+
+    The larger a point, the more images are in its bin.
+
+    Args:
+        tables: Method -> a CSV with columns model, set, confidence, accuracy, share.
+        file: Where to write the picture.
+    """
+    from matplotlib.figure import Figure
+
+    rows = {name: _rows(path) for name, path in tables.items()}
+    tests = list(dict.fromkeys(row["set"] for found in rows.values() for row in found))
+    across = min(4, len(tests))
+    down = -(-len(tests) // across)
+    figure = Figure(figsize=(3.2 * across + 1.8, 3.2 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
+    colours = _colours(list(rows))
+    for axes, test in zip(panels, tests, strict=False):
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        for name, found in rows.items():
+            for side, style in (("student", "-"), ("teacher", "--")):
+                chosen = [r for r in found if r["set"] == test and r["model"] == side]
+                if chosen:
+                    at = [[float(r[key]) for r in chosen] for key in ("confidence", "accuracy")]
+                    sizes = [4 + 60 * float(r["share"]) for r in chosen]
+                    axes.plot(*at, style, color=colours[name], linewidth=1)
+                    axes.scatter(*at, s=sizes, color=colours[name], label=name if side == "student" else None)
+        axes.set(title=test, xlim=(0, 1), ylim=(0, 1))
+        axes.grid(alpha=0.3)
+    for axes in panels[len(tests) :]:
+        axes.set_axis_off()
+    figure.supxlabel("confidence (dashed: the teacher)")
+    figure.supylabel("accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    _save(figure, file)
+
+
+def course(tables: Mapping[str, Path], in_distribution: str, file: Path) -> None:
+    """ID and mean OOD accuracy while training, of students and teachers.
+
+    Args:
+        tables: Method -> a CSV with columns step, model, set, figure, value.
+        in_distribution: Name of the ID set.
+        file: Where to write the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    colours = _colours(list(tables))
+    for name, path in tables.items():
+        found = [r for r in _rows(path) if r["figure"] == "accuracy"]
+        for side, style in (("student", "o-"), ("teacher", "x--")):
+            label = name if side == "student" else None
+            for axes, inside in zip(panels, (True, False), strict=True):
+                at: dict[int, list[float]] = {}
+                for r in found:
+                    if r["model"] == side and (r["set"] == in_distribution) == inside:
+                        at.setdefault(int(r["step"]), []).append(float(r["value"]))
+                if at:
+                    means = [sum(values) / len(values) for values in at.values()]
+                    axes.plot(list(at), means, style, color=colours[name], label=label, markersize=4)
+    for axes, title in zip(panels, (in_distribution, "mean of the shifts"), strict=True):
+        axes.set(xlabel="optimizer step (dashed: the teacher)", ylabel="accuracy (%)", title=title)
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    _save(figure, file)
+
+
+def _colours(methods: Sequence[str]) -> dict[str, Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if len(methods) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    return {name: palette[i % len(palette)] for i, name in enumerate(methods)}
+
+
+def _save(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 
 
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
 def _kernel(results: Results, method: str) -> str:
     return str(results["config"]["methods"][method]["kernel"])
-
-
-def _read_gaps(path: Path) -> tuple[list[int], list[float]]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    return [int(row["step"]) for row in rows], [float(row["gap"]) for row in rows]

@@ -116,13 +116,16 @@ def _projection(found: Any, where: str) -> Tensor:
     )
 
 
-def build(model: str, pretrained: str | None = None) -> tuple[Towers, Tokenizer]:
+def build(
+    model: str, pretrained: str | None = None, *, device: torch.device | str = "cpu"
+) -> tuple[Towers, Tokenizer]:
     """Build towers and their tokenizer through open_clip.
 
     Args:
         model: A name that open_clip knows, or one of this package's small configurations
             (`tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`).
         pretrained: A tag or a checkpoint file; None: initialised at random.
+        device: Where its tensors are; `"meta"`: nowhere, for their shapes.
 
     Raises:
         ValueError: A model or a tag that open_clip does not know.
@@ -142,7 +145,9 @@ def build(model: str, pretrained: str | None = None) -> tuple[Towers, Tokenizer]
             "CLIP model"
         )
     with _quiet_about_random_weights(pretrained is None):
-        clip = open_clip.create_model(model, pretrained=pretrained, load_weights=pretrained is not None)
+        clip = open_clip.create_model(
+            model, pretrained=pretrained, load_weights=pretrained is not None, device=device
+        )
     return Towers(clip), open_clip.get_tokenizer(model)
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
 from wmateacher.integrations import loop, processes, schedules
-from wmateacher.integrations.clip import clocks, pairs
-from wmateacher.integrations.clip.heads import Classifier, Prompts, Student, towers_of
+from wmateacher.integrations.clip import cached, clocks, pairs
+from wmateacher.integrations.clip.heads import Classified, Classifier, Prompts, Student, towers_of
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.objective import Objective, needed
 from wmateacher.integrations.clip.pairs import Batch
@@ -38,6 +38,9 @@ class Settings:
         precision: `"fp32"`, or `"bf16"` or `"fp16"` autocast with float32 weights; fp16 with a scaler,
             and a step that it skips does not count for the teacher.
         grad_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        micro_batch: Pairs that go through the towers at a time, on each process; the losses see the whole
+            batch all the same, by caching embeddings (`cached`), for a second forward. None: all at once.
+        compile: Compile the forward of student and teacher by `torch.compile`.
         seed: Of initialisation, dropout and data.
         checkpoint_every: Steps between checkpoints.
         freeze_text: Train the image tower and the logit scale only.
@@ -51,6 +54,8 @@ class Settings:
     clip_norm: float | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
+    micro_batch: int | None = None
+    compile: bool = False
     seed: int = 0
     checkpoint_every: int = 100
     freeze_text: bool = False
@@ -61,6 +66,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}: None is all at once")
         if self.precision not in ("fp32", *_AUTOCAST):
             raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16', got {self.precision!r}")
 
@@ -76,16 +83,25 @@ class Fit:
     Attributes:
         student: The trained towers, under a linear head where the method has one.
         teacher: None for methods without one.
-        losses: The total loss of every step.
-        gaps: `|W - M| / |W|` after every step; empty without a teacher.
+        series: Everything logged, as `loop.Record` has it: losses, terms, the gap `|W - M| / |W|`,
+            evaluations.
         seconds: Spent training, over all resumes.
     """
 
     student: Student
     teacher: WMATeacher | None
-    losses: list[float]
-    gaps: list[float]
+    series: Mapping[str, list[tuple[int, float]]]
     seconds: float
+
+    @property
+    def losses(self) -> list[float]:
+        """The total loss of every step."""
+        return [value for _, value in self.series["loss"]]
+
+    @property
+    def gaps(self) -> list[float]:
+        """The gap after every step; empty without a teacher."""
+        return [value for _, value in self.series.get("gap", [])]
 
 
 def started(method: Method, towers: Towers, prompts: Prompts | None = None) -> Student:
@@ -114,6 +130,9 @@ def fit(
     label: str | None = None,
     progress: bool = True,
     after_step: Callable[[int], None] | None = None,
+    after_read: Callable[[int, Mapping[str, float]], None] | None = None,
+    evaluate: Callable[[Mapping[str, nn.Module]], Mapping[str, float]] | None = None,
+    evaluate_every: int = 0,
 ) -> Fit:
     """Fine-tune `student` in place by `method`.
 
@@ -131,6 +150,10 @@ def fit(
         label: Name in the progress bar; the method's by default.
         progress: Show a bar, where there is a terminal.
         after_step: Called with the number of steps done after each one.
+        after_read: As in `loop.train`.
+        evaluate: Given `"student"`, and `"teacher"` where there is one, every `evaluate_every` steps but the
+            last; what it gives is logged.
+        evaluate_every: 0: never.
 
     Raises:
         ValueError: The checkpoint cannot be read, or belongs to another run; a batch cannot be shared out
@@ -139,12 +162,16 @@ def fit(
     """
     processes.check_batch(settings.batch_size, equal=method.head == "linear")
     task = _FineTuning(student, method, stream, settings, prompts, anchors)
+    models: dict[str, nn.Module] = {"student": student}
+    if task.teacher is not None:
+        models["teacher"] = task.teacher.module
     record = loop.train(
         task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
-        label=label, progress=progress, after_step=after_step,
+        label=label, progress=progress, after_step=after_step, after_read=after_read,
+        evaluate=None if evaluate is None else lambda: evaluate(models), evaluate_every=evaluate_every,
     )  # fmt: skip
     processes.same_buffers(student)
-    return Fit(student, task.teacher, record.values("loss"), record.values("gap"), record.seconds)
+    return Fit(student, task.teacher, record.series, record.seconds)
 
 
 class _FineTuning:
@@ -192,6 +219,10 @@ class _FineTuning:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         if settings.grad_checkpointing:
             towers_of(student).clip.set_grad_checkpointing()
+        if settings.compile:
+            student.compile()
+            if self.teacher is not None:
+                self.teacher.module.compile()
         self.batch = loop.Feed(stream)
         self.anchors = loop.Feed(anchors) if method.anchors and anchors is not None else None
         self.probing = round(method.probe * settings.steps)
@@ -201,24 +232,31 @@ class _FineTuning:
     def advance(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step."""
         self._enter_phase(step)
-        batch = self._own(self.batch(step))
-        anchors = None if self.anchors is None else self._own(self.anchors(step))
+        batch = self.batch(step).to(self.device)
+        anchors = None if self.anchors is None else self.anchors(step).to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(step)
-        dtype = _AUTOCAST.get(self.settings.precision)
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            targets = None if self.teacher is None else self.teacher(*batch[:3])
-            if anchors is None:
-                answers, beside = self.model(*batch[:3]), None
-            else:
-                answers, beside = _split(self.model(*pairs.joined(batch, anchors)[:3]), len(batch.images))
+        given = batch if anchors is None else pairs.joined(batch, anchors)
+        parts = (
+            None if self.settings.micro_batch is None else cached.parts_of(given, self.settings.micro_batch)
+        )
+        held = None if parts is None else cached.Cached(self.model, parts, self._autocast)
+        with self._autocast():
+            targets = self._targets(batch)
+            answers = self.model(*given[:3]) if held is None else held.answers
+            beside = None
+            if anchors is not None:
+                answers, beside = _split(answers, len(batch.images))
             loss, terms = self.objective(
                 self.student, answers, targets, labels=batch.labels, anchors=beside, step=step
             )
         self.scaler.scale(loss).backward()
-        if self.settings.clip_norm is not None:
+        if held is not None:
+            held.backward()
+        clip_norm = self.settings.clip_norm or self.method.clip_norm
+        if clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self.parameters, clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -228,6 +266,8 @@ class _FineTuning:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         logged["logit_scale"] = towers_of(self.student).logit_scale.detach().clone()
+        if batch.unreadable:
+            logged["unreadable"] = float(batch.unreadable)
         if self.teacher is not None:
             logged["gap"] = parameter_gap(self.teacher)
         return logged
@@ -250,15 +290,18 @@ class _FineTuning:
         self.student.probe(self.probes)
         self.model = processes.parallel(self.student)
 
-    def _own(self, batch: Batch) -> Batch:
-        """This rank's pairs of a batch, on the device."""
+    def _autocast(self) -> torch.autocast:
+        dtype = _AUTOCAST.get(self.settings.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-        def here(tensor: Tensor) -> Tensor:
-            return tensor.to(self.device, non_blocking=True)
-
-        images, caption = here(processes.part(batch.images)), here(processes.part(batch.caption))
-        labels = None if batch.labels is None else here(processes.part(batch.labels))
-        return Batch(images, here(batch.tokens), caption, labels)
+    def _targets(self, batch: Batch) -> PairedEmbeddings | Classified | None:
+        """What the teacher gives."""
+        if self.teacher is None:
+            return None
+        size = self.settings.micro_batch
+        if size is None:
+            return self.teacher(*batch[:3])
+        return cached.embedded(self.teacher, cached.parts_of(batch, size))
 
     def parts(self) -> dict[str, loop.Part]:
         """All that changes."""

@@ -181,7 +181,6 @@ class PhotoCrops:
                 f"(the first has {smallest}): lower global_size and local_size"
             )
         self._views = Views(images.train, _Distort(crops), batch_size, seed, workers=workers)
-        self.epochs = self._views.epochs
 
     def __call__(self, first_step: int) -> Iterator[list[Tensor]]:
         """Batches without end from `first_step` on."""

@@ -312,7 +312,7 @@ def test_joined_batches_keep_each_images_caption(towers, prompts):
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("methods")
-    recipe = replace(recipes.get("digits").with_steps(10, 3), model="tiny-vit-16")
+    recipe = replace(recipes.DIGITS.with_pretraining(10).with_steps(3), model="tiny-vit-16")
     recipe = replace(recipe, finetune=replace(recipe.finetune, batch_size=16, learning_rate=1e-2))
     methods = {
         f"wise-{a:g}": replace(METHODS["wise-ft"], name=f"wise-{a:g}", merge=Merge("ft", a)) for a in (0, 1)
@@ -347,13 +347,13 @@ def test_an_interpolations_ends_are_the_pretrained_and_the_fine_tuned(experiment
 def test_merged_weights_are_those_of_posthoc(experiment):
     recipe = experiment.recipe
     start = started(recipe.method("ft"), deepcopy(experiment.towers), experiment.prompts).state_dict()
-    models = [experiment._student(recipe.method("ft"), seed)[0].state_dict() for seed in (0, 1, 2, 3)]
-    stocks = [experiment._student(recipe.method("model-stock"), seed)[0] for seed in (0, 1)]
+    models = [experiment._finished(recipe.method("ft"), seed).student.state_dict() for seed in (0, 1, 2, 3)]
+    stocks = [experiment._finished(recipe.method("model-stock"), seed).student for seed in (0, 1)]
     for stock, parts in zip(stocks, (models[:2], models[2:]), strict=True):
         expected = model_stock(start, parts)
         assert all(torch.equal(value, expected[key]) for key, value in stock.state_dict().items())
-    wise = experiment._student(recipe.method("wise-tracer"), 0)[0]
-    tracer = experiment._student(recipe.method("tracer"), 0)[0]
+    wise = experiment._finished(recipe.method("wise-tracer"), 0).student
+    tracer = experiment._finished(recipe.method("tracer"), 0).student
     expected = interpolate(experiment.towers.state_dict(), tracer.state_dict(), 0.3)
     assert all(torch.equal(value, expected[key]) for key, value in wise.state_dict().items())
 
@@ -365,11 +365,12 @@ def test_only_trained_methods_are_merged(experiment):
 
 @pytest.mark.parametrize("name", ["lp-ft", "tracer"])
 def test_the_trained_head_classifies(experiment, name):
-    student, *_ = experiment._student(experiment.recipe.method(name), 0)
-    scores = experiment.evaluate(student, experiment.source.test, {"id": NARROW})
+    student = experiment._finished(experiment.recipe.method(name), 0).student
+    only = {"id": experiment.world.tests["id"]}
+    scores = experiment.evaluate(student, only)
     assert scores["id"].accuracy == experiment.run(name)["id"]
     towers = towers_of(student)
-    again = experiment.evaluate(towers, experiment.source.test, {"id": NARROW})
+    again = experiment.evaluate(towers, only)
     assert (scores == again) == (METHODS[name].head == "text")
 
 

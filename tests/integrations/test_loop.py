@@ -123,29 +123,29 @@ def scalars(folder, name="loss"):
 
 
 def test_tensorboard_has_every_step_once_also_of_a_resumed_run(tmp_path):
-    with logs.to_tensorboard(tmp_path / "board"):
+    with logs.to(["tensorboard"], tmp_path):
         record = loop.train(Line(), label="whole")
-    assert scalars(tmp_path / "board/whole") == pytest.approx(dict(record.series["loss"]))
-    assert list(scalars(tmp_path / "board/whole", "rate").values()) == pytest.approx([1e-2] * 60)
+    assert scalars(tmp_path / "tensorboard/whole") == pytest.approx(dict(record.series["loss"]))
+    assert list(scalars(tmp_path / "tensorboard/whole", "rate").values()) == pytest.approx([1e-2] * 60)
 
     def stop(step):
         if step == 47:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), logs.to_tensorboard(tmp_path / "board"):
+    with pytest.raises(KeyboardInterrupt), logs.to(["tensorboard"], tmp_path):
         loop.train(Line(), label="run", checkpoint=tmp_path / "run.pt", checkpoint_every=30, after_step=stop)
-    with logs.to_tensorboard(tmp_path / "board"):
+    with logs.to(["tensorboard"], tmp_path):
         loop.train(Line(), label="run", checkpoint=tmp_path / "run.pt", checkpoint_every=30)
-    assert scalars(tmp_path / "board/run") == scalars(tmp_path / "board/whole")
+    assert scalars(tmp_path / "tensorboard/run") == scalars(tmp_path / "tensorboard/whole")
     loop.train(Line(5), label="outside")
-    assert not (tmp_path / "board/outside").exists()
+    assert not (tmp_path / "tensorboard/outside").exists()
 
 
 @pytest.mark.slow
 def test_the_example_ends_cleanly_when_it_is_terminated_and_goes_on(tmp_path):
     command = [
         sys.executable, str(EXAMPLE), "--model", "tiny-vit-16", "--pretrain-steps", "30", "--steps", "300",
-        "--methods", "tracer", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out"), "--log",
+        "--methods", "tracer", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out"), "--log", "tensorboard",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)

@@ -1,0 +1,375 @@
+"""Image-text pairs from files: folders of classes, tables of captions, and tar shards."""
+
+from __future__ import annotations
+
+import csv
+import io
+import tarfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from wmateacher.integrations import processes
+from wmateacher.integrations.clip import imagenet
+from wmateacher.integrations.clip.imagenet import UNREADABLE
+from wmateacher.integrations.clip.pairs import Batch
+from wmateacher.integrations.clip.towers import Tokenizer
+from wmateacher.integrations.images import Views
+from wmateacher.integrations.sampling import Balanced, Epochs, generator
+
+Sampling = Literal["epochs", "balanced"]
+IMAGE_COLUMNS, CAPTION_COLUMNS, LABEL_COLUMN = ("filepath", "image"), ("title", "caption"), "label"
+"""Of a table; open_clip's names first."""
+_IMAGES, _TEXT, _LABEL = ("jpg", "jpeg", "png", "webp"), "txt", "cls"
+_IN_A_ROW = 20
+
+
+class Captioned(Protocol):
+    """Images with a text each.
+
+    Attributes:
+        labels: int64 `[N]`, their classes; None where there are none.
+        templated: Their texts are made of their classes' names, in a template.
+    """
+
+    labels: Tensor | None
+    templated: bool
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[Image.Image, str]:
+        """The image in RGB, and its text, empty where it is `templated`.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        ...
+
+    def name(self, index: int) -> str:
+        """Where it lies, for messages."""
+        ...
+
+
+class Folder:
+    """A set of `wmateacher.integrations.clip.imagenet`, whose texts are templates with the classes' names."""
+
+    templated = True
+
+    def __init__(self, name: str, root: Path):
+        self.photos = imagenet.load(name, root).images
+        self.labels = self.photos.labels
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def read(self, index: int) -> tuple[Image.Image, str]:  # noqa: D102
+        return self.photos[index][0], ""
+
+    def name(self, index: int) -> str:  # noqa: D102
+        return self.photos.files[index]
+
+
+class Table:
+    """A CSV or TSV of image files and captions, with a `label` column or without.
+
+    Columns are found by their names, `IMAGE_COLUMNS` and `CAPTION_COLUMNS`; files are relative to the
+    table's folder.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It has not the columns, or a row is not whole; it says which.
+    """
+
+    templated = False
+
+    def __init__(self, file: Path):
+        if not file.is_file():
+            raise FileNotFoundError(f"no table of captions {file}: give an existing .csv or .tsv")
+        self.file = file
+        self.files: list[str] = []
+        self.captions: list[str] = []
+        labels: list[int] = []
+        with file.open(newline="", encoding="utf-8") as stream:
+            header = stream.readline()
+            stream.seek(0)
+            rows = csv.reader(stream, delimiter="\t" if "\t" in header else ",")
+            names = next(rows, [])
+            image, caption = self._column(names, IMAGE_COLUMNS), self._column(names, CAPTION_COLUMNS)
+            label = names.index(LABEL_COLUMN) if LABEL_COLUMN in names else None
+            for row in self._whole(rows, len(names)):
+                self.files.append(row[image])
+                self.captions.append(row[caption])
+                if label is not None:
+                    labels.append(self._number(row[label], rows.line_num))
+        if not self.files:
+            raise ValueError(f"{file} has no rows: give at least one image with a caption")
+        self.labels = None if label is None else torch.tensor(labels)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> tuple[Image.Image, str]:  # noqa: D102
+        with Image.open(self.name(index)) as image:
+            return image.convert("RGB"), self.captions[index]
+
+    def name(self, index: int) -> str:  # noqa: D102
+        return str(self.file.parent / self.files[index])
+
+    def _column(self, names: Sequence[str], known: tuple[str, ...]) -> int:
+        for name in known:
+            if name in names:
+                return names.index(name)
+        raise ValueError(
+            f"{self.file} has no column {' or '.join(map(repr, known))}, got {', '.join(map(repr, names))}: "
+            "name the columns in the first line"
+        )
+
+    def _whole(self, rows: Any, columns: int) -> Iterator[list[str]]:
+        try:
+            for row in rows:
+                if len(row) != columns:
+                    raise ValueError(
+                        f"{self.file}, line {rows.line_num}: {len(row)} columns where the first line has "
+                        f"{columns}; it is cut off there or damaged: get it again, or mend the line"
+                    )
+                yield row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.file}, line {rows.line_num}: {error}: get it again") from error
+
+    def _number(self, text: str, line: int) -> int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ValueError(
+                f"{self.file}, line {line}: label must be a whole number, got {text!r}"
+            ) from None
+
+
+class Shards:
+    """Tar files in WebDataset's layout: for each key an image, a `.txt`, and a class in `.cls` or none.
+
+    The archives are listed once, and read at any place from then on, so that their order is like any
+    other's, and resumes.
+
+    Args:
+        pattern: Files with braces as WebDataset has them, such as `cc3m-{0000..0331}.tar`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: An archive cannot be read or is cut off, or has no pairs.
+    """
+
+    templated = False
+
+    def __init__(self, pattern: str):
+        try:
+            from webdataset.shardlists import expand_urls
+        except ImportError as error:
+            raise ImportError("tar shards need WebDataset: pip install 'wmateacher[data]'") from error
+        self.pairs: list[tuple[str, str, tuple[int, int], tuple[int, int]]] = []
+        labels: list[int] = []
+        for file in expand_urls(pattern):
+            for key, parts in _listed(Path(file)).items():
+                image = next((parts[e] for e in _IMAGES if e in parts), None)
+                if image is None or _TEXT not in parts:
+                    continue
+                self.pairs.append((file, key, image, parts[_TEXT]))
+                if _LABEL in parts:
+                    labels.append(int(_content(file, parts[_LABEL])))
+        if not self.pairs:
+            raise ValueError(
+                f"no pairs in {pattern}: each needs an image ({', '.join(_IMAGES)}) and a .{_TEXT} of the "
+                "same name"
+            )
+        if labels and len(labels) != len(self.pairs):
+            raise ValueError(
+                f"{len(labels)} of {len(self.pairs)} pairs in {pattern} have a .{_LABEL}: give all one, or "
+                "none"
+            )
+        self.labels = torch.tensor(labels) if labels else None
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def read(self, index: int) -> tuple[Image.Image, str]:  # noqa: D102
+        file, _, image, text = self.pairs[index]
+        with Image.open(io.BytesIO(_content(file, image))) as opened:
+            return opened.convert("RGB"), _content(file, text).decode("utf-8").strip()
+
+    def name(self, index: int) -> str:  # noqa: D102
+        file, key, *_ = self.pairs[index]
+        return f"{key} in {file}"
+
+
+def _listed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key -> extension -> (offset, size) of an archive's members."""
+    from webdataset.tariterators import base_plus_ext
+
+    if not file.is_file():
+        raise FileNotFoundError(f"no shard {file}: give existing .tar files, {{000..009}} for many")
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                key, extension = base_plus_ext(member.name)
+                if not member.isfile() or key is None:
+                    continue
+                if member.offset_data + member.size > file.stat().st_size:
+                    raise tarfile.ReadError(f"it ends inside {member.name}")
+                found.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{file} cannot be read as an uncompressed tar ({error}): get it again, or unpack its compression"
+        ) from error
+    return found
+
+
+def _content(file: str, part: tuple[int, int]) -> bytes:
+    with open(file, "rb") as stream:
+        stream.seek(part[0])
+        return stream.read(part[1])
+
+
+def load(where: str, root: Path | None) -> Captioned:
+    """Pairs by the name of a set of ImageNet's kind, a table, or shards.
+
+    Args:
+        where: A name of `imagenet.SETS`; a file that ends in `.csv` or `.tsv`; or a pattern of `.tar` files.
+        root: The folder that a set lies in, and that other paths are relative to.
+
+    Raises:
+        ValueError: It is none of these; or as the kinds say.
+        FileNotFoundError: It is not there.
+    """
+    if where in imagenet.SETS:
+        if root is None:
+            raise ValueError(f"{where!r} needs the folder that holds it: pass root=DIR (--data-root DIR)")
+        return Folder(where, root)
+    path = str(where if root is None else root / where)
+    if path.endswith((".csv", ".tsv")):
+        return Table(Path(path))
+    if ".tar" in path:
+        return Shards(path)
+    raise ValueError(
+        f"cannot tell what pairs {where!r} are: give a .csv, a .tsv, .tar shards, or one of "
+        f"{', '.join(imagenet.SETS)}"
+    )
+
+
+class FilePairs:
+    """A `loop.Stream` of image-text pairs read from files.
+
+    What a step holds depends on the seed and the step alone, however many workers and processes there are;
+    each process gets its part. For an image that cannot be read the next one that can stands in, counted
+    in the batch, with a warning for the first.
+
+    Args:
+        data: The pairs.
+        transform: A PIL image to a tensor; all that is random in it is torch's.
+        tokenizer: Of the towers.
+        batch_size: Pairs a step.
+        seed: Of order, transforms and captions.
+        classes: Names, for pairs whose texts are made of them.
+        templates: Captions with one `{}`, one of which is drawn for each image and step.
+        sampling: `"epochs"`: a new permutation each, the last batch of each filled up with its first images.
+            `"balanced"`: `Balanced`.
+        workers: Processes that read; 0: this one.
+
+    Raises:
+        ValueError: A batch is larger than the data; balanced batches of images without labels; a label that
+            is no class.
+    """
+
+    def __init__(
+        self,
+        data: Captioned,
+        transform: Callable[[Any], Tensor],
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        seed: int,
+        classes: Sequence[str] = (),
+        templates: Sequence[str] = (),
+        sampling: Sampling = "epochs",
+        workers: int = 0,
+    ):
+        self.data, self.tokenizer, self.seed = data, tokenizer, seed
+        self.classes, self.templates = classes, templates
+        if data.labels is not None and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < len(
+            classes
+        ):
+            raise ValueError(
+                f"labels must be in 0 ... {len(classes) - 1}, got {int(data.labels.min())} ... "
+                f"{int(data.labels.max())}: they number the classes"
+            )
+        if sampling == "balanced":
+            if data.labels is None:
+                raise ValueError(
+                    "sampling='balanced' needs labels, the data has captions only: give it a label for "
+                    "each image, or take sampling='epochs'"
+                )
+            self.order: Epochs | Balanced = Balanced(data.labels, batch_size, seed, "training pairs")
+        else:
+            self.order = Epochs(len(data), batch_size, seed, "training pairs", fill=True)
+        self._views = Views(
+            _Readable(data), transform, batch_size, seed, workers=workers, order=self.order
+        )  # fmt: skip
+        self._warned = False
+
+    def __call__(self, first_step: int) -> Iterator[Batch]:
+        """Batches without end from `first_step` on."""
+        for step, (images, (captions, used)) in enumerate(self._views(first_step), first_step):
+            yield self._batch(step, images, list(captions), used)
+
+    def _batch(self, step: int, images: Tensor, captions: list[str], used: Tensor) -> Batch:
+        whole = self.order(step)
+        own = processes.own(len(whole))
+        labels = None if self.data.labels is None else self.data.labels[used]
+        if self.data.templated and labels is not None:
+            drawn = torch.randint(len(self.templates), (len(whole),), generator=generator(self.seed, 1, step))
+            captions = [
+                self.templates[template].format(self.classes[label])
+                for template, label in zip(drawn[own].tolist(), labels.tolist(), strict=True)
+            ]
+        distinct = list(dict.fromkeys(captions))
+        row = {text: i for i, text in enumerate(distinct)}
+        caption = torch.tensor([row[text] for text in captions])
+        missing = whole[own] != used
+        if missing.any() and not self._warned:
+            first = self.data.name(int(whole[own][missing][0]))
+            warnings.warn(
+                f"{first} cannot be read: the next image stands in, here and for all others; the log "
+                "counts them as unreadable",
+                stacklevel=2,
+            )
+            self._warned = True
+        return Batch(images, self.tokenizer(distinct), caption, labels, int(missing.sum()))
+
+
+class _Readable(Dataset[Any]):
+    """(image, (text, index)) of an image, or of the next that can be read."""
+
+    def __init__(self, data: Captioned):
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, tuple[str, int]]:
+        for ahead in range(_IN_A_ROW):
+            tried = (index + ahead) % len(self)
+            try:
+                image, text = self.data.read(tried)
+            except UNREADABLE:
+                continue
+            return image, (text, tried)
+        raise OSError(
+            f"{self.data.name(index)} and the {_IN_A_ROW - 1} images after it cannot be read: check the "
+            "paths, and the files"
+        )

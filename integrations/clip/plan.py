@@ -1,0 +1,213 @@
+"""A run before it runs: all that is set, how long it is, what memory it takes, what data is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from wmateacher.integrations import overrides, report
+from wmateacher.integrations.clip import captioned, check, imagenet
+from wmateacher.integrations.clip.methods import Method
+from wmateacher.integrations.clip.recipes import IMAGENET_PAIRS, PhotoRecipe, Recipe
+from wmateacher.integrations.clip.towers import Towers, build
+from wmateacher.integrations.clip.training import Settings
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process.
+
+    Attributes:
+        student: Weights.
+        gradients: Of the trained ones.
+        optimizer: AdamW's two moments.
+        teacher: The average; 0 without a teacher.
+        activations: What the student's forward keeps for the backward pass.
+    """
+
+    student: int
+    gradients: int
+    optimizer: int
+    teacher: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(vars(self).values())
+
+
+def memory(model: str, settings: Settings, teacher: bool, head: str = "text", processes: int = 1) -> Memory:
+    """What training takes, at the least: the framework's own buffers and fragments come on top.
+
+    Activations are counted by running the forward on tensors without content, by the kernels of a CPU.
+
+    Args:
+        model: As in a recipe.
+        settings: Batch, precision, micro batch.
+        teacher: Whether there is one.
+        head: Of the method: with `"linear"` the text tower is neither trained nor run.
+        processes: That share each batch.
+    """
+    towers, _ = build(model, device="meta")
+    if settings.freeze_text or head == "linear":
+        towers.freeze_text()
+    every = 4 * sum(p.numel() for p in towers.parameters())
+    trained = 4 * sum(p.numel() for p in towers.parameters() if p.requires_grad)
+    batch = -(-settings.batch_size // processes)
+    pairs = min(batch, settings.micro_batch or batch)
+    activations = _kept(towers, pairs, settings, texts=head == "text")
+    return Memory(every, trained, 2 * trained, trained if teacher else 0, activations)
+
+
+class _Embeds(nn.Module):
+    def __init__(self, towers: Towers, texts: bool):
+        super().__init__()
+        self.towers, self.texts = towers, texts
+
+    def forward(self, images: Tensor, tokens: Tensor) -> list[Tensor]:
+        given = [self.towers.encode_image(images)]
+        return [*given, self.towers.encode_text(tokens)] if self.texts else given
+
+
+def _kept(towers: Towers, pairs: int, settings: Settings, texts: bool) -> int:
+    """Bytes that autograd keeps of a forward."""
+    if settings.grad_checkpointing:
+        towers.clip.set_grad_checkpointing()
+    module = _Embeds(towers.train(), texts)
+    kept: dict[int, tuple[Tensor, int]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = (tensor, storage.nbytes())  # held, so that no other takes its place
+        return tensor
+
+    with FakeTensorMode():
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in module.named_parameters():
+            tensors[name] = torch.empty(parameter.shape).requires_grad_(parameter.requires_grad)
+        for name, buffer in module.named_buffers():
+            tensors[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        own = {t.untyped_storage()._cdata for t in tensors.values()}
+        images = torch.empty(pairs, 3, towers.image_size, towers.image_size)
+        tokens = torch.zeros(pairs, towers.clip.context_length, dtype=torch.int64)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.precision != "fp32"),
+        ):
+            torch.func.functional_call(module, tensors, (images, tokens))
+    return sum(size for storage, (_, size) in kept.items() if storage not in own)
+
+
+def describe(recipe: Recipe, names: Sequence[str], root: Path | None, processes: int = 1) -> str:
+    """All of a run that can be known before it, in lines of text.
+
+    Args:
+        recipe: As the command line has it.
+        names: Of the methods that would run.
+        root: The folder of the data.
+        processes: That would share each batch.
+    """
+    if root is not None and not root.is_dir():
+        raise ValueError(f"no folder {root}: give the one that holds the data sets (--data-root)")
+    found = _data(recipe, root)
+    if isinstance(recipe, PhotoRecipe):
+        recipe = recipe.on(found.pairs)
+    methods = [recipe.method(name) for name in names]
+    lines = [f"{recipe.name}: {recipe.summary}", "", "configuration, each line an argument of --set:"]
+    lines += [f"  {line}" for line in _settings(recipe)]
+    lines += [
+        "",
+        "methods, what makes them differ from FLYP (--set methods.NAME.SETTING=VALUE):",
+    ]
+    for m in methods:
+        own = ", ".join(f"{k}={v}" for k, v in m.settings().items() if k != "name")
+        lines.append(f"  {m.name}: {own or 'nothing'}")
+    other = ", ".join(f.name for f in fields(Method) if f.name not in ("name", "summary"))
+    lines.append(f"  settings of a method: {other}")
+    lines += ["", *_length(recipe, found), "", *_memory(recipe, methods, processes), "", *found.lines]
+    return "\n".join(lines)
+
+
+def _settings(recipe: Recipe) -> Iterator[str]:
+    """All but the methods'."""
+    for name, value in overrides.listed(recipe):
+        if name in ("name", "summary") or name.startswith("methods."):
+            continue
+        if isinstance(value, tuple) and len(value) > 6:
+            yield f"{name}=({value[0]!r}, ... {len(value)} in all)"
+        else:
+            yield f"{name}={value}"
+
+
+@dataclass(frozen=True)
+class _Found:
+    pairs: int
+    lines: list[str]
+
+
+def _data(recipe: Recipe, root: Path | None) -> _Found:
+    """How many training pairs there are, by what lies there or else as published, and what is missing."""
+    if not isinstance(recipe, PhotoRecipe):
+        return _Found(0, [f"data: {getattr(recipe, 'data', '')}" + (f" in {root}" if root else "")])
+    if root is None:
+        wanted = dict.fromkeys((*_sets(recipe.train), *recipe.tests))
+        lines = [f"  {name}: {imagenet.SETS[name].source}" for name in wanted]
+        pairs = IMAGENET_PAIRS if recipe.train in imagenet.SETS else 0
+        return _Found(pairs or recipe.finetune.batch_size, ["data: no --data-root given; it needs", *lines])
+    lines = [f"data in {root}:"]
+    findings = [check.check(name, root) for name in dict.fromkeys((*_sets(recipe.train), *recipe.tests))]
+    lines += [f"  {line}" for line in check.table(findings).splitlines()]
+    pairs = next((f.images for f in findings if f.name == recipe.train), 0)
+    for where in (recipe.train, recipe.anchors):
+        if where is not None and where not in imagenet.SETS:
+            try:
+                count = len(captioned.load(where, root))
+                lines.append(f"  {where}: {count:,} pairs")
+            except (OSError, ValueError, ImportError) as error:
+                count = 0
+                lines.append(f"  {where}: {error}")
+            pairs = count if where == recipe.train else pairs
+    return _Found(pairs or IMAGENET_PAIRS, lines)
+
+
+def _sets(where: str) -> tuple[str, ...]:
+    return (where,) if where in imagenet.SETS else ()
+
+
+def _length(recipe: Recipe, found: _Found) -> list[str]:
+    s = recipe.finetune
+    of = ""
+    if isinstance(recipe, PhotoRecipe):
+        each = -(-found.pairs // s.batch_size)
+        of = f": {found.pairs:,} pairs, {each:,} steps an epoch"
+        if found.pairs < s.batch_size:
+            of += f"; too few for batch_size {s.batch_size}, training would refuse"
+    at = dict.fromkeys(step for step in (0, s.warmup - 1, s.warmup, s.steps - 1) if 0 <= step < s.steps)
+    rates = ", ".join(f"{s.learning_rate_at(step):.4g} at step {step}" for step in at)
+    return [f"length: {s.steps:,} optimizer steps of {s.batch_size}{of}", f"learning rate: {rates}"]
+
+
+def _memory(recipe: Recipe, methods: Sequence[Method], processes: int) -> list[str]:
+    """An estimate for each kind of method among these."""
+    kinds: dict[tuple[bool, str], list[str]] = {}
+    for m in methods:
+        if m.trains:
+            kinds.setdefault((m.kernel is not None, m.head), []).append(m.name)
+    if not kinds:
+        return ["memory: nothing is trained"]
+    rows = []
+    for (teacher, head), names in kinds.items():
+        m = memory(recipe.model, recipe.finetune, teacher, head, processes)
+        row = {"GiB of": ", ".join(names)}
+        row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(m).items(), ("total", m.total))}
+        rows.append(row)
+    own = f", each of {processes} processes" if processes > 1 else ""
+    return [f"memory, at the least{own}:", *(f"  {line}" for line in report.aligned(rows).splitlines())]
