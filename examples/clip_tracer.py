@@ -164,6 +164,7 @@ def main(arguments: Arguments) -> None:
             recipe, output, root=arguments.data_root, download=arguments.download,
             cache=arguments.cache, device=device, workers=arguments.workers, say=study.say,
         )  # fmt: skip
+        run.check(names)
         recipe = run.recipe
         study.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
         with study.resumable(output), logs.to(arguments.log, output):

@@ -50,11 +50,13 @@ def _changed(config: Any, path: Sequence[str], text: str, whole: str) -> Any:
         if not _parts(parts[first]):
             raise ValueError(f"unknown setting {whole!r}: {whole[: -len('.'.join(rest)) - 1]!r} has no parts")
         value = _changed(parts[first], rest, text, whole)
-    elif isinstance(config, Mapping) or is_dataclass(parts[first]) or isinstance(parts[first], Mapping):
+    elif is_dataclass(parts[first]) or isinstance(parts[first], Mapping):
         inner = ", ".join(f"{whole}.{p}" for p in _parts(parts[first]))
         raise ValueError(f"{whole!r} is not one value: set one of its parts, {inner}")
     else:
-        value = _read(text, typing.get_type_hints(type(config))[first], whole)
+        of_mapping = isinstance(config, Mapping)
+        kind = type(parts[first]) if of_mapping else typing.get_type_hints(type(config))[first]
+        value = _read(text, kind, whole)
     if isinstance(config, Mapping):
         return {**config, first: value}
     return replace(config, **{first: value})

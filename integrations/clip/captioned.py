@@ -94,8 +94,16 @@ class Table:
         self.file = file
         self.files: list[str] = []
         self.captions: list[str] = []
+        try:
+            self.labels = self._fill()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not text in UTF-8 ({error}): get it again") from error
+        if not self.files:
+            raise ValueError(f"{file} has no rows: give at least one image with a caption")
+
+    def _fill(self) -> Tensor | None:
         labels: list[int] = []
-        with file.open(newline="", encoding="utf-8") as stream:
+        with self.file.open(newline="", encoding="utf-8") as stream:
             header = stream.readline()
             stream.seek(0)
             rows = csv.reader(stream, delimiter="\t" if "\t" in header else ",")
@@ -107,9 +115,7 @@ class Table:
                 self.captions.append(row[caption])
                 if label is not None:
                     labels.append(self._number(row[label], rows.line_num))
-        if not self.files:
-            raise ValueError(f"{file} has no rows: give at least one image with a caption")
-        self.labels = None if label is None else torch.tensor(labels)
+        return None if label is None else torch.tensor(labels)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -139,7 +145,7 @@ class Table:
                         f"{columns}; it is cut off there or damaged: get it again, or mend the line"
                     )
                 yield row
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise ValueError(f"{self.file}, line {rows.line_num}: {error}: get it again") from error
 
     def _number(self, text: str, line: int) -> int:

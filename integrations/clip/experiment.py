@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -95,6 +95,7 @@ class Experiment:
         self.device = torch.device(device)
         self.cache = cache or default_cache()
         self.world: World
+        torch.manual_seed(recipe.finetune.seed)  # of towers without weights
         if isinstance(recipe, PhotoRecipe):
             self.towers, tokenizer = build(recipe.model, recipe.pretrained)
             self.world = PhotoWorld(recipe, self.towers, tokenizer, root=root, workers=workers)
@@ -128,6 +129,28 @@ class Experiment:
             checkpoint=file, label="pre-training", progress=self.progress,
         )  # fmt: skip
         return pretrained.seconds
+
+    def check(self, names: Sequence[str]) -> None:
+        """See that methods can run on this data, before any of them takes its time.
+
+        Raises:
+            ValueError: One cannot; it says what it needs.
+        """
+        for name in names:
+            method = self.recipe.method(name)
+            trained = method if method.merge is None else self.recipe.method(method.merge.of)
+            if method.merge is not None and not trained.trains:
+                raise ValueError(f"merge of {trained.name!r}, which is not trained: choose a method that is")
+            if trained.head == "linear" and trained.trains and not self.world.labelled:
+                raise ValueError(
+                    f"method {name!r} has a linear head and needs labels, the data has captions only: give "
+                    "the table a label column, or leave the method out"
+                )
+            if trained.anchors and self.world.anchors(self.recipe.finetune) is None:
+                raise ValueError(
+                    f"method {name!r} needs anchor pairs, image-text pairs like those of pre-training: give "
+                    "some (--set anchors=FILE), or leave the method out"
+                )
 
     def run(
         self, name: str, seed: int = 0, after_step: Callable[[int], None] | None = None
@@ -220,8 +243,6 @@ class Experiment:
     def _merged(self, merge: Merge, seed: int) -> Finished:
         """Weights between the pretrained and fine-tuned ones, and the seconds of all fine-tuning."""
         method = self.recipe.method(merge.of)
-        if not method.trains:
-            raise ValueError(f"merge of {merge.of!r}, which is not trained: choose a method that is")
         student = started(method, deepcopy(self.towers), self.prompts)
         ends = [self._finished(method, merge.models * seed + i) for i in range(merge.models)]
         states = [end.student.state_dict() for end in ends]

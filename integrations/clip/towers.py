@@ -144,7 +144,7 @@ def build(
             f"model {model!r} has a logit bias (SigLIP); the contrastive objective here has none: take a "
             "CLIP model"
         )
-    with _quiet_about_random_weights(pretrained is None):
+    with _quiet_about_random_weights(pretrained is None), torch.device(device):
         clip = open_clip.create_model(
             model, pretrained=pretrained, load_weights=pretrained is not None, device=device
         )

@@ -33,9 +33,11 @@ class World(Protocol):
         prompts: Classes, templates, tokenizer.
         tests: By name; the first is in-distribution.
         validation: Likewise, for every choice that is made by looking at results.
+        labelled: Whether training pairs have classes.
     """
 
     prompts: Prompts
+    labelled: bool
     tests: Mapping[str, Scorer]
     validation: Mapping[str, Scorer]
 
@@ -65,6 +67,8 @@ class DigitsWorld:
     Raises:
         FileNotFoundError: The data is not there.
     """
+
+    labelled = True
 
     def __init__(
         self,
@@ -156,6 +160,7 @@ class PhotoWorld:
         self.recipe, self._workers = recipe, workers
         self.prompts = Prompts(imagenet.CLASSES, recipe.templates, tokenizer)
         self.train = captioned.load(recipe.train, root)
+        self.labelled = self.train.labels is not None
         self._anchors = None if recipe.anchors is None else captioned.load(recipe.anchors, root)
         seen = open_clip.get_model_preprocess_cfg(towers.clip)
         self._view = training_view(towers.image_size, seen["mean"], seen["std"], recipe.scale, recipe.flip)

@@ -41,6 +41,14 @@ def test_scores_are_their_definitions():
         ece_oracle(p, y) for p, y in zip(np.split(probabilities, 5), np.split(labels.numpy(), 5), strict=True)
     ]
     assert scores.ece_per_batch == pytest.approx(np.mean(parts), abs=1e-6)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels.numpy()
+    assert sum(share for *_, share in scores.reliability) == pytest.approx(1)
+    for mean, accuracy, share in scores.reliability:
+        inside = np.floor(10 * confidence) == np.floor(10 * mean)
+        assert (confidence[inside].mean(), right[inside].mean()) == pytest.approx((mean, accuracy), abs=1e-6)
+        assert share == pytest.approx(inside.mean())
+    gaps = sum(share * abs(accuracy - mean) for mean, accuracy, share in scores.reliability)
+    assert gaps == pytest.approx(scores.ece, abs=1e-6)
     assert scores.ece_per_batch > scores.ece
 
 
@@ -54,6 +62,11 @@ def test_summaries_average_over_the_shifts_only():
     assert record["ece"] == pytest.approx(0.3)
     assert record["ece_per_batch"] == pytest.approx(0.4)
     assert record["id_ece"] == 0.1
+
+
+def test_without_shifts_there_are_no_means():
+    record = summarise({"imagenet": Scores(90, 0.1, 0.2)}, "imagenet")
+    assert (record["id"], record["ood"], record["ece"], record["ood_per_shift"]) == (90, None, None, {})
 
 
 def test_an_empty_set_is_an_error():

@@ -6,19 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tiny_clip import SOURCE, pairs
 
 from wmateacher.integrations.clip import guidance, recipes
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.heads import Classifier, Prompts, head_of, towers_of, zero_shot
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
 from wmateacher.integrations.clip.objective import Objective, cross_frobenius, orthogonality
-from wmateacher.integrations.clip.pairs import Batch, DrawnPairs, joined
+from wmateacher.integrations.clip.pairs import Batch, joined
 from wmateacher.integrations.clip.towers import build
 from wmateacher.integrations.clip.training import Settings, fit, started
-from wmateacher.integrations.digits import NARROW, WIDE, load
+from wmateacher.integrations.digits import NARROW, WIDE
 from wmateacher.posthoc import interpolate, model_stock
 
-SOURCE = load("digits")
 SETTINGS = Settings(steps=8, learning_rate=1e-3, batch_size=16, warmup=2, checkpoint_every=3)
 TRAINED = [name for name, method in METHODS.items() if method.trains]
 LINEAR = [name for name in TRAINED if METHODS[name].head == "linear"]
@@ -38,13 +38,6 @@ def towers(pretrained):
 @pytest.fixture(scope="module")
 def prompts(pretrained):
     return Prompts(SOURCE.classes, SOURCE.templates, pretrained[1])
-
-
-def pairs(towers, prompts, domain=NARROW, batch_size=16):
-    return DrawnPairs(
-        SOURCE.val, domain, prompts.classes, prompts.templates, prompts.tokenizer,
-        size=towers.image_size, batch_size=batch_size, seed=3,
-    )  # fmt: skip
 
 
 def moved(student):
@@ -317,6 +310,7 @@ def experiment(tmp_path_factory):
     methods = {
         f"wise-{a:g}": replace(METHODS["wise-ft"], name=f"wise-{a:g}", merge=Merge("ft", a)) for a in (0, 1)
     }
+    methods["wise-wise"] = replace(METHODS["wise-ft"], name="wise-wise", merge=Merge("wise-ft", 0.3))
     methods["wise-tracer"] = replace(METHODS["wise-ft"], name="wise-tracer", merge=Merge("tracer", 0.3))
     recipe = replace(recipe, methods={**recipe.methods, **methods})
     made = Experiment(recipe, folder / "out", cache=folder / "cache", progress=False)
@@ -360,7 +354,7 @@ def test_merged_weights_are_those_of_posthoc(experiment):
 
 def test_only_trained_methods_are_merged(experiment):
     with pytest.raises(ValueError, match="merge of 'wise-ft', which is not trained: choose a method that is"):
-        experiment._merged(Merge("wise-ft", alpha=0.5), 0)
+        experiment.check(["flyp", "wise-wise"])
 
 
 @pytest.mark.parametrize("name", ["lp-ft", "tracer"])

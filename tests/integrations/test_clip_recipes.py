@@ -1,11 +1,13 @@
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from wmateacher.integrations import digits
-from wmateacher.integrations.clip import recipes
+from wmateacher.integrations.clip import imagenet, recipes
 from wmateacher.integrations.clip.experiment import Experiment
+from wmateacher.integrations.clip.methods import METHODS
 from wmateacher.integrations.digits import Split
 
 
@@ -43,6 +45,83 @@ def test_toy_colours_multiply_normalised_pixels():
     mean, std = 0.1307, 0.3081
     factors = torch.tensor([0.8, 0.2, 0.2])[None, :, None, None]
     torch.testing.assert_close((drawn - mean) / std, (grey - mean) / std * factors, rtol=1e-4, atol=1e-5)
+
+
+# --- the paper's main experiment ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "rate", "decay", "batch", "steps", "fd", "strength", "c_f"),
+    [
+        ("imagenet-vit-b-16", "ViT-B-16-quickgelu", 1e-5, 0.1, 512, 25_030, 2000 / 512, 0.9, 0.05),
+        ("imagenet-vit-l-14", "ViT-L-14-quickgelu", 1e-5, 0.1, 224, 57_200, 2000 / 768, 0.9, 0.05),
+        ("imagenet-rn50", "RN50-quickgelu", 9e-6, 0.02, 512, 25_030, 200 / 1024, 0.01, 0.01),
+    ],
+)
+def test_the_imagenet_recipes_are_the_published_ones(
+    name, model, rate, decay, batch, steps, fd, strength, c_f
+):
+    recipe = recipes.get(name)
+    s = recipe.finetune
+    assert (recipe.model, recipe.pretrained, recipe.epochs) == (model, "openai", 10)
+    assert (s.learning_rate, s.weight_decay, s.batch_size, s.steps) == (rate, decay, batch, steps)
+    assert (s.warmup, s.precision, s.clip_norm) == (500, "bf16", None)
+    assert recipe.on(1_281_167).finetune == s
+    assert recipe.on(1_281_167).evaluate_every == steps // 10
+    assert [s.learning_rate_at(step) for step in (0, 499, 500)] == pytest.approx([rate / 500, rate, rate])
+    last = rate / 2 * (1 + math.cos(math.pi * (steps - 501) / (steps - 500)))
+    assert s.learning_rate_at(steps - 1) == pytest.approx(last)
+    assert recipe.scale == (0.9, 1.0)
+    assert len(recipe.templates) == 80
+    assert recipe.tests == ("imagenet", *imagenet.SHIFTS)
+    tracer = recipe.method("tracer")
+    assert tracer.distillation == f"{fd!r}*fd + crd + icl + cross_kd"
+    assert (tracer.kernel, tracer.update_every, tracer.orthogonality) == ("beta(0.5,0.5)", 1, 0.0)
+    assert (tracer.strength, tracer.cross_frobenius) == (strength, c_f)
+    ema, carot, flyp, ft = (recipe.method(m) for m in ("ema", "carot", "flyp", "ft"))
+    same = {"name": "", "summary": "", "kernel": "static", "orthogonality": 0.0}
+    assert replace(ema, **same) == replace(tracer, **same)
+    assert (ema.orthogonality, carot.orthogonality, carot.strength) == (0.2, 0.2, 1.5)
+    assert (carot.cross_frobenius, carot.update_every, carot.distillation) == (c_f, 500, "paired_ce")
+    assert flyp.settings() == {"name": "flyp"}
+    assert ft.rate * 1e-5 == pytest.approx(3e-5)
+    assert ft.clip_norm == 1.0
+    assert set(recipe.methods) == set(METHODS)
+
+
+def test_other_pairs_make_other_steps_and_a_warm_up_of_at_most_a_tenth():
+    recipe = recipes.get("imagenet-vit-b-16")
+    other = recipe.on(5_000)
+    assert (other.finetune.steps, other.finetune.warmup, other.evaluate_every) == (100, 10, 10)
+    assert recipe.changed("evaluate_every=7").on(5_000).evaluate_every == 7
+    assert recipe.changed("epochs=1").on(5_000).finetune.steps == 10
+    for fixed in (recipe.changed("finetune.steps=77"), recipe.with_steps(77)):
+        assert fixed.on(5_000).finetune.steps == 77
+        assert fixed.on(5_000).evaluate_every == 10
+    assert recipe.with_steps(None) == recipe
+    assert recipe.changed("finetune.batch_size=256").on(1_281_167).finetune.steps == 10 * 5005
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epochs=0", "epochs must be at least 1, got 0"),
+        ("tests=('imagenet-v3',)", "unknown data set 'imagenet-v3' in tests; did you mean 'imagenet-v2'"),
+        ("tests=()", "tests must have at least one data set: the first is in-distribution"),
+        (
+            "templates=('a photo',)",
+            r"templates must be captions with one {} for the class, got \['a photo'\]",
+        ),
+        ("scale=(0.9,)", r"scale must be two shares of an image such as \(0.9, 1.0\), got \(0.9,\)"),
+        ("flip=2", "flip must be a probability, got 2.0"),
+        ("evaluate_every=-1", "evaluate_every must be at least 0, got -1: 0 is at the end only"),
+        ("methods.tracer.kernel=None", "kernel=None and distillation=.*: give both or neither"),
+        ("finetune.precision=fp8", "finetune.precision must be 'fp32' or 'bf16' or 'fp16', got 'fp8'"),
+    ],
+)
+def test_bad_values_of_photo_recipes(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.get("imagenet-vit-b-16").changed(assignment)
 
 
 def test_unknown_names_list_what_there_is():

@@ -216,6 +216,17 @@ def test_steps_that_the_scaler_skips_do_not_count_for_the_teacher():
     assert len(fitted.losses) == 30
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_compiled_towers_change_no_number():
+    whole, compiled = (run("car-ft", settings=replace(SETTINGS, compile=on)) for on in (False, True))
+    assert compiled.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert compiled.gaps == pytest.approx(whole.gaps, rel=1e-4)
+    assert compiled.student.state_dict().keys() == whole.student.state_dict().keys()
+    assert compiled.student._compiled_call_impl is not None
+    assert compiled.teacher.module._compiled_call_impl is not None
+
+
 @pytest.mark.parametrize("method", ["tracer", "ft"])
 def test_checkpointed_activations_change_no_number(method):
     kept, computed = (run(method, settings=replace(SETTINGS, grad_checkpointing=on)) for on in (False, True))

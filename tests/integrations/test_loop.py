@@ -1,6 +1,7 @@
 import os
 import resource
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -139,6 +140,86 @@ def test_tensorboard_has_every_step_once_also_of_a_resumed_run(tmp_path):
     assert scalars(tmp_path / "tensorboard/run") == scalars(tmp_path / "tensorboard/whole")
     loop.train(Line(5), label="outside")
     assert not (tmp_path / "tensorboard/outside").exists()
+
+
+def wandb_records(file):
+    """What Weights & Biases wrote: a log in LevelDB's format, after a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, joined = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 32_768 - at % 32_768 < 7:  # the rest of a block
+            at += 32_768 - at % 32_768
+            continue
+        length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        joined += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            record = Record()
+            record.ParseFromString(joined)
+            yield record
+            joined = b""
+
+
+def test_wandb_has_every_step_of_a_resumed_run(tmp_path, monkeypatch):
+    """Offline, in its own process; read back from what it keeps."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def stop(step):
+        if step == 47:
+            raise KeyboardInterrupt
+
+    options = {"label": "run", "checkpoint": tmp_path / "run.pt", "checkpoint_every": 30}
+    with pytest.raises(KeyboardInterrupt), logs.to(["wandb"], tmp_path):
+        loop.train(Line(), after_step=stop, **options)
+    with logs.to(["wandb", "tensorboard"], tmp_path):
+        record = loop.train(Line(), **options)
+    found, names = {}, set()
+    for file in sorted(tmp_path.glob("wandb/*/*.wandb"), key=lambda f: f.stat().st_mtime):
+        names.add(file.name)
+        for entry in wandb_records(file):
+            values = {i.key or i.nested_key[0]: float(i.value_json) for i in entry.history.item}
+            if "loss" in values:
+                found[int(values["_step"])] = values["loss"]
+    assert len(names) == 1  # one run there, which was gone on with
+    assert found == pytest.approx(dict(record.series["loss"]))
+    assert scalars(tmp_path / "tensorboard/run") == pytest.approx({k: v for k, v in found.items() if k > 30})
+
+
+def test_unknown_logs_list_what_there_is(tmp_path):
+    with pytest.raises(ValueError, match="unknown log 'tensorbord'; did you mean 'tensorboard'"):
+        logs.to(["tensorbord"], tmp_path).__enter__()
+
+
+def test_figures_are_logged_at_their_steps_survive_a_resume_and_are_not_training(tmp_path):
+    def evaluate(pause=0.0):
+        def figures():
+            time.sleep(pause)
+            return {"accuracy": 1.0 + len(seen)}
+
+        return figures
+
+    seen = []
+    whole = loop.train(Line(), evaluate=evaluate(0.2), evaluate_every=25, after_step=seen.append)
+    assert [step for step, _ in whole.series["accuracy"]] == [25, 50]  # of 60
+    assert whole.values("accuracy") == [25.0, 50.0]
+    assert whole.seconds < 0.2
+    exact = loop.train(Line(50), evaluate=evaluate(), evaluate_every=25)
+    assert [step for step, _ in exact.series["accuracy"]] == [25]  # the end has its own
+
+    def stop(step):
+        seen.append(step)
+        if step == 47:
+            raise KeyboardInterrupt
+
+    seen.clear()
+    options = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 30, "evaluate_every": 25}
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(Line(), evaluate=evaluate(), after_step=stop, **options)
+    del seen[30:]
+    resumed = loop.train(Line(), evaluate=evaluate(), after_step=seen.append, **options)
+    assert resumed.series["accuracy"] == whole.series["accuracy"]
 
 
 @pytest.mark.slow

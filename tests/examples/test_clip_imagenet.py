@@ -1,0 +1,259 @@
+"""The paper's main recipe, by its own command, on a generated miniature of every data set."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from wmateacher.integrations.clip import imagenet
+from wmateacher.integrations.clip.methods import METHODS
+
+TESTS = Path(__file__).parents[1]
+sys.path.insert(0, str(TESTS / "integrations"))
+sys.path.insert(0, str(TESTS.parent / "examples"))
+
+import clip_tracer  # noqa: E402
+from miniature import TINY, learnable, picture  # noqa: E402
+
+EXAMPLE = TESTS.parent / "examples" / "clip_tracer.py"
+SETS = ("imagenet", *imagenet.SHIFTS)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sets")
+    learnable(root)
+    return root
+
+
+def command(root, *more):
+    return [sys.executable, str(EXAMPLE), *TINY, *more, "--data-root", str(root)]
+
+
+def run(root, *more):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(root, *more), capture_output=True, text=True, env=environment)
+
+
+def rows(file):
+    return list(csv.DictReader(file.read_text().splitlines()))
+
+
+@pytest.mark.slow
+def test_all_methods_by_the_real_command_and_what_can_be_learnt_is_learnt(sets, tmp_path):
+    out = tmp_path / "out"
+    done = run(
+        sets, "finetune.learning_rate=3e-3", "methods.ft.rate=1", "epochs=15", "evaluate_every=30",
+        "--methods", "all", "--compare-paper", "--workers", "1", "--output", str(out),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["methods"]) == set(METHODS)
+    assert results["config"]["finetune"]["steps"] == 60
+    for name, record in results["methods"].items():
+        assert tuple(record["ood_per_shift"]) == imagenet.SHIFTS, name
+        assert (record["teacher"] is not None) == (METHODS[name].kernel is not None)
+    # Colours tell the classes apart, so that a classifier of them gets every set right, if each set's
+    # folders, subsets and mappings lead to the same classes.
+    ft = results["methods"]["ft"]
+    assert ft["id"] == 100
+    assert set(ft["ood_per_shift"].values()) == {100}
+    assert results["methods"]["zero-shot"]["id"] < 50
+    watched = rows(out / "epochs/tracer-0.csv")
+    assert {(r["step"], r["model"]) for r in watched} == {
+        (step, model) for step in ("30", "60") for model in ("student", "teacher")
+    }
+    assert {r["set"] for r in watched} == set(SETS)
+    reliable = rows(out / "reliability/tracer-0.csv")
+    assert {(r["model"], r["set"]) for r in reliable} == {
+        (m, s) for m in ("student", "teacher") for s in SETS
+    }
+    for picture_of in ("methods", "reliability", "epochs"):
+        assert (out / f"{picture_of}.png").read_bytes().startswith(b"\x89PNG")
+    text = " ".join(done.stdout.split())
+    assert "method ID imagenet-v2 imagenet-r imagenet-a imagenet-sketch objectnet mean OOD" in text
+    assert "teacher of ID mean OOD OOD ECE" in text
+    assert "method IN V2 R A Sketch ObjNet Avg Avg of 4 ECE" in text
+    assert "tracer paper 82.76 74.14 79.33 54.92 53.69 58.26 64.07 65.46 0.073" in text
+    assert f"ft difference {100 - 82.83:+.2f} {100 - 72.57:+.2f}" in text
+    assert "tracer (seed 0), step 30, teacher: imagenet" in text
+
+
+def without_seconds(results):
+    if isinstance(results, dict):
+        return {k: without_seconds(v) for k, v in results.items() if k not in ("seconds", "environment")}
+    return [without_seconds(v) for v in results] if isinstance(results, list) else results
+
+
+@pytest.mark.slow
+def test_killed_five_times_at_random_steps_a_run_ends_with_the_same_numbers(sets, tmp_path):
+    arguments = (
+        "epochs=50", "evaluate_every=30", "finetune.checkpoint_every=7", "finetune.learning_rate=1e-3",
+        "--methods", "tracer",
+    )  # fmt: skip
+    whole = run(sets, *arguments, "--output", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    checkpoint = tmp_path / "killed/checkpoints/tracer-0.pt"
+    targets = sorted(random.Random(5).sample(range(10, 190), 5))
+    for target in targets:
+        victim = subprocess.Popen(
+            command(sets, *arguments, "--output", str(tmp_path / "killed")),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 200
+        while not checkpoint.exists() or torch.load(checkpoint, weights_only=True)["step"] < target:
+            assert victim.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        assert not (tmp_path / "killed/gaps").exists()  # it had not ended
+    resumed = run(sets, *arguments, "--output", str(tmp_path / "killed"))
+    assert resumed.returncode == 0, resumed.stderr
+    results = [json.loads((tmp_path / d / "results.json").read_text()) for d in ("whole", "killed")]
+    assert without_seconds(results[0]) == without_seconds(results[1])
+    for what in ("gaps", "epochs", "reliability"):
+        whole_table, killed_table = (
+            (tmp_path / d / what / "tracer-0.csv").read_text() for d in ("whole", "killed")
+        )
+        assert whole_table == killed_table
+    assert len(rows(tmp_path / "killed/gaps/tracer-0.csv")) == 200
+
+
+NO_ANCHORS = ("pretrained=None", "finetune.batch_size=8")
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path):
+    learnable(tmp_path)
+    return tmp_path
+
+
+def go(root, *assignments, **options):
+    """The program itself, in this process."""
+    at = TINY.index("--set")
+    given = {"recipe": "imagenet-vit-b-16", "model": "tiny-vit-16", "data_root": root, "methods": ("flyp",)}
+    settings = (*TINY[at + 1 :], "epochs=1", *assignments)
+    clip_tracer.main(
+        clip_tracer.Arguments(
+            **{**given, "set": settings, "output": root / "out", "device": "cpu", **options}
+        )
+    )
+    return json.loads((root / "out/results.json").read_text())
+
+
+@pytest.mark.parametrize("train", ["imagenet-train", "anchors.csv"])
+def test_corrupt_images_are_counted_and_lose_nothing(root, train):
+    for file in sorted((root / "imagenet/train").rglob("*.JPEG"))[:2]:
+        file.write_bytes(file.read_bytes()[:100])
+    next((root / "imagenet-r").rglob("*.jpg")).write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="cannot be read: the next image stands in"),
+        pytest.warns(
+            UserWarning, match="1 of 6 images cannot be read and are left out, such as .*imagenet-r"
+        ),
+    ):
+        results = go(root, f"train={train}", "epochs=2")
+    assert results["methods"]["flyp"]["runs"][0]["unreadable"] == 4  # two in each epoch
+
+
+def test_wrong_folders_and_tables_are_errors_before_anything_runs(root):
+    picture(root / "imagenet/train/n00000000/x.JPEG", 0)
+    with pytest.raises(ValueError, match="n00000000 is no class of imagenet-train: .*Move it out of there"):
+        go(root)
+    (root / "imagenet/train/n00000000").rename(root / "elsewhere")
+    table = root / "anchors.csv"
+    table.write_text(table.read_text().rstrip() + "\nimagenet/train/cut")
+    with pytest.raises(ValueError, match="anchors.csv, line 34: 1 columns where the first line has 2"):
+        go(root)
+    (root / "sketch").rename(root / "drawings")
+    table.write_text("filepath,title\n")
+    with pytest.raises(ValueError, match="anchors.csv has no rows"):
+        go(root)
+    with pytest.raises(
+        FileNotFoundError, match="no imagenet-sketch in .*; get https://github.com/HaohanWang"
+    ):
+        go(root, "anchors=None")
+    assert not (root / "out").exists()
+    results = go(root, "anchors=None", "tests=('imagenet', 'objectnet')")
+    assert list(results["methods"]["flyp"]["ood_per_shift"]) == ["objectnet"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data_root": None}, "needs the folder that holds its data sets, got root=None: pass root=DIR"),
+        ({"data": "mnist"}, "--data is for recipes of digits, got --recipe imagenet-vit-b-16"),
+        ({"pretrain_steps": 3}, "--pretrain-steps is for recipes of digits"),
+        ({"set": ("epoch=3",)}, "unknown setting 'epoch'; did you mean 'epochs'"),
+        (
+            {"set": ("pretrained=openai",)},
+            "unknown weights 'openai' for 'tiny-vit-16': neither a file nor a tag",
+        ),
+        (
+            {"methods": ("flyp", "arf"), "set": NO_ANCHORS},
+            "method 'arf' needs anchor pairs, .*--set anchors=FILE",
+        ),
+        (
+            {"recipe": "digits", "set": (), "compare_paper": True},
+            "the paper has no table for recipe 'digits'",
+        ),
+    ],
+)
+def test_bad_options(sets, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        go(sets, **{"output": tmp_path / "out", **options})
+
+
+def test_captions_without_labels_are_not_for_classifiers(sets, tmp_path):
+    with pytest.raises(
+        ValueError, match="'wise-ft' has a linear head and needs labels, the data has captions only"
+    ):
+        go(sets, "train=anchors.csv", methods=("flyp", "wise-ft"), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_balanced_batches_and_half_precision_by_the_command_line(sets, tmp_path):
+    given = clip_tracer.Arguments(
+        recipe="imagenet-vit-b-16", model="tiny-vit-16", data_root=sets, methods=("tracer",), device="cpu",
+        output=tmp_path / "out", log=("tensorboard",),
+        set=(
+            *TINY[TINY.index("--set") + 1 :], "epochs=2", "finetune.micro_batch=3", "sampling=balanced",
+            "finetune.grad_checkpointing=True", "finetune.precision=bf16", "evaluate_every=0",
+            "methods.tracer.strength=0.5",
+        ),
+    )  # fmt: skip
+    clip_tracer.main(given)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["config"]["methods"]["tracer"]["strength"] == 0.5
+    assert results["config"]["sampling"] == "balanced"
+    assert not (tmp_path / "out/epochs").exists()
+    assert list((tmp_path / "out/tensorboard").glob("tracer*/events*"))
+
+
+def test_a_dry_run_tells_all_and_writes_nothing(sets, tmp_path, capsys):
+    out, settings = tmp_path / "out", ("finetune.batch_size=8",)
+    clip_tracer.main(
+        clip_tracer.Arguments(
+            recipe="imagenet-vit-b-16",
+            data_root=sets,
+            dry_run=True,
+            output=out,
+            methods=("tracer",),
+            set=settings,
+        )
+    )
+    text = capsys.readouterr().out
+    assert "length: 40 optimizer steps of 8: 32 pairs, 4 steps an epoch" in text
+    assert "GiB of" in text
+    assert not out.exists()

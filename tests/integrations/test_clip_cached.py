@@ -1,0 +1,134 @@
+"""A batch in parts gives the gradients of the whole."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_clip import SOURCE, pairs
+from torch.nn import functional as F
+
+from wmateacher.integrations.clip import cached
+from wmateacher.integrations.clip.heads import Prompts
+from wmateacher.integrations.clip.methods import METHODS
+from wmateacher.integrations.clip.pairs import Batch
+from wmateacher.integrations.clip.towers import build
+from wmateacher.integrations.clip.training import Settings, fit, started
+from wmateacher.integrations.digits import WIDE
+from wmateacher.losses import PairedEmbeddings, info_nce
+
+SETTINGS = Settings(steps=3, learning_rate=1e-3, batch_size=16, warmup=1, checkpoint_every=2)
+
+
+class Small(torch.nn.Module):
+    """Towers with dropout and batch normalisation."""
+
+    def __init__(self):
+        super().__init__()
+        self.image = torch.nn.Sequential(
+            torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5)
+        )
+        self.text = torch.nn.Embedding(50, 8)
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.seen = []
+
+    def forward(self, images, tokens, caption):
+        image = self.image(images)
+        self.seen.append(image.detach().clone())
+        return PairedEmbeddings(
+            F.normalize(image, dim=-1), F.normalize(self.text(tokens), dim=-1)[caption], self.scale.exp()
+        )
+
+
+def batch(count=10):
+    caption = torch.arange(count) % 4
+    return Batch(torch.randn(count, 5), torch.arange(4), caption, torch.arange(count))
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_parts_make_the_batch():
+    whole = batch()
+    parts = cached.parts_of(whole, 4)
+    assert [len(p.images) for p in parts] == [4, 4, 2]
+    assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
+    assert torch.equal(torch.cat([p.tokens[p.caption] for p in parts]), whole.tokens[whole.caption])
+    assert torch.equal(torch.cat([p.labels for p in parts]), whole.labels)
+    assert len(parts[2].tokens) == 2  # only what it needs
+
+
+@pytest.mark.parametrize("size", [1, 3, 10])
+def test_gradients_are_those_of_the_whole(size):
+    model, whole = Small().eval(), batch()
+    info_nce(*model(*whole[:3])).backward()
+    expected = gradients(model)
+    other = deepcopy(model)
+    other.zero_grad()
+    held = cached.Cached(other, cached.parts_of(whole, size))
+    info_nce(*held.answers).backward()
+    held.backward()
+    found = gradients(other)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_dropout_is_the_same_in_both_passes_and_statistics_move_once():
+    model, whole = Small().train(), batch(12)
+    parts = cached.parts_of(whole, 4)
+    held = cached.Cached(model, parts)
+    assert model.image[1].num_batches_tracked == 0
+    torch.rand(7)  # what the losses draw in between
+    drawn = torch.get_rng_state()
+    info_nce(*held.answers).backward()
+    held.backward()
+    assert model.image[1].num_batches_tracked == 3
+    first, second = model.seen[:3], model.seen[3:]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    torch.manual_seed(7)
+    return build("tiny-vit-16")
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.trains])
+def test_every_method_trains_alike_in_parts(pretrained, name):
+    method, ends = METHODS[name], []
+    prompts = Prompts(SOURCE.classes, SOURCE.templates, pretrained[1])
+    for micro_batch in (None, 5):
+        towers = deepcopy(pretrained[0])
+        fitted = fit(
+            started(method, towers, prompts), method, pairs(towers, prompts),
+            replace(SETTINGS, micro_batch=micro_batch),
+            prompts=prompts, anchors=pairs(towers, prompts, WIDE), progress=False,
+        )  # fmt: skip
+        ends.append(fitted)
+    whole, parts = ends
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
+    assert parts.gaps == pytest.approx(whole.gaps, rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_reaches_all_weights_in_parts(pretrained, precision):
+    """What autocast keeps of the first pass, which has no graph, must not serve the second."""
+    towers = deepcopy(pretrained[0])
+    before = deepcopy(towers.state_dict())
+    prompts = Prompts(SOURCE.classes, SOURCE.templates, pretrained[1])
+    settings = replace(SETTINGS, micro_batch=5, precision=precision, steps=2, warmup=0)
+    fitted = fit(towers, METHODS["tracer"], pairs(towers, prompts), settings, progress=False)
+    assert fitted.teacher.step > 0
+    moved = [
+        name for name, value in fitted.student.state_dict().items() if not torch.equal(value, before[name])
+    ]
+    trained = {name for name, _ in towers.named_parameters()}
+    assert trained <= set(moved) | {"clip.token_embedding.weight"}
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0: None is all at once"):
+        replace(SETTINGS, micro_batch=0)
