@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,6 @@ class Cached:
             torch.cuda.set_rng_state(state[1], self._device)
 
 
-def _joined(given: list[NamedTuple]) -> Any:
+def _joined(given: list[Any]) -> Any:
     fields = zip(*given, strict=True)
     return type(given[0])(*(torch.cat(f) if f[0].ndim else f[-1] for f in fields))

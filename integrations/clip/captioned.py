@@ -63,7 +63,7 @@ class Folder:
 
     def __init__(self, name: str, root: Path):
         self.photos = imagenet.load(name, root).images
-        self.labels = self.photos.labels
+        self.labels: Tensor | None = self.photos.labels
 
     def __len__(self) -> int:
         return len(self.photos)

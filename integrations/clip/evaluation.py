@@ -91,10 +91,10 @@ def _read(
         )
 
 
-def _own_parts(count: int, batch_size: int) -> list[range]:
+def _own_parts(count: int, batch_size: int) -> list[list[int]]:
     """The indices of each batch's images that this process reads."""
     batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    return [batch[processes.own(len(batch))] for batch in batches]
+    return [list(batch[processes.own(len(batch))]) for batch in batches]
 
 
 class _Readable(Dataset[Any]):

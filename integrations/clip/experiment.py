@@ -98,8 +98,8 @@ class Experiment:
         torch.manual_seed(recipe.finetune.seed)  # of towers without weights
         if isinstance(recipe, PhotoRecipe):
             self.towers, tokenizer = build(recipe.model, recipe.pretrained)
-            self.world = PhotoWorld(recipe, self.towers, tokenizer, root=root, workers=workers)
-            self.recipe = recipe.on(len(self.world.train))
+            photos = PhotoWorld(recipe, self.towers, tokenizer, root=root, workers=workers)
+            self.world, self.recipe = photos, recipe.on(len(photos.train))
         elif isinstance(recipe, DigitsRecipe):
             torch.manual_seed(recipe.pretrain.seed)
             self.towers, tokenizer = build(recipe.model)

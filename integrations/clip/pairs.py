@@ -39,8 +39,12 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        tensors = (t if t is None else t.to(device, non_blocking=True) for t in self[:4])
-        return Batch(*tensors, self.unreadable)  # type: ignore[arg-type]
+
+        def there(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        labels = None if self.labels is None else there(self.labels)
+        return Batch(there(self.images), there(self.tokens), there(self.caption), labels, self.unreadable)
 
 
 def joined(first: Batch, second: Batch) -> Batch:

@@ -205,9 +205,9 @@ def _memory(recipe: Recipe, methods: Sequence[Method], processes: int) -> list[s
         return ["memory: nothing is trained"]
     rows = []
     for (teacher, head), names in kinds.items():
-        m = memory(recipe.model, recipe.finetune, teacher, head, processes)
+        takes = memory(recipe.model, recipe.finetune, teacher, head, processes)
         row = {"GiB of": ", ".join(names)}
-        row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(m).items(), ("total", m.total))}
+        row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(takes).items(), ("total", takes.total))}
         rows.append(row)
     own = f", each of {processes} processes" if processes > 1 else ""
     return [f"memory, at the least{own}:", *(f"  {line}" for line in report.aligned(rows).splitlines())]

@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 
 from wmateacher.integrations import digits, loop, processes
 from wmateacher.integrations.clip import captioned, imagenet
-from wmateacher.integrations.clip.evaluation import Labelled, Scorer, Scores, score, score_set
+from wmateacher.integrations.clip.evaluation import Labelled, Scorer, score, score_set
 from wmateacher.integrations.clip.heads import Prompts
 from wmateacher.integrations.clip.pairs import Batch, DrawnPairs, normalise
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
@@ -84,10 +84,8 @@ class DigitsWorld:
             self.source = digits.load(recipe.data, root, download=download)
         self.train = self.source.train.subset(recipe.train_images)
         self.prompts = Prompts(self.source.classes, self.source.templates, tokenizer)
-        tests = {"id": recipe.narrow, **recipe.shifts}
-        self.tests = {name: self.scorer(self.source.test, domain) for name, domain in tests.items()}
-        held = {"id": recipe.narrow, "wide": recipe.wide}
-        self.validation = {name: self.scorer(self.source.val, domain) for name, domain in held.items()}
+        self.tests = self._scorers(self.source.test, {"id": recipe.narrow, **recipe.shifts})
+        self.validation = self._scorers(self.source.val, {"id": recipe.narrow, "wide": recipe.wide})
 
     def drawn(self, domain: Domain, settings: Settings) -> DrawnPairs:
         """Training digits in a domain."""
@@ -104,13 +102,13 @@ class DigitsWorld:
         """In the pre-training domain."""
         return self.drawn(self.recipe.wide, settings)
 
-    def scorer(self, split: Split, domain: Domain) -> Scorer:
-        """Scores on a split drawn in a domain, always the same way."""
+    def _scorers(self, split: Split, domains: Mapping[str, Domain]) -> Mapping[str, Scorer]:
+        """Scores on a split drawn in each domain, always the same way."""
 
-        def scored(towers: Towers, head: Tensor) -> Scores:
-            return score(towers, head, self._batches(split, domain))
+        def scorer(domain: Domain) -> Scorer:
+            return lambda towers, head: score(towers, head, self._batches(split, domain))
 
-        return scored
+        return {name: scorer(domain) for name, domain in domains.items()}
 
     def _batches(self, split: Split, domain: Domain) -> Labelled:
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -167,7 +165,7 @@ class PhotoWorld:
         view = open_clip.image_transform(
             towers.image_size, is_train=False, mean=seen["mean"], std=seen["std"]
         )
-        self.tests: dict[str, Scorer] = {
+        self.tests: Mapping[str, Scorer] = {
             name: partial(
                 score_set, test=imagenet.load(name, root), transform=view,
                 batch_size=recipe.evaluation_batch, workers=workers,

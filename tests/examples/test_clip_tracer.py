@@ -17,6 +17,7 @@ sys.path.insert(0, str(EXAMPLE.parent))
 import clip_tracer  # noqa: E402
 
 SHORT = ("--pretrain-steps", "30", "--steps", "12", "--model", "tiny-vit-16")
+SMALL = ("finetune.checkpoint_every=30", "finetune.batch_size=32", "pretrain.batch_size=32")
 
 
 def command(tmp_path, *arguments, short=SHORT):
@@ -71,13 +72,16 @@ def test_all_methods_leave_a_table_results_gaps_and_a_picture(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path, capsys):
+    options = {
+        "model": "tiny-vit-16", "pretrain_steps": 30, "steps": 90, "seeds": 2, "cache": tmp_path / "cache",
+        "set": SMALL, "methods": ("zero-shot", "tracer"), "device": "cpu",
+    }  # fmt: skip
+    clip_tracer.main(clip_tracer.Arguments(**options, output=tmp_path / "whole"))
     chosen = (
-        "--model", "tiny-vit-16", "--pretrain-steps", "30", "--steps", "220", "--seeds", "2",
-        "--methods", "zero-shot", "tracer",
+        "--model", "tiny-vit-16", "--pretrain-steps", "30", "--steps", "90", "--seeds", "2",
+        "--set", *SMALL, "--methods", "zero-shot", "tracer",
     )  # fmt: skip
-    whole = run(tmp_path, *chosen, "--output", "whole", short=())
-    assert whole.returncode == 0, whole.stderr
     victim = subprocess.Popen(
         command(tmp_path, *chosen, "--output", "killed", short=()), cwd=tmp_path,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -90,25 +94,26 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path):
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     assert "tracer" not in json.loads((tmp_path / "killed/results.json").read_text())["methods"]
-    resumed = run(tmp_path, *chosen, "--output", "killed", short=())
-    assert resumed.returncode == 0, resumed.stderr
+    clip_tracer.main(clip_tracer.Arguments(**options, output=tmp_path / "killed"))
     results = [json.loads((tmp_path / d / "results.json").read_text()) for d in ("whole", "killed")]
     assert without_seconds(results[0]) == without_seconds(results[1])
     for seed in (0, 1):
         gaps = [(tmp_path / d / f"gaps/tracer-{seed}.csv").read_text() for d in ("whole", "killed")]
         assert gaps[0] == gaps[1]
-    assert "±" in resumed.stdout
+    assert "±" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_options_change_what_they_name(tmp_path):
-    done = run(
-        tmp_path, "--pretrain-steps", "30", "--steps", "12", "--model", "tiny-resnet-32",
-        "--output", "out", "--methods", "tracer", "--kernel", "ema(0.5)", "--strength", "0.25",
-        "--distillation", "3.90625*fd + crd", "--update-every", "3", "--published-clock",
-        short=(),
+    options = {
+        "pretrain_steps": 3, "steps": 6, "model": "tiny-resnet-32", "output": tmp_path / "out",
+        "cache": tmp_path / "cache", "methods": ("tracer",), "device": "cpu",
+    }  # fmt: skip
+    clip_tracer.main(
+        clip_tracer.Arguments(
+            **options, kernel="ema(0.5)", strength=0.25, distillation="3.90625*fd + crd", update_every=3,
+            published_clock=True, set=("finetune.batch_size=16", "methods.l2-sp.l2_sp=0.5"),
+        )
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "out/results.json").read_text())["config"]
     assert config["model"] == "tiny-resnet-32"
     assert config["methods"]["tracer"]["kernel"] == "ema(0.5)"
@@ -118,15 +123,13 @@ def test_options_change_what_they_name(tmp_path):
     assert config["methods"]["tracer"]["clock"] == "published"
     assert config["methods"]["ema"]["update_every"] == 1
     assert config["methods"]["static-sd"]["strength"] == 0.25
-    assert (config["pretrain"]["steps"], config["finetune"]["steps"]) == (30, 12)
-    again = run(
-        tmp_path, "--pretrain-steps", "30", "--steps", "12", "--model", "tiny-resnet-32",
-        "--output", "out", "--methods", "tracer", short=(),
-    )  # fmt: skip
-    assert again.returncode == 1
-    assert (
-        "holds results of another configuration (different: methods): choose another folder" in again.stderr
-    )
+    assert config["methods"]["l2-sp"]["l2_sp"] == 0.5
+    assert config["finetune"]["batch_size"] == 16
+    assert (config["pretrain"]["steps"], config["finetune"]["steps"]) == (3, 6)
+    with pytest.raises(
+        ValueError, match=r"of another configuration \(different: .*methods.*\): choose another"
+    ):
+        clip_tracer.main(clip_tracer.Arguments(**options))
 
 
 @pytest.mark.slow
@@ -140,30 +143,38 @@ def test_an_ablation_leaves_a_table_beside_the_papers_and_a_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("options", "message"),
     [
-        (("--methods", "trcer"), "error: unknown method 'trcer'; did you mean 'tracer'"),
-        (("--kernel", "bta(1,1)"), "error: unknown kernel 'bta'; did you mean 'beta'"),
-        (("--kernel", "beta(-1,1)"), "error: beta: a must be a finite number above 0, got -1"),
-        (("--recipe", "digit"), "error: unknown recipe 'digit'; did you mean 'digits'"),
+        ({"methods": ("trcer",)}, "unknown method 'trcer'; did you mean 'tracer'"),
+        ({"kernel": "bta(1,1)"}, "unknown kernel 'bta'; did you mean 'beta'"),
+        ({"kernel": "beta(-1,1)"}, "beta: a must be a finite number above 0, got -1"),
+        ({"recipe": "digit"}, "unknown recipe 'digit'; did you mean 'digits'"),
         (
-            ("--data", "mnist"),
-            "needs the folder that holds it, got root=None: pass root=DIR (--data-root DIR)",
+            {"data": "mnist"},
+            r"needs the folder that holds it, got root=None: pass root=DIR \(--data-root DIR\)",
         ),
-        (("--data", "mnist", "--data-root", "nowhere"), "error: no mnist in nowhere/MNIST/raw"),
-        (("--data", "svhn"), "error: unknown data 'svhn'"),
-        (("--model", "tiny-conv"), "error: unknown model 'tiny-conv'; did you mean 'tiny-conv-32'"),
-        (("--seeds", "0"), "error: --seeds must be at least 1, got 0"),
-        (("--steps", "0"), "error: steps must be at least 1, got 0"),
-        (("--device", "gpu"), "error: device 'gpu' cannot be used"),
+        ({"data": "mnist", "data_root": Path("nowhere")}, "no mnist in nowhere/MNIST/raw"),
+        ({"data": "svhn"}, "unknown data 'svhn'"),
+        ({"model": "tiny-conv"}, "unknown model 'tiny-conv'; did you mean 'tiny-conv-32'"),
+        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"set": ("finetune.rate=1",)}, "unknown setting 'finetune.rate'"),
+        ({"log": ("tensorbord",)}, "unknown log 'tensorbord'; did you mean 'tensorboard'"),
     ],
 )
-def test_bad_input_is_one_clear_line(tmp_path, arguments, message):
-    done = run(tmp_path, *arguments, short=())
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_found_before_anything_is_written(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        clip_tracer.main(clip_tracer.Arguments(**options))
     assert not (tmp_path / "runs").exists()
+
+
+def test_bad_input_is_one_clear_line(tmp_path):
+    done = run(tmp_path, "--methods", "trcer", short=())
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: unknown method 'trcer'; did you mean 'tracer'")
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
