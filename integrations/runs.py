@@ -69,6 +69,11 @@ class Results:
                     f"{', '.join(differing)}): choose another folder, or delete it"
                 )
 
+    def claim(self) -> None:
+        """Write the configuration down, before anything is trained, so that no other goes on here."""
+        if processes.is_first() and not self.file.exists():
+            write_json(self.content, self.file)
+
     def recorded(self, method: str, seed: int) -> dict[str, Any] | None:
         """The record of one run, if it is there."""
         all_runs = self.content["methods"].get(method, {}).get("runs", [])

@@ -10,10 +10,10 @@ from scipy.stats import spearmanr
 
 from wmateacher.integrations import report
 from wmateacher.integrations.clip import clocks
-from wmateacher.integrations.clip.methods import TRACER_TERMS, Merge, Method
+from wmateacher.integrations.clip.methods import Merge, Method
 from wmateacher.integrations.report import Results
 from wmateacher.posthoc import shares
-from wmateacher.spec import nearest
+from wmateacher.spec import nearest, parse_sum
 
 Published = tuple[float | None, float, float]
 """ImageNet, mean of the shifts, their ECE: ViT-B/16, three seeds."""
@@ -81,10 +81,23 @@ def _strengths(tracer: Method, steps: int, of: str) -> dict[str, Method]:
 
 
 def _terms(tracer: Method, steps: int, of: str) -> dict[str, Method]:
-    specs = {name: name for name in PUBLISHED["terms"]}
-    specs |= {"fd": "3.90625*fd", "fd+crd": "3.90625*fd + crd", "all": TRACER_TERMS}
-    made = {name: replace(tracer, distillation=spec) for name, spec in specs.items() if name != "none"}
-    return {"none": replace(tracer, kernel=None, distillation=None), **made}
+    made = {"none": replace(tracer, kernel=None, distillation=None)}
+    own = {
+        call.name: f"{c!r}*{call}" if c != 1 else str(call)
+        for c, call in parse_sum(tracer.distillation or "")
+    }
+    missing = [name for name in ("fd", "crd", "icl", "cross_kd") if name not in own]
+    if missing:
+        raise ValueError(
+            f"the ablation of terms takes them from tracer's distillation, {tracer.distillation!r} has no "
+            f"{missing[0]}: leave --distillation out"
+        )
+    for name in PUBLISHED["terms"]:
+        if name == "all":
+            made[name] = tracer
+        elif name != "none":
+            made[name] = replace(tracer, distillation=" + ".join(own[term] for term in name.split("+")))
+    return made
 
 
 def _intervals(tracer: Method, steps: int, of: str) -> dict[str, Method]:

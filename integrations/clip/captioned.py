@@ -103,7 +103,7 @@ class Table:
 
     def _fill(self) -> Tensor | None:
         labels: list[int] = []
-        with self.file.open(newline="", encoding="utf-8") as stream:
+        with self.file.open(newline="", encoding="utf-8-sig") as stream:
             header = stream.readline()
             stream.seek(0)
             rows = csv.reader(stream, delimiter="\t" if "\t" in header else ",")
@@ -139,6 +139,8 @@ class Table:
     def _whole(self, rows: Any, columns: int) -> Iterator[list[str]]:
         try:
             for row in rows:
+                if not row:  # a blank line
+                    continue
                 if len(row) != columns:
                     raise ValueError(
                         f"{self.file}, line {rows.line_num}: {len(row)} columns where the first line has "
@@ -268,6 +270,21 @@ def load(where: str, root: Path | None) -> Captioned:
     )
 
 
+def check_labels(data: Captioned, classes: int) -> None:
+    """See that labels, where there are any, number the classes.
+
+    Raises:
+        ValueError: One does not.
+    """
+    if data.labels is None:
+        return
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if not 0 <= low <= high < classes:
+        raise ValueError(
+            f"labels must be in 0 ... {classes - 1}, got {low} ... {high}: they number the classes"
+        )
+
+
 class FilePairs:
     """A `loop.Stream` of image-text pairs read from files.
 
@@ -288,8 +305,7 @@ class FilePairs:
         workers: Processes that read; 0: this one.
 
     Raises:
-        ValueError: A batch is larger than the data; balanced batches of images without labels; a label that
-            is no class.
+        ValueError: A batch is larger than the data; balanced batches of images without labels.
     """
 
     def __init__(
@@ -307,13 +323,6 @@ class FilePairs:
     ):
         self.data, self.tokenizer, self.seed = data, tokenizer, seed
         self.classes, self.templates = classes, templates
-        if data.labels is not None and not 0 <= int(data.labels.min()) <= int(data.labels.max()) < len(
-            classes
-        ):
-            raise ValueError(
-                f"labels must be in 0 ... {len(classes) - 1}, got {int(data.labels.min())} ... "
-                f"{int(data.labels.max())}: they number the classes"
-            )
         if sampling == "balanced":
             if data.labels is None:
                 raise ValueError(

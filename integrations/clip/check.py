@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from wmateacher.integrations import report
-from wmateacher.integrations.clip import imagenet
+from wmateacher.integrations.clip import captioned, imagenet
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,37 @@ def check(name: str, root: Path, read: bool = False, progress: bool = False) -> 
     except FileNotFoundError as error:
         return Finding(name, problems=(str(error),))
     try:
-        found = imagenet.load(name, root)
+        found = captioned.Folder(name, root)
     except (ValueError, OSError) as error:
         return Finding(name, where, problems=(str(error),))
-    images, classes = len(found.images), len(found.images.labels.unique())
+    images, classes = len(found), _classes(found)
     problems = []
     if classes != wanted.classes:
         problems.append(f"{classes} of {wanted.classes} classes have images; get {wanted.source}")
     if images != wanted.images:
         problems.append(f"{images:,} images where the published set has {wanted.images:,}")
     if read:
-        bad = _unreadable(found.images, name, progress)
-        problems += [f"cannot be read as an image: {file}" for file in bad]
+        problems += _unreadable(found, name, progress)
     return Finding(name, where, images, classes, tuple(problems))
+
+
+def check_pairs(where: str, root: Path, read: bool = False, progress: bool = False) -> Finding:
+    """Look at a table of captions, or at tar shards.
+
+    Args:
+        where: As `captioned.load` takes it, relative to `root`.
+        root: A folder.
+        read: As in `check`.
+        progress: As in `check`.
+    """
+    try:
+        found = captioned.load(where, root)
+    except FileNotFoundError as error:
+        return Finding(where, problems=(str(error),))
+    except (ValueError, OSError, ImportError) as error:
+        return Finding(where, root / where, problems=(str(error),))
+    problems = _unreadable(found, where, progress) if read else []
+    return Finding(where, root / where, len(found), _classes(found), tuple(problems))
 
 
 def table(findings: list[Finding]) -> str:
@@ -80,13 +98,17 @@ def table(findings: list[Finding]) -> str:
     return "\n".join([report.aligned(rows), *([""] if below else []), *below])
 
 
-def _unreadable(photos: imagenet.Photos, name: str, progress: bool) -> list[str]:
+def _classes(found: captioned.Captioned) -> int:
+    return 0 if found.labels is None else len(found.labels.unique())
+
+
+def _unreadable(found: captioned.Captioned, name: str, progress: bool) -> list[str]:
     bad = []
-    for i in tqdm(range(len(photos)), desc=name, unit="image", disable=None if progress else True):
+    for i in tqdm(range(len(found)), desc=name, unit="image", disable=None if progress else True):
         try:
-            photos[i]
+            found.read(i)
         except imagenet.UNREADABLE:
-            bad.append(photos.files[i])
+            bad.append(f"cannot be read as an image: {found.name(i)}")
     return bad
 
 
@@ -94,16 +116,25 @@ def main() -> None:
     """Check a data root; exit 1 where something is missing or wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m wmateacher.integrations.clip.check",
-        description="Look at a folder that holds ImageNet and the five sets it is shifted to.",
+        description="Look at a folder that holds ImageNet, the five sets it is shifted to, or captions.",
     )
     parser.add_argument("root", type=Path, metavar="DATA_ROOT", help="the folder that holds the sets")
-    parser.add_argument("--sets", nargs="+", choices=list(imagenet.SETS), help="only these")
+    parser.add_argument("--sets", nargs="*", choices=list(imagenet.SETS), help="only these; none: no set")
+    parser.add_argument(
+        "--pairs", nargs="+", default=[], metavar="FILE",
+        help="tables of captions (.csv, .tsv) and tar shards (cc3m-{0000..0331}.tar) to look at, too",
+    )  # fmt: skip
     parser.add_argument("--read", action="store_true", help="read every image, too, which takes long")
     arguments = parser.parse_args()
     if not arguments.root.is_dir():
         parser.error(f"no folder {arguments.root}: give the folder that holds the data sets")
-    names = arguments.sets or list(imagenet.SETS)
+    names = list(imagenet.SETS) if arguments.sets is None else arguments.sets
     findings = [check(name, arguments.root, arguments.read, progress=True) for name in names]
+    findings += [
+        check_pairs(where, arguments.root, arguments.read, progress=True) for where in arguments.pairs
+    ]
+    if not findings:
+        parser.error("nothing to look at: name sets or pairs")
     print(table(findings))
     sys.exit(any(f.problems for f in findings))
 

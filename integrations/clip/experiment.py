@@ -97,7 +97,8 @@ class Experiment:
         self.world: World
         torch.manual_seed(recipe.finetune.seed)  # of towers without weights
         if isinstance(recipe, PhotoRecipe):
-            self.towers, tokenizer = build(recipe.model, recipe.pretrained)
+            with processes.in_turn():  # the first may download
+                self.towers, tokenizer = build(recipe.model, recipe.pretrained)
             photos = PhotoWorld(recipe, self.towers, tokenizer, root=root, workers=workers)
             self.world, self.recipe = photos, recipe.on(len(photos.train))
         elif isinstance(recipe, DigitsRecipe):
@@ -165,6 +166,7 @@ class Experiment:
         Returns:
             This seed's record; `results["methods"]` has the means over all seeds so far.
         """
+        self._results.claim()
         recorded = self._results.recorded(name, seed)
         if recorded is not None:
             return recorded

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wmateacher.integrations import overrides, report
-from wmateacher.integrations.clip import captioned, check, imagenet
+from wmateacher.integrations.clip import check, imagenet
 from wmateacher.integrations.clip.methods import Method
-from wmateacher.integrations.clip.recipes import IMAGENET_PAIRS, PhotoRecipe, Recipe
+from wmateacher.integrations.clip.recipes import PhotoRecipe, Recipe
 from wmateacher.integrations.clip.towers import Towers, build
 from wmateacher.integrations.clip.training import Settings
 
@@ -118,7 +118,7 @@ def describe(recipe: Recipe, names: Sequence[str], root: Path | None, processes:
     if root is not None and not root.is_dir():
         raise ValueError(f"no folder {root}: give the one that holds the data sets (--data-root)")
     found = _data(recipe, root)
-    if isinstance(recipe, PhotoRecipe):
+    if isinstance(recipe, PhotoRecipe) and found.pairs:
         recipe = recipe.on(found.pairs)
     methods = [recipe.method(name) for name in names]
     lines = [f"{recipe.name}: {recipe.summary}", "", "configuration, each line an argument of --set:"]
@@ -160,22 +160,19 @@ def _data(recipe: Recipe, root: Path | None) -> _Found:
     if root is None:
         wanted = dict.fromkeys((*_sets(recipe.train), *recipe.tests))
         lines = [f"  {name}: {imagenet.SETS[name].source}" for name in wanted]
-        pairs = IMAGENET_PAIRS if recipe.train in imagenet.SETS else 0
-        return _Found(pairs or recipe.finetune.batch_size, ["data: no --data-root given; it needs", *lines])
+        return _Found(_published(recipe.train), ["data: no --data-root given; it needs", *lines])
     lines = [f"data in {root}:"]
     findings = [check.check(name, root) for name in dict.fromkeys((*_sets(recipe.train), *recipe.tests))]
+    others = [w for w in (recipe.train, recipe.anchors) if w is not None and w not in imagenet.SETS]
+    findings += [check.check_pairs(where, root) for where in others]
     lines += [f"  {line}" for line in check.table(findings).splitlines()]
     pairs = next((f.images for f in findings if f.name == recipe.train), 0)
-    for where in (recipe.train, recipe.anchors):
-        if where is not None and where not in imagenet.SETS:
-            try:
-                count = len(captioned.load(where, root))
-                lines.append(f"  {where}: {count:,} pairs")
-            except (OSError, ValueError, ImportError) as error:
-                count = 0
-                lines.append(f"  {where}: {error}")
-            pairs = count if where == recipe.train else pairs
-    return _Found(pairs or IMAGENET_PAIRS, lines)
+    return _Found(pairs or _published(recipe.train), lines)
+
+
+def _published(where: str) -> int:
+    """How many pairs a set has as published; 0 for a file, of which nothing is known."""
+    return imagenet.SETS[where].images if where in imagenet.SETS else 0
 
 
 def _sets(where: str) -> tuple[str, ...]:
@@ -185,7 +182,9 @@ def _sets(where: str) -> tuple[str, ...]:
 def _length(recipe: Recipe, found: _Found) -> list[str]:
     s = recipe.finetune
     of = ""
-    if isinstance(recipe, PhotoRecipe):
+    if isinstance(recipe, PhotoRecipe) and not found.pairs:
+        of = f", or another number: the pairs of {recipe.train} are missing"
+    elif isinstance(recipe, PhotoRecipe):
         each = -(-found.pairs // s.batch_size)
         of = f": {found.pairs:,} pairs, {each:,} steps an epoch"
         if found.pairs < s.batch_size:

@@ -165,10 +165,16 @@ def fit(
     models: dict[str, nn.Module] = {"student": student}
     if task.teacher is not None:
         models["teacher"] = task.teacher.module
+
+    def figures() -> Mapping[str, float]:
+        for model in models.values():
+            processes.same_buffers(model)
+        return {} if evaluate is None else evaluate(models)
+
     record = loop.train(
         task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
         label=label, progress=progress, after_step=after_step, after_read=after_read,
-        evaluate=None if evaluate is None else lambda: evaluate(models), evaluate_every=evaluate_every,
+        evaluate=figures, evaluate_every=0 if evaluate is None else evaluate_every,
     )  # fmt: skip
     processes.same_buffers(student)
     return Fit(student, task.teacher, record.series, record.seconds)

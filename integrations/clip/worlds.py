@@ -158,6 +158,7 @@ class PhotoWorld:
         self.recipe, self._workers = recipe, workers
         self.prompts = Prompts(imagenet.CLASSES, recipe.templates, tokenizer)
         self.train = captioned.load(recipe.train, root)
+        captioned.check_labels(self.train, len(imagenet.CLASSES))
         self.labelled = self.train.labels is not None
         self._anchors = None if recipe.anchors is None else captioned.load(recipe.anchors, root)
         seen = open_clip.get_model_preprocess_cfg(towers.clip)

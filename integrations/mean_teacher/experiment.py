@@ -91,6 +91,7 @@ class Experiment:
         Returns:
             This seed's record; `results["methods"]` has the means over all seeds so far.
         """
+        self._results.claim()
         recorded = self._results.recorded(name, seed)
         if recorded is not None:
             return recorded

@@ -1,10 +1,11 @@
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from wmateacher import kernels
-from wmateacher.integrations.clip import ablations
+from wmateacher.integrations.clip import ablations, recipes
 from wmateacher.integrations.clip.methods import METHODS, TRACER_TERMS
 
 TRACER = METHODS["tracer"]
@@ -40,6 +41,10 @@ def test_variants_differ_in_what_is_varied_alone():
     assert terms["none"].cross_frobenius == TRACER.cross_frobenius
     assert terms["fd+crd"].distillation == "3.90625*fd + crd"
     assert terms["all"].distillation == TRACER_TERMS
+    wide = ablations.variants("terms", recipes.get("imagenet-rn50").method("tracer"), 400)
+    assert wide["fd+crd"].distillation == "0.1953125*fd + crd"
+    with pytest.raises(ValueError, match=r"'fd \+ crd' has no icl: leave --distillation out"):
+        ablations.variants("terms", replace(TRACER, distillation="fd + crd"), 400)
     alphas = ablations.variants("alpha", TRACER, 400, of="tracer")
     assert [m.merge.alpha for m in alphas.values()] == [i / 10 for i in range(11)]
     assert {m.merge.of for m in alphas.values()} == {"tracer"}

@@ -101,6 +101,15 @@ def test_images_texts_and_labels_stay_together(data):
         assert batch.unreadable == 0
 
 
+def test_marks_of_order_blank_lines_and_lines_in_quotes_are_read(root):
+    (root / "pairs.csv").write_bytes(
+        b'\xef\xbb\xbffilepath,title\r\nimages/0.png,"two\nlines, {braces}"\r\n\r\nimages/1.png,\xc3\xa9t\xc3\xa9\r\n\r\n'
+    )
+    data = Table(root / "pairs.csv")
+    assert data.captions == ["two\nlines, {braces}", "été"]
+    assert data.files == ["images/0.png", "images/1.png"]
+
+
 def test_without_labels(root):
     for data in (Table(table(root, header=("image", "caption"))), Shards(shards(root, labels=False))):
         assert data.labels is None
@@ -248,6 +257,8 @@ def test_pairs_by_name(root):
 
 def test_labels_number_the_classes(root):
     with pytest.raises(ValueError, match=r"labels must be in 0 ... 1, got 0 ... 2: they number the classes"):
-        stream(Table(table(root)), classes=("a", "b"))
+        captioned.check_labels(Table(table(root)), 2)
+    captioned.check_labels(Table(table(root)), 3)
+    captioned.check_labels(Table(table(root, header=("filepath", "title"))), 2)
     with pytest.raises(ValueError, match="batch_size must be between 1 and the 10 training pairs, got 11"):
         stream(Table(table(root)), batch_size=11)

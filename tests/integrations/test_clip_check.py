@@ -5,7 +5,7 @@ import pytest
 from miniature import everything
 
 from wmateacher.integrations.clip import imagenet
-from wmateacher.integrations.clip.check import check
+from wmateacher.integrations.clip.check import check, check_pairs
 
 
 @pytest.fixture
@@ -43,6 +43,25 @@ def test_corrupt_images_are_found_by_reading(root):
     assert f"cannot be read as an image: {file}" in check("imagenet-sketch", root, read=True).problems
 
 
+def test_tables_and_shards_are_looked_at_too(root):
+    files = sorted((root / "imagenet/train").rglob("*.JPEG"))
+    lines = [f"{file.relative_to(root)},a picture,{i % 3}" for i, file in enumerate(files)]
+    (root / "pairs.csv").write_text(
+        "\n".join(["filepath,title,label", *lines, "gone.png,a picture,0"]) + "\n"
+    )
+    found = check_pairs("pairs.csv", root, read=True)
+    assert (found.images, found.classes) == (21, 3)
+    assert found.problems == (f"cannot be read as an image: {root / 'gone.png'}",)
+    assert check_pairs("pairs.csv", root).problems == ()
+    (root / "pairs.csv").write_text("filepath,title\nx.png\n")
+    (problem,) = check_pairs("pairs.csv", root).problems
+    assert "pairs.csv, line 2: 1 columns where the first line has 2" in problem
+    (problem,) = check_pairs("shards-{0..1}.tar", root).problems
+    assert "no shard" in problem
+    assert check_pairs("shards-{0..1}.tar", root).where is None
+    assert "cannot tell what pairs 'pairs.txt' are" in check_pairs("pairs.txt", root).problems[0]
+
+
 def test_the_command_tells_all_and_fails_where_something_is_wrong(root, tmp_path):
     (root / "imagenet-a").rename(root / "elsewhere")
     done = command(root)
@@ -52,6 +71,10 @@ def test_the_command_tells_all_and_fails_where_something_is_wrong(root, tmp_path
     assert "imagenet-a missing" in lines
     assert "no imagenet-a in" in lines
     assert "get imagenet-a.tar of https://github.com/hendrycks/natural-adv-examples" in lines
+    (root / "pairs.csv").write_text("filepath,title\nx.png,x\n")
+    alone = command(root, "--sets", "--pairs", "pairs.csv")
+    assert alone.returncode == 0
+    assert "pairs.csv 1 ok" in " ".join(alone.stdout.split())
     none = command(root / "nowhere")
     assert none.returncode == 2
     assert "nowhere: give the folder that holds the data sets" in none.stderr

@@ -54,3 +54,15 @@ def test_results_of_another_configuration_are_refused(tmp_path):
         match=r"holds results of another configuration \(different: steps\): choose another folder",
     ):
         runs.Results(tmp_path, {"steps": 4, "seed": 0}, {})
+
+
+def test_a_folder_is_claimed_before_anything_is_trained(tmp_path):
+    where = runs.environment("cpu")
+    results = runs.Results(tmp_path / "out", {"a": 1}, where)
+    assert not (tmp_path / "out").exists()
+    results.claim()
+    with pytest.raises(ValueError, match=r"holds results of another configuration \(different: a\)"):
+        runs.Results(tmp_path / "out", {"a": 2}, where)
+    results.record("m", {"seed": 0, "x": 1.0})
+    runs.Results(tmp_path / "out", {"a": 1}, where).claim()
+    assert runs.Results(tmp_path / "out", {"a": 1}, where).recorded("m", 0) == {"seed": 0, "x": 1.0}
