@@ -152,6 +152,8 @@ def wandb_records(file):
             at += 32_768 - at % 32_768
             continue
         length, kind = struct.unpack("<HB", content[at + 4 : at + 7])
+        if at + 7 + length > len(content):  # still being written
+            return
         joined += content[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole, or the last part
@@ -175,15 +177,18 @@ def test_wandb_has_every_step_of_a_resumed_run(tmp_path, monkeypatch):
         loop.train(Line(), after_step=stop, **options)
     with logs.to(["wandb", "tensorboard"], tmp_path):
         record = loop.train(Line(), **options)
-    found, names = {}, set()
-    for file in sorted(tmp_path.glob("wandb/*/*.wandb"), key=lambda f: f.stat().st_mtime):
-        names.add(file.name)
-        for entry in wandb_records(file):
-            values = {i.key or i.nested_key[0]: float(i.value_json) for i in entry.history.item}
-            if "loss" in values:
-                found[int(values["_step"])] = values["loss"]
+    expected, found, names = dict(record.series["loss"]), {}, set()
+    deadline = time.monotonic() + 60
+    while found.keys() != expected.keys() and time.monotonic() < deadline:  # its process writes when it can
+        time.sleep(0.1)
+        for file in sorted(tmp_path.glob("wandb/offline*/*.wandb"), key=lambda f: f.stat().st_mtime):
+            names.add(file.name)
+            for entry in wandb_records(file):
+                values = {i.key or i.nested_key[0]: float(i.value_json) for i in entry.history.item}
+                if "loss" in values:
+                    found[int(values["_step"])] = values["loss"]
     assert len(names) == 1  # one run there, which was gone on with
-    assert found == pytest.approx(dict(record.series["loss"]))
+    assert found == pytest.approx(expected)
     assert scalars(tmp_path / "tensorboard/run") == pytest.approx({k: v for k, v in found.items() if k > 30})
 
 
