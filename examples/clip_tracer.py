@@ -17,11 +17,9 @@ from typing import Any
 
 import tyro
 
-from wmateacher import kernels
 from wmateacher.integrations import logs, processes, study
 from wmateacher.integrations.clip import ablations, plan, recipes, report
 from wmateacher.integrations.clip.experiment import Experiment
-from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.published import compare
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
 from wmateacher.spec import nearest
@@ -82,7 +80,7 @@ class Arguments:
     """Results folder; one that was interrupted is continued. Default: runs/clip_tracer-TIME."""
     cache: Path | None = None
     """Where pretrained towers are kept. Default: ~/.cache/wmateacher."""
-    log: tuple[logs.Tool, ...] = ()
+    log_to: tuple[logs.Tool, ...] = ()
     """tensorboard, wandb, or both: write every loss, its terms, gap and learning rate there."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one, under torchrun each process its own."""
@@ -98,12 +96,8 @@ def configured(arguments: Arguments) -> recipes.Recipe:
             )
     if isinstance(recipe, DigitsRecipe):
         recipe = recipe.with_data(arguments.data or recipe.data).with_pretraining(arguments.pretrain_steps)
-    for assignment in arguments.set:
-        recipe = recipe.changed(assignment)
-    recipe = recipe.with_steps(arguments.steps)
+    recipe = recipe.changed(*arguments.set).with_steps(arguments.steps)
     methods = dict(recipe.methods)
-    if arguments.kernel is not None:
-        kernels.build(arguments.kernel)  # a misspelt one should not be found after pre-training
     changes = {
         "kernel": arguments.kernel,
         "distillation": arguments.distillation,
@@ -118,22 +112,24 @@ def configured(arguments: Arguments) -> recipes.Recipe:
             name: m if m.kernel is None else replace(m, strength=arguments.strength)
             for name, m in methods.items()
         }
-    methods |= varied(arguments, methods, recipe.finetune.steps)
     return replace(recipe, methods=methods, model=arguments.model or recipe.model)
 
 
-def varied(arguments: Arguments, methods: Mapping[str, Method], steps: int) -> dict[str, Method]:
-    """The variants of the ablation, if one was asked for."""
+def chosen(arguments: Arguments, recipe: recipes.Recipe) -> tuple[recipes.Recipe, list[str]]:
+    """The recipe with the ablation's variants, if one was asked for, and the names of what to run."""
     if arguments.ablate is None:
-        return {}
+        return recipe, recipe.chosen(arguments.methods)
     if arguments.methods:
         raise ValueError(f"--ablate {arguments.ablate} runs its own variants: leave out --methods")
-    trained = [name for name, method in methods.items() if method.trains]
+    trained = [name for name, method in recipe.methods.items() if method.trains]
     if arguments.alpha_of not in trained:
         raise ValueError(
             f"--alpha-of: no trained method {arguments.alpha_of!r}; {nearest(arguments.alpha_of, trained)}"
         )
-    return ablations.variants(arguments.ablate, methods["tracer"], steps, arguments.alpha_of)
+    made = ablations.variants(
+        arguments.ablate, recipe.method("tracer"), recipe.finetune.steps, arguments.alpha_of
+    )
+    return replace(recipe, methods={**recipe.methods, **made}), list(made)
 
 
 def published(arguments: Arguments, recipe: recipes.Recipe) -> str | None:
@@ -152,22 +148,24 @@ def published(arguments: Arguments, recipe: recipes.Recipe) -> str | None:
 def main(arguments: Arguments) -> None:
     study.check_seeds(arguments.seeds)
     recipe = configured(arguments)
-    variants = varied(arguments, recipe.methods, recipe.finetune.steps)
-    names = list(variants) or recipe.chosen(arguments.methods)
+    chosen(arguments, recipe)
     beside = published(arguments, recipe)
     if arguments.dry_run:
-        print(plan.describe(recipe, names, arguments.data_root, int(os.environ.get("WORLD_SIZE", "1"))))
+        if os.environ.get("RANK", "0") == "0":
+            ranks = int(os.environ.get("WORLD_SIZE", "1"))
+            print(plan.describe(recipe, lambda r: chosen(arguments, r), arguments.data_root, ranks))
         return
     with processes.joined(arguments.device) as device:
         output = study.folder(arguments.output, "clip_tracer")
         run = Experiment(
             recipe, output, root=arguments.data_root, download=arguments.download,
             cache=arguments.cache, device=device, workers=arguments.workers, say=study.say,
+            adapt=lambda r: chosen(arguments, r)[0],
         )  # fmt: skip
+        recipe, names = chosen(arguments, run.recipe)
         run.check(names)
-        recipe = run.recipe
         study.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
-        with study.resumable(output), logs.to(arguments.log, output):
+        with study.resumable(output), logs.to(arguments.log_to, output):
             seconds = run.pretrain()
             if isinstance(recipe, DigitsRecipe):
                 study.say(f"pre-trained for {recipe.pretrain.steps} steps, {seconds:.0f} s of training")
@@ -177,10 +175,7 @@ def main(arguments: Arguments) -> None:
             if beside is not None:
                 print(f"\n{compare(run.results, beside)}\n")
             if arguments.ablate is not None:
-                steps, file = recipe.finetune.steps, run.output / "ablation.png"
-                print(f"\n{ablations.table(run.results, arguments.ablate, variants, steps)}\n")
-                ablations.picture(run.results, arguments.ablate, variants, file)
-                print(f"wrote {file}")
+                conclude_ablation(run, arguments.ablate, names)
 
 
 def headline(record: Mapping[str, Any]) -> str:
@@ -209,8 +204,22 @@ def conclude(run: Experiment, names: list[str]) -> None:
     print(f"wrote to {run.output}: {written}")
 
 
+def conclude_ablation(run: Experiment, what: str, names: list[str]) -> None:
+    """Its table, beside the paper's where that is of the same model or the digits, and its picture."""
+    recipe, file = run.recipe, run.output / "ablation.png"
+    variants, photos = {name: recipe.method(name) for name in names}, isinstance(recipe, PhotoRecipe)
+    table = ablations.table(
+        run.results, what, variants, recipe.finetune.steps,
+        beside=not isinstance(recipe, PhotoRecipe) or recipe.published == "vit-b-16",
+        ece="ece_per_batch" if photos else "ece",
+    )  # fmt: skip
+    print(f"\n{table}\n")
+    ablations.picture(run.results, what, variants, file)
+    print(f"wrote {file}")
+
+
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -56,7 +56,7 @@ class Arguments:
     """Train with this many seeds and report mean and deviation."""
     output: Path | None = None
     """Results folder; one that was interrupted is continued. Default: runs/dino-TIME."""
-    log: tuple[logs.Tool, ...] = ()
+    log_to: tuple[logs.Tool, ...] = ()
     """tensorboard, wandb, or both: write every loss, its terms, gap and learning rate there."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
@@ -96,7 +96,7 @@ def main(arguments: Arguments) -> None:
         )  # fmt: skip
         study.say(f"DINO on {recipe.data}: {recipe.backbone} on {device}, results in {output}")
         names = [*run.baselines, *arguments.kernels]
-        with study.resumable(output), logs.to(arguments.log, output):
+        with study.resumable(output), logs.to(arguments.log_to, output):
             study.conduct(
                 run, names, arguments.seeds,
                 lambda r: f"k-NN {r['teacher']['knn']:.1f}, linear {r['teacher']['linear']:.1f}",
@@ -122,5 +122,5 @@ def conclude(run: experiment.Experiment, names: tuple[str, ...], shown: experime
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")

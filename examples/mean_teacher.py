@@ -58,7 +58,7 @@ class Arguments:
     """Train with this many seeds and report mean and deviation; a seed chooses the labelled images too."""
     output: Path | None = None
     """Results folder; one that was interrupted is continued. Default: runs/mean_teacher-TIME."""
-    log: tuple[logs.Tool, ...] = ()
+    log_to: tuple[logs.Tool, ...] = ()
     """tensorboard, wandb, or both: write every loss, its terms, gap and learning rate there."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
@@ -99,7 +99,7 @@ def main(arguments: Arguments) -> None:
         study.say(
             f"{recipe.labels} labels of {recipe.data}: {recipe.backbone} on {device}, results in {output}"
         )
-        with study.resumable(output), logs.to(arguments.log, output):
+        with study.resumable(output), logs.to(arguments.log_to, output):
             study.conduct(run, names, arguments.seeds, lambda r: f"test accuracy {r['accuracy']:.1f}")
         if processes.is_first():
             print(f"\n{report.table(run.results, experiment.COLUMNS)}\n")
@@ -110,5 +110,5 @@ def main(arguments: Arguments) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Arguments))
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")

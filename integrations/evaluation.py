@@ -94,7 +94,7 @@ def score(
 
 def _fill(bins: Tensor, probabilities: Tensor, labels: Tensor) -> None:
     """Add answers to the bins of their confidence: its sum, the right ones, all."""
-    confidence, predicted = probabilities.double().max(1)
+    confidence, predicted = probabilities.double().nan_to_num().max(1)
     which = (confidence * len(bins)).long().clamp(max=len(bins) - 1)
     right = (predicted == labels).double()
     bins.index_add_(0, which, torch.stack([confidence, right, torch.ones_like(right)], 1))

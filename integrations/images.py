@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from wmateacher.integrations import digits, processes
+from wmateacher.integrations import digits, processes, stopping
 from wmateacher.integrations.sampling import Epochs, mix
 from wmateacher.spec import nearest
 
@@ -166,6 +166,7 @@ class Views:
             self._data,
             batch_sampler=self._keys(first_step),
             num_workers=self.workers,
+            worker_init_fn=stopping.leave_to_main,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else it would draw from the global one
         )

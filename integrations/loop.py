@@ -20,7 +20,7 @@ Batch = TypeVar("Batch")
 Stream = Callable[[int], Iterator[Batch]]
 """Batches from a given optimizer step on; the same step always gives the same batch."""
 
-FORMAT = 2
+FORMAT = 3
 """Of checkpoints."""
 _READ_EVERY = 20
 
@@ -128,8 +128,8 @@ def train(
         after_step: Called with the number of steps done after each one.
         after_read: Called with the number of steps done and what was logged of the last, each once, some
             steps later, when it has been read off the device.
-        evaluate: Figures to log beside what every `evaluate_every`th step logs, but for the last. Their
-            time is not training.
+        evaluate: Figures to log after every `evaluate_every`th step but the last, once its checkpoint is
+            written. Their time is not training.
         evaluate_every: 0: never.
 
     Raises:
@@ -151,14 +151,18 @@ def train(
     )  # fmt: skip
     with bar, stopping.on_sigterm() as ending:
         while run.step < task.steps:
-            run.advance(evaluate if run.step + 1 in evaluate_at else None)
+            if evaluate is not None and run.step in evaluate_at and run.evaluated < run.step:
+                run.settle(checkpoint)
+                run.evaluate(evaluate)
+            run.advance()
             bar.update()
             last = run.step == task.steps
             if last or run.step % _READ_EVERY == 0:
                 run.settle(checkpoint)
                 bar.set_postfix(loss=f"{run.record.values('loss')[-1]:.3f}", refresh=False)
             ended = not last and _agreed(ending, run.step)
-            if checkpoint is not None and (last or ended or run.step % checkpoint_every == 0):
+            due = last or ended or run.step % checkpoint_every == 0 or run.step in evaluate_at
+            if checkpoint is not None and due:
                 run.save(checkpoint)
             if ended:
                 raise stopping.Terminated(
@@ -183,15 +187,28 @@ class _Run:
     def __init__(self, task: Task, name: str, after_read: Callable[[int, Mapping[str, float]], None] | None):
         self.task, self.name, self.step, self.record = task, name, 0, Record()
         self._after_read = after_read
+        self.evaluated = 0
         self._unread: list[tuple[int, Mapping[str, Tensor | float]]] = []
 
-    def advance(self, evaluate: Callable[[], Mapping[str, float]] | None) -> None:
-        """One optimizer step, and figures of what it leads to."""
+    def advance(self) -> None:
+        """One optimizer step."""
         started = time.perf_counter()
         logged = self.task.advance(self.step)
         self.step += 1
+        self._unread.append((self.step, logged))
         self.record.seconds += time.perf_counter() - started
-        self._unread.append((self.step, {**logged, **(evaluate() if evaluate else {})}))
+
+    def evaluate(self, figures: Callable[[], Mapping[str, float]]) -> None:
+        """Log figures of where it stands."""
+        self._log(self.step, figures())
+        self.evaluated = self.step
+
+    def _log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.record.series.setdefault(name, []).append((step, value))
+        logs.write(self.name, step, values)
+        if self._after_read is not None:
+            self._after_read(step, values)
 
     def settle(self, checkpoint: Path | None = None) -> None:
         """Read what the last steps logged off the device.
@@ -201,11 +218,7 @@ class _Run:
         """
         for step, logged in self._unread:
             values = {name: float(value) for name, value in logged.items()}
-            for name, value in values.items():
-                self.record.series.setdefault(name, []).append((step, value))
-            logs.write(self.name, step, values)
-            if self._after_read is not None:
-                self._after_read(step, values)
+            self._log(step, values)
             if not math.isfinite(values["loss"]):
                 kept = self._keep(step, values, checkpoint)
                 raise FloatingPointError(
@@ -233,6 +246,7 @@ class _Run:
             "format": FORMAT,
             "identity": dict(self.task.identity()),
             "step": self.step,
+            "evaluated": self.evaluated,
             "parts": {name: part.state_dict() for name, part in self.task.parts().items()},
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if self.task.device.type == "cuda" else None,
@@ -249,7 +263,7 @@ class _Run:
         Raises:
             ValueError: It cannot be read, or belongs to another run.
         """
-        state = read(file, {"format", "identity", "step", "parts", "series"})
+        state = read(file, {"format", "identity", "step", "evaluated", "parts", "series"})
         ours, theirs = dict(self.task.identity()), state["identity"]
         differing = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
         if differing:
@@ -270,6 +284,7 @@ class _Run:
         if state["cuda_random"] is not None and self.task.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"])
         self.step, self.record.seconds = state["step"], state["seconds"]
+        self.evaluated = state["evaluated"]
         self.record.series = {
             name: [(int(step), value) for step, value in values.tolist()]
             for name, values in state["series"].items()
@@ -295,8 +310,10 @@ def write_atomically(state: dict[str, Any], file: Path) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+    except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
+            raise  # torch's writer raises one for the other
         before = "the one before it is whole" if file.exists() else "there was none before it"
         reason = str(error.__context__ or error).splitlines()[0]
         raise OSError(

@@ -23,43 +23,53 @@ def listed(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
-def changed(config: ConfigT, assignment: str) -> ConfigT:
-    """A dataclass with one value changed.
+def changed(config: ConfigT, assignments: Sequence[str]) -> ConfigT:
+    """A dataclass with values changed, all of them at once, so that those that go together may.
 
     Args:
         config: What to change.
-        assignment: `NAME=VALUE`, the name as `listed` has it; numbers, `None`, `True` and tuples as in
+        assignments: `NAME=VALUE`, the names as `listed` has them; numbers, `None`, `True` and tuples as in
             Python, text as it is.
 
     Raises:
         ValueError: There is no such name, or the value is not of its type; or what the dataclass says.
     """
-    name, equals, text = assignment.partition("=")
-    if not equals:
-        raise ValueError(f"a change must be NAME=VALUE, got {assignment!r}")
-    return _changed(config, name.strip().split("."), text.strip(), name.strip())
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"a change must be NAME=VALUE, got {assignment!r}")
+        *path, last = name.strip().split(".")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"unknown setting {name.strip()!r}: {part!r} has no parts")
+        branch[last] = text.strip()
+    return _changed(config, tree, "")
 
 
-def _changed(config: Any, path: Sequence[str], text: str, whole: str) -> Any:
-    first, *rest = path
-    parts = _parts(config)
-    if first not in parts:
-        before = whole.rpartition(".".join(path))[0]
-        raise ValueError(f"unknown setting {whole!r}; {nearest(before + first, [before + p for p in parts])}")
-    if rest:
-        if not _parts(parts[first]):
-            raise ValueError(f"unknown setting {whole!r}: {whole[: -len('.'.join(rest)) - 1]!r} has no parts")
-        value = _changed(parts[first], rest, text, whole)
-    elif is_dataclass(parts[first]) or isinstance(parts[first], Mapping):
-        inner = ", ".join(f"{whole}.{p}" for p in _parts(parts[first]))
-        raise ValueError(f"{whole!r} is not one value: set one of its parts, {inner}")
-    else:
-        of_mapping = isinstance(config, Mapping)
-        kind = type(parts[first]) if of_mapping else typing.get_type_hints(type(config))[first]
-        value = _read(text, kind, whole)
-    if isinstance(config, Mapping):
-        return {**config, first: value}
-    return replace(config, **{first: value})
+def _changed(config: Any, tree: Mapping[str, Any], prefix: str) -> Any:
+    parts, made = _parts(config), {}
+    for name, change in tree.items():
+        whole = prefix + name
+        if name not in parts:
+            raise ValueError(f"unknown setting {whole!r}; {nearest(whole, [prefix + p for p in parts])}")
+        inner = _parts(parts[name])
+        if isinstance(change, Mapping):
+            if not inner:
+                raise ValueError(
+                    f"unknown setting {whole + '.' + next(iter(change))!r}: {whole!r} has no parts"
+                )
+            made[name] = _changed(parts[name], change, f"{whole}.")
+        elif is_dataclass(parts[name]) or isinstance(parts[name], Mapping):
+            names = ", ".join(f"{whole}.{p}" for p in inner)
+            raise ValueError(f"{whole!r} is not one value: set one of its parts, {names}")
+        else:
+            of_mapping = isinstance(config, Mapping)
+            kind = type(parts[name]) if of_mapping else typing.get_type_hints(type(config))[name]
+            made[name] = _read(change, kind, whole)
+    return {**config, **made} if isinstance(config, Mapping) else replace(config, **made)
 
 
 def _parts(config: Any) -> dict[str, Any]:

@@ -72,6 +72,14 @@ def alone() -> bool:
     return world_size() == 1
 
 
+def total(value: float, device: torch.device) -> Tensor:
+    """The sum over all ranks, 0-d; a collective."""
+    summed = torch.tensor(float(value), device=device)
+    if world_size() > 1:
+        dist.all_reduce(summed)
+    return summed
+
+
 def any_of(value: bool) -> bool:
     """Whether it holds on any rank; a collective."""
     held = torch.tensor(float(value))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from wmateacher.integrations import processes
+from wmateacher.integrations.overrides import listed
 
 
 def environment(device: torch.device | str, packages: Iterable[str] = ()) -> dict[str, Any]:
@@ -46,6 +47,7 @@ class Results:
         output: The run's folder; one with results of the same configuration is continued.
         config: What was asked for: anything that JSON holds.
         where: As `environment` gives it; that of the first run stays.
+        neutral: Dotted names in `config` that may differ: they change no result.
 
     Attributes:
         content: `config`, `environment`, and under `methods` for each name the means over seeds, their
@@ -55,18 +57,20 @@ class Results:
         ValueError: The folder holds results of another configuration.
     """
 
-    def __init__(self, output: Path, config: Any, where: dict[str, Any]):
+    def __init__(self, output: Path, config: Any, where: dict[str, Any], neutral: Sequence[str] = ()):
         self.file = output / "results.json"
         config = json.loads(json.dumps(config))  # so that it compares equal with what is read back
         self.content: dict[str, Any] = {"config": config, "environment": where, "methods": {}}
         if self.file.exists():
             self.content = read_json(self.file)
             there = self.content.get("config", {}) if isinstance(self.content, dict) else {}
-            differing = [k for k in {**there, **config} if there.get(k) != config.get(k)]
+            before, now = dict(listed(there)), dict(listed(config))
+            differing = [k for k in {**before, **now} if k not in neutral and before.get(k) != now.get(k)]
             if differing:
+                more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
                 raise ValueError(
                     f"output folder {output} holds results of another configuration (different: "
-                    f"{', '.join(differing)}): choose another folder, or delete it"
+                    f"{', '.join(differing[:5])}{more}): choose another folder, or delete it"
                 )
 
     def claim(self) -> None:

@@ -27,6 +27,11 @@ def check_batch_size(batch_size: int, count: int, what: str) -> None:
         raise ValueError(f"batch_size must be between 1 and the {count} {what}, got {batch_size}")
 
 
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    """Steps in which all of `count` images are seen: the remainder is a step too."""
+    return -(-count // batch_size)
+
+
 class Epochs:
     """The images of each step: a new permutation an epoch.
 
@@ -50,7 +55,7 @@ class Epochs:
     ):
         check_batch_size(batch_size, count, what)
         self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.steps_per_epoch = -(-count // batch_size) if fill else count // batch_size
+        self.steps_per_epoch = steps_per_epoch(count, batch_size) if fill else count // batch_size
         self._epoch, self._order = -1, torch.empty(0)
 
     def __call__(self, step: int) -> Tensor:
@@ -86,7 +91,7 @@ class Balanced:
     def __init__(self, labels: Tensor, batch_size: int, seed: int, what: str = "training images"):
         check_batch_size(batch_size, len(labels), what)
         self.batch_size, self.seed = batch_size, seed
-        self.steps_per_epoch = -(-len(labels) // batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(labels), batch_size)
         self._members = labels.argsort(stable=True)
         self._sizes = labels.unique(return_counts=True)[1]
         self._first = self._sizes.cumsum(0) - self._sizes

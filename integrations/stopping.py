@@ -34,6 +34,12 @@ class Request:
         self.made = False
 
 
+def leave_to_main(worker: int) -> None:
+    """Of a data loader's worker (its `worker_init_fn`): signals to the whole group are the main process's."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def on_sigterm() -> Iterator[Request]:
     """Note SIGTERM inside, instead of dying of it; a second one kills at once.

@@ -135,12 +135,28 @@ def start_share(method: Method, steps: int) -> float | None:
     return float(shares(kernel, len(snapshots), snapshots)[0])
 
 
-def table(results: Results, what: str, methods: Mapping[str, Method], steps: int) -> str:
+def table(
+    results: Results,
+    what: str,
+    methods: Mapping[str, Method],
+    steps: int,
+    *,
+    beside: bool = True,
+    ece: str = "ece",
+) -> str:
     """One row a variant: what was measured, the weight of W^0, and what the paper reports.
 
     Under it the rank correlation of the shifts' accuracies with the published ones, where there are any.
+
+    Args:
+        results: As in `results.json`.
+        what: The ablation.
+        methods: Its variants.
+        steps: Of the run.
+        beside: Show the paper's figures, which are those of ViT-B/16 on ImageNet.
+        ece: Which to show: `"ece"`, or `"ece_per_batch"` as the paper computes it.
     """
-    published = PUBLISHED[what]
+    published = PUBLISHED[what] if beside else {}
     rows, ours, theirs = [], [], []
     for name, method in methods.items():
         record = results["methods"].get(name)
@@ -150,21 +166,22 @@ def table(results: Results, what: str, methods: Mapping[str, Method], steps: int
         for heading, (key, digits) in {
             "ID": ("id", 1),
             "mean OOD": ("ood", 1),
-            "OOD ECE": ("ece", 3),
+            "OOD ECE": (ece, 3),
         }.items():
             row[heading] = report.figure(record, key, digits)
         if method.merge is None:
             share = start_share(method, steps)
             row["W^0 share"] = "" if share is None else f"{100 * share:.2f}%"
         if published:
-            top, ood, ece = published[name]
+            top, ood, theirs_ece = published[name]
             row |= {
                 "paper's ID": "" if top is None else f"{top:.2f}",
                 "OOD": f"{ood:.2f}",
-                "ECE": f"{ece:.3f}",
+                "ECE": f"{theirs_ece:.3f}",
             }
-            ours.append(record["ood"])
-            theirs.append(ood)
+            if record["ood"] is not None:
+                ours.append(record["ood"])
+                theirs.append(ood)
         rows.append(row)
     shown = report.aligned(rows)
     if len(set(ours)) > 1:
@@ -187,7 +204,8 @@ def picture(results: Results, what: str, methods: Mapping[str, Method], file: Pa
     records = [results["methods"][name] for name in names]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     course, plane = figure.subplots(1, 2)
-    for key, label in (("id", "ID"), ("ood", "mean OOD")):
+    shifted = all(r["ood"] is not None for r in records)
+    for key, label in (("id", "ID"), ("ood", "mean OOD"))[: 2 if shifted else 1]:
         deviations = [r["std"][key] for r in records]
         course.errorbar(
             range(len(names)), [r[key] for r in records], deviations, fmt="o-", capsize=3, label=label
@@ -195,8 +213,9 @@ def picture(results: Results, what: str, methods: Mapping[str, Method], file: Pa
     course.set_xticks(range(len(names)), names, rotation=45, ha="right")
     course.set(ylabel="accuracy (%)", title=f"Over {what}")
     course.legend()
-    plane.plot([r["id"] for r in records], [r["ood"] for r in records], "o-")
-    for name, record in zip(names, records, strict=True):
+    if shifted:
+        plane.plot([r["id"] for r in records], [r["ood"] for r in records], "o-")
+    for name, record in zip(names, records, strict=True) if shifted else ():
         plane.annotate(
             name, (record["id"], record["ood"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 
 def parts_of(batch: Batch, size: int) -> list[Batch]:
-    """A batch in parts of at most `size` pairs."""
-    return [batch.rows(slice(i, i + size)) for i in range(0, len(batch.images), size)]
+    """A batch in as few parts of at most `size` pairs as can be, of about one size."""
+    count = len(batch.images)
+    parts = -(-count // size)
+    edges = [count * i // parts for i in range(parts + 1)]
+    return [batch.rows(slice(first, end)) for first, end in pairwise(edges)]
 
 
 @torch.no_grad()
@@ -35,7 +39,8 @@ class Cached:
     """The embeddings of a batch, computed in parts, at which a loss can be differentiated.
 
     Args:
-        model: Gives a NamedTuple of tensors for `(images, tokens, caption)`; may be in DDP.
+        model: Gives a NamedTuple of tensors for `(images, tokens, caption)`; may be in DDP, whose own forward
+            is then called once, for the last part: gradients of the others are summed before it.
         parts: Of the batch.
         context: Makes the context of every forward, such as autocast.
 
@@ -45,13 +50,14 @@ class Cached:
 
     def __init__(self, model: nn.Module, parts: list[Batch], context: Context = nullcontext):
         self._model, self._parts, self._context = model, parts, context
+        self._inner = model.module if isinstance(model, DistributedDataParallel) else model
         self._device = parts[0].images.device
         self._random: list[tuple[Tensor, Tensor | None]] = []
         statistics = [b.clone() for b in model.buffers()]
 
         def drawing(*inputs: Any) -> Any:
             self._random.append(self._random_state())
-            return model(*inputs)
+            return self._inner(*inputs)
 
         with context():  # of its own: what autocast keeps of a pass without graph has none
             found = embedded(drawing, parts)
@@ -67,20 +73,17 @@ class Cached:
         for number, (part, state) in enumerate(zip(self._parts, self._random, strict=True)):
             last = number == len(self._parts) - 1
             self._set_random_state(state)
-            with nullcontext() if last else self._unsynchronised(), self._context():
-                given = self._model(*part[:3])
-                rows = slice(first, first + len(part.images))
-                pairs = [
-                    (own, whole.grad[rows] if whole.ndim else whole.grad)
-                    for own, whole in zip(given, self.answers, strict=True)
-                    if own.requires_grad and whole.grad is not None and (whole.ndim or last)
-                ]
-                torch.autograd.backward([own for own, _ in pairs], [gradient for _, gradient in pairs])
+            with self._context():
+                given = (self._model if last else self._inner)(*part[:3])
+            rows = slice(first, first + len(part.images))
+            pairs = [
+                (own, whole.grad[rows] if whole.ndim else whole.grad)
+                for own, whole in zip(given, self.answers, strict=True)
+                if own.requires_grad and whole.grad is not None and (whole.ndim or last)
+            ]
+            torch.autograd.backward([own for own, _ in pairs], [gradient for _, gradient in pairs])
             first = rows.stop
         self._set_random_state(after)
-
-    def _unsynchronised(self) -> AbstractContextManager[Any]:
-        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
 
     def _random_state(self) -> tuple[Tensor, Tensor | None]:
         cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None

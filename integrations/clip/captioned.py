@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import csv
-import io
 import tarfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from wmateacher.integrations import processes
 from wmateacher.integrations.clip import imagenet
-from wmateacher.integrations.clip.imagenet import UNREADABLE
-from wmateacher.integrations.clip.pairs import Batch
-from wmateacher.integrations.clip.towers import Tokenizer
-from wmateacher.integrations.images import Views
-from wmateacher.integrations.sampling import Balanced, Epochs, generator
 
-Sampling = Literal["epochs", "balanced"]
 IMAGE_COLUMNS, CAPTION_COLUMNS, LABEL_COLUMN = ("filepath", "image"), ("title", "caption"), "label"
 """Of a table; open_clip's names first."""
 _IMAGES, _TEXT, _LABEL = ("jpg", "jpeg", "png", "webp"), "txt", "cls"
-_IN_A_ROW = 20
 
 
 class Captioned(Protocol):
@@ -106,7 +96,7 @@ class Table:
         with self.file.open(newline="", encoding="utf-8-sig") as stream:
             header = stream.readline()
             stream.seek(0)
-            rows = csv.reader(stream, delimiter="\t" if "\t" in header else ",")
+            rows = csv.reader(stream, delimiter="\t" if "\t" in header else ",", strict=True)
             names = next(rows, [])
             image, caption = self._column(names, IMAGE_COLUMNS), self._column(names, CAPTION_COLUMNS)
             label = names.index(LABEL_COLUMN) if LABEL_COLUMN in names else None
@@ -114,15 +104,14 @@ class Table:
                 self.files.append(row[image])
                 self.captions.append(row[caption])
                 if label is not None:
-                    labels.append(self._number(row[label], rows.line_num))
+                    labels.append(_label(row[label], f"{self.file}, line {rows.line_num}"))
         return None if label is None else torch.tensor(labels)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, index: int) -> tuple[Image.Image, str]:  # noqa: D102
-        with Image.open(self.name(index)) as image:
-            return image.convert("RGB"), self.captions[index]
+        return imagenet.opened(self.name(index)), self.captions[index]
 
     def name(self, index: int) -> str:  # noqa: D102
         return str(self.file.parent / self.files[index])
@@ -148,15 +137,10 @@ class Table:
                     )
                 yield row
         except csv.Error as error:
-            raise ValueError(f"{self.file}, line {rows.line_num}: {error}: get it again") from error
-
-    def _number(self, text: str, line: int) -> int:
-        try:
-            return int(text)
-        except ValueError:
             raise ValueError(
-                f"{self.file}, line {line}: label must be a whole number, got {text!r}"
-            ) from None
+                f"{self.file}, line {rows.line_num}: {error}: it is cut off there, or a quotation mark is "
+                "not closed; get it again, or mend it"
+            ) from error
 
 
 class Shards:
@@ -189,7 +173,8 @@ class Shards:
                     continue
                 self.pairs.append((file, key, image, parts[_TEXT]))
                 if _LABEL in parts:
-                    labels.append(int(_content(file, parts[_LABEL])))
+                    text = _content(file, parts[_LABEL]).decode("utf-8", "replace")
+                    labels.append(_label(text, f"{key}.{_LABEL} in {file}"))
         if not self.pairs:
             raise ValueError(
                 f"no pairs in {pattern}: each needs an image ({', '.join(_IMAGES)}) and a .{_TEXT} of the "
@@ -207,12 +192,21 @@ class Shards:
 
     def read(self, index: int) -> tuple[Image.Image, str]:  # noqa: D102
         file, _, image, text = self.pairs[index]
-        with Image.open(io.BytesIO(_content(file, image))) as opened:
-            return opened.convert("RGB"), _content(file, text).decode("utf-8").strip()
+        try:
+            caption = _content(file, text).decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise OSError(f"the text of {self.name(index)} is not in UTF-8 ({error})") from error
+        return imagenet.opened(BytesIO(_content(file, image))), caption
 
     def name(self, index: int) -> str:  # noqa: D102
         file, key, *_ = self.pairs[index]
         return f"{key} in {file}"
+
+
+def _label(text: str, where: str) -> int:
+    if text.strip().lstrip("+-").isdecimal() and abs(int(text)) < 2**31:
+        return int(text)
+    raise ValueError(f"{where}: label must be a whole number, got {text!r}")
 
 
 def _listed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -231,6 +225,10 @@ def _listed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 if member.offset_data + member.size > file.stat().st_size:
                     raise tarfile.ReadError(f"it ends inside {member.name}")
                 found.setdefault(key, {})[extension.lower()] = (member.offset_data, member.size)
+        with file.open("rb") as stream:
+            stream.seek(-min(512, file.stat().st_size), 2)
+            if any(stream.read()):
+                raise tarfile.ReadError("it has no end mark, so it is cut off")
     except tarfile.TarError as error:
         raise ValueError(
             f"{file} cannot be read as an uncompressed tar ({error}): get it again, or unpack its compression"
@@ -248,7 +246,8 @@ def load(where: str, root: Path | None) -> Captioned:
     """Pairs by the name of a set of ImageNet's kind, a table, or shards.
 
     Args:
-        where: A name of `imagenet.SETS`; a file that ends in `.csv` or `.tsv`; or a pattern of `.tar` files.
+        where: A name of `imagenet.SETS` that has all 1,000 classes; a file that ends in `.csv` or `.tsv`; or
+            a pattern of `.tar` files.
         root: The folder that a set lies in, and that other paths are relative to.
 
     Raises:
@@ -256,13 +255,19 @@ def load(where: str, root: Path | None) -> Captioned:
         FileNotFoundError: It is not there.
     """
     if where in imagenet.SETS:
+        if imagenet.SETS[where].classes != len(imagenet.CLASSES):
+            whole = [name for name, s in imagenet.SETS.items() if s.classes == len(imagenet.CLASSES)]
+            raise ValueError(
+                f"{where!r} has {imagenet.SETS[where].classes} classes, numbered in its own way, and is for "
+                f"tests: train on {', '.join(whole)}, or on a table of captions"
+            )
         if root is None:
             raise ValueError(f"{where!r} needs the folder that holds it: pass root=DIR (--data-root DIR)")
         return Folder(where, root)
     path = str(where if root is None else root / where)
-    if path.endswith((".csv", ".tsv")):
+    if path.lower().endswith((".csv", ".tsv")):
         return Table(Path(path))
-    if ".tar" in path:
+    if ".tar" in path.lower():
         return Shards(path)
     raise ValueError(
         f"cannot tell what pairs {where!r} are: give a .csv, a .tsv, .tar shards, or one of "
@@ -274,117 +279,13 @@ def check_labels(data: Captioned, classes: int) -> None:
     """See that labels, where there are any, number the classes.
 
     Raises:
-        ValueError: One does not.
+        ValueError: One does not; it says which.
     """
     if data.labels is None:
         return
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if not 0 <= low <= high < classes:
+    wrong = ((data.labels < 0) | (data.labels >= classes)).nonzero()[:, 0].tolist()
+    if wrong:
         raise ValueError(
-            f"labels must be in 0 ... {classes - 1}, got {low} ... {high}: they number the classes"
-        )
-
-
-class FilePairs:
-    """A `loop.Stream` of image-text pairs read from files.
-
-    What a step holds depends on the seed and the step alone, however many workers and processes there are;
-    each process gets its part. For an image that cannot be read the next one that can stands in, counted
-    in the batch, with a warning for the first.
-
-    Args:
-        data: The pairs.
-        transform: A PIL image to a tensor; all that is random in it is torch's.
-        tokenizer: Of the towers.
-        batch_size: Pairs a step.
-        seed: Of order, transforms and captions.
-        classes: Names, for pairs whose texts are made of them.
-        templates: Captions with one `{}`, one of which is drawn for each image and step.
-        sampling: `"epochs"`: a new permutation each, the last batch of each filled up with its first images.
-            `"balanced"`: `Balanced`.
-        workers: Processes that read; 0: this one.
-
-    Raises:
-        ValueError: A batch is larger than the data; balanced batches of images without labels.
-    """
-
-    def __init__(
-        self,
-        data: Captioned,
-        transform: Callable[[Any], Tensor],
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        seed: int,
-        classes: Sequence[str] = (),
-        templates: Sequence[str] = (),
-        sampling: Sampling = "epochs",
-        workers: int = 0,
-    ):
-        self.data, self.tokenizer, self.seed = data, tokenizer, seed
-        self.classes, self.templates = classes, templates
-        if sampling == "balanced":
-            if data.labels is None:
-                raise ValueError(
-                    "sampling='balanced' needs labels, the data has captions only: give it a label for "
-                    "each image, or take sampling='epochs'"
-                )
-            self.order: Epochs | Balanced = Balanced(data.labels, batch_size, seed, "training pairs")
-        else:
-            self.order = Epochs(len(data), batch_size, seed, "training pairs", fill=True)
-        self._views = Views(
-            _Readable(data), transform, batch_size, seed, workers=workers, order=self.order
-        )  # fmt: skip
-        self._warned = False
-
-    def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Batches without end from `first_step` on."""
-        for step, (images, (captions, used)) in enumerate(self._views(first_step), first_step):
-            yield self._batch(step, images, list(captions), used)
-
-    def _batch(self, step: int, images: Tensor, captions: list[str], used: Tensor) -> Batch:
-        whole = self.order(step)
-        own = processes.own(len(whole))
-        labels = None if self.data.labels is None else self.data.labels[used]
-        if self.data.templated and labels is not None:
-            drawn = torch.randint(len(self.templates), (len(whole),), generator=generator(self.seed, 1, step))
-            captions = [
-                self.templates[template].format(self.classes[label])
-                for template, label in zip(drawn[own].tolist(), labels.tolist(), strict=True)
-            ]
-        distinct = list(dict.fromkeys(captions))
-        row = {text: i for i, text in enumerate(distinct)}
-        caption = torch.tensor([row[text] for text in captions])
-        missing = whole[own] != used
-        if missing.any() and not self._warned:
-            first = self.data.name(int(whole[own][missing][0]))
-            warnings.warn(
-                f"{first} cannot be read: the next image stands in, here and for all others; the log "
-                "counts them as unreadable",
-                stacklevel=2,
-            )
-            self._warned = True
-        return Batch(images, self.tokenizer(distinct), caption, labels, int(missing.sum()))
-
-
-class _Readable(Dataset[Any]):
-    """(image, (text, index)) of an image, or of the next that can be read."""
-
-    def __init__(self, data: Captioned):
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, tuple[str, int]]:
-        for ahead in range(_IN_A_ROW):
-            tried = (index + ahead) % len(self)
-            try:
-                image, text = self.data.read(tried)
-            except UNREADABLE:
-                continue
-            return image, (text, tried)
-        raise OSError(
-            f"{self.data.name(index)} and the {_IN_A_ROW - 1} images after it cannot be read: check the "
-            "paths, and the files"
+            f"labels must be in 0 ... {classes - 1}, got {int(data.labels[wrong[0]])} of "
+            f"{data.name(wrong[0])}, and {len(wrong) - 1} more that are not: they number ImageNet's classes"
         )

@@ -23,8 +23,8 @@ class Finding:
     Attributes:
         name: Of the set.
         where: Its folder; None where it is missing.
-        images: Their number, and of classes that have any.
-        classes: Number of classes that have images.
+        images: Their number.
+        classes: How many classes have images; 0 where they have captions alone.
         problems: What is wrong, each with its remedy; empty: all is well.
     """
 
@@ -75,6 +75,7 @@ def check_pairs(where: str, root: Path, read: bool = False, progress: bool = Fal
     """
     try:
         found = captioned.load(where, root)
+        captioned.check_labels(found, len(imagenet.CLASSES))
     except FileNotFoundError as error:
         return Finding(where, problems=(str(error),))
     except (ValueError, OSError, ImportError) as error:
@@ -107,7 +108,7 @@ def _unreadable(found: captioned.Captioned, name: str, progress: bool) -> list[s
     for i in tqdm(range(len(found)), desc=name, unit="image", disable=None if progress else True):
         try:
             found.read(i)
-        except imagenet.UNREADABLE:
+        except OSError:
             bad.append(f"cannot be read as an image: {found.name(i)}")
     return bad
 

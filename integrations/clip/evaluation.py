@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from wmateacher.integrations import evaluation, processes
-from wmateacher.integrations.clip.imagenet import UNREADABLE, Photos, Test
+from wmateacher.integrations import evaluation, processes, stopping
+from wmateacher.integrations.clip.imagenet import Photos, Test
 from wmateacher.integrations.clip.towers import Towers
 from wmateacher.integrations.evaluation import Labelled, Scores
 
@@ -76,6 +76,7 @@ def _read(
         _Readable(photos, transform),
         batch_sampler=_own_parts(len(photos), batch_size),
         num_workers=workers,
+        worker_init_fn=stopping.leave_to_main,
         collate_fn=_together,
         generator=torch.Generator(),  # else it would draw from the global one
     )
@@ -109,7 +110,7 @@ class _Readable(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | int:
         try:
             image, label = self.photos[index]
-        except UNREADABLE:
+        except OSError:
             return index
         return self.transform(image), label
 

@@ -67,6 +67,7 @@ class Experiment:
         workers: Processes that read photographs.
         progress: Show progress bars.
         say: Told of every evaluation while training.
+        adapt: Changes the recipe once its number of steps is known, such as for an ablation of intervals.
 
     Attributes:
         recipe: With the number of steps that its data makes.
@@ -90,6 +91,7 @@ class Experiment:
         workers: int = 0,
         progress: bool = True,
         say: Callable[[str], None] | None = None,
+        adapt: Callable[[Recipe], Recipe] | None = None,
     ):
         self.recipe, self.output, self.progress, self.say = recipe, output, progress, say
         self.device = torch.device(device)
@@ -107,11 +109,14 @@ class Experiment:
             self.world = DigitsWorld(recipe, self.towers, tokenizer, root=root, download=download)
         else:
             raise TypeError(f"recipe must be a DigitsRecipe or a PhotoRecipe, got {type(recipe).__name__}")
+        if adapt is not None:
+            self.recipe = adapt(self.recipe)
         self.towers.to(self.device)
         self.prompts = self.world.prompts
         packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
         where = runs.environment(self.device, packages)
-        self._results = runs.Results(output, asdict(self.recipe), where)
+        neutral = [f"{settings}.checkpoint_every" for settings in ("finetune", "pretrain")]
+        self._results = runs.Results(output, asdict(self.recipe), where, neutral)
 
     # --- one method ---------------------------------------------------------------------------------
 
@@ -138,20 +143,12 @@ class Experiment:
             ValueError: One cannot; it says what it needs.
         """
         for name in names:
-            method = self.recipe.method(name)
-            trained = method if method.merge is None else self.recipe.method(method.merge.of)
-            if method.merge is not None and not trained.trains:
-                raise ValueError(f"merge of {trained.name!r}, which is not trained: choose a method that is")
-            if trained.head == "linear" and trained.trains and not self.world.labelled:
-                raise ValueError(
-                    f"method {name!r} has a linear head and needs labels, the data has captions only: give "
-                    "the table a label column, or leave the method out"
-                )
-            if trained.anchors and self.world.anchors(self.recipe.finetune) is None:
-                raise ValueError(
-                    f"method {name!r} needs anchor pairs, image-text pairs like those of pre-training: give "
-                    "some (--set anchors=FILE), or leave the method out"
-                )
+            lacking = self.recipe.lacking(name, labelled=self.world.labelled, anchored=self.world.anchored)
+            if lacking is not None:
+                raise ValueError(lacking)
+            method = self.recipe.trained(name)
+            if method.trains:
+                processes.check_batch(self.recipe.finetune.batch_size, equal=method.head == "linear")
 
     def run(
         self, name: str, seed: int = 0, after_step: Callable[[int], None] | None = None
@@ -212,7 +209,7 @@ class Experiment:
 
     def file(self, what: str, method: str, seed: int) -> Path:
         """Where one of the tables of a run is written: gaps, epochs, reliability."""
-        return self.output / what / f"{method}-{seed}.csv"
+        return self.output / what / f"{runs.file_name(method)}-{seed}.csv"
 
     # --- pieces -------------------------------------------------------------------------------------
 
@@ -230,7 +227,7 @@ class Experiment:
         fitted = fit(
             student, method, self.world.pairs(settings), settings,
             prompts=self.prompts, anchors=self.world.anchors(settings) if method.anchors else None,
-            checkpoint=self.output / "checkpoints" / f"{method.name}-{seed}.pt",
+            checkpoint=self.output / "checkpoints" / f"{runs.file_name(method.name)}-{seed}.pt",
             label=label, progress=self.progress, after_step=after_step,
             evaluate=self._watched, evaluate_every=self.recipe.evaluate_every or 0,
             after_read=None if self.say is None else _telling(self.say, label),
@@ -243,7 +240,7 @@ class Experiment:
         return _figures({side: self.evaluate(model) for side, model in models.items()})  # type: ignore[arg-type]
 
     def _merged(self, merge: Merge, seed: int) -> Finished:
-        """Weights between the pretrained and fine-tuned ones, and the seconds of all fine-tuning."""
+        """Weights between the pretrained and fine-tuned ones."""
         method = self.recipe.method(merge.of)
         student = started(method, deepcopy(self.towers), self.prompts)
         ends = [self._finished(method, merge.models * seed + i) for i in range(merge.models)]

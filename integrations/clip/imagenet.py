@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,6 @@ CLASSES: tuple[str, ...] = tuple(open_clip.IMAGENET_CLASSNAMES)
 """OpenAI's names of the 1,000 classes."""
 TEMPLATES: tuple[str, ...] = tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES)
 """OpenAI's 80 captions; TRACER trains on six more of its own, which are not known to us."""
-UNREADABLE = (OSError, SyntaxError, ValueError)
-"""What Pillow's decoders raise."""
 _BORDER = 2
 
 
@@ -91,6 +90,27 @@ SHIFTS = ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectn
 """The paper's."""
 
 
+def opened(file: str | BytesIO, border: int = 0) -> Image.Image:
+    """An image in RGB, without a border of so many pixels.
+
+    Raises:
+        OSError: It cannot be read, whichever way its decoder failed, or nothing of it is left.
+    """
+    try:
+        with Image.open(file) as image:
+            whole = image.convert("RGB")
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise many kinds, decompression bombs among them
+        raise OSError(f"{file} cannot be read as an image ({error})") from error
+    if not border:
+        return whole
+    width, height = whole.size
+    if min(width, height) <= 2 * border:
+        raise OSError(f"{file} has {width} x {height} pixels, nothing but its border")
+    return whole.crop((border, border, width - border, height - border))
+
+
 class Photos(Dataset[Any]):
     """Image files with labels.
 
@@ -112,12 +132,7 @@ class Photos(Dataset[Any]):
         Raises:
             OSError: The file cannot be read as an image.
         """
-        with Image.open(self.files[index]) as image:
-            image = image.convert("RGB")
-        if self.border:
-            width, height = image.size
-            image = image.crop((self.border, self.border, width - self.border, height - self.border))
-        return image, int(self.labels[index])
+        return opened(self.files[index], self.border), int(self.labels[index])
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -25,6 +24,16 @@ TRACER_TERMS = tracer_terms(512)
 """TRACER's distillation at width 512."""
 CAROT_EMA = "ema(0.05,0.9,schedule=linear,warmup=0.2)"
 """CaRot's teacher: retention .05 -> .9 over the first 20% of the run."""
+
+
+def check_clip_norm(clip_norm: float | None) -> None:
+    """See that gradients can be clipped at it.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be above 0, or None for no clipping, got {clip_norm}")
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,9 @@ class Method:
                 f"unknown clock {self.clock!r}; {nearest(self.clock, ('steps', 'once', 'published'))}"
             )
         kernels.positive_int("update_every", self.update_every)
+        check_clip_norm(self.clip_norm)
+        if self.kernel is not None:
+            kernels.build(self.kernel)
         if (self.kernel is None) != (self.distillation is None):
             raise ValueError(
                 f"method {self.name!r} has kernel={self.kernel!r} and "
@@ -197,12 +209,13 @@ _METHODS = [
         probe_rate=10.0,
     ),
     Method("flyp", "Contrastive fine-tuning as in pre-training (FLYP, Goyal et al. 2023)"),
+    # The weight is that of the published toy experiment; the paper gives none for ImageNet.
     Method("l2-sp", "FLYP + L2 pull to the start (Li et al. 2018)", l2_sp=1e-3),
     # KL(p_0 || p) of the context distributions of the images. Weight 1 and the pretrained scale on both
     # sides are choices of ours.
     Method(
         "car-ft",
-        "FT + KL to the pretrained distribution over contexts (CAR-FT, Mao et al. 2022)",
+        "Cross-entropy + KL to the pretrained distribution over contexts (CAR-FT, Mao et al. 2022)",
         head="linear",
         kernel="static",
         distillation="kl",
@@ -212,7 +225,7 @@ _METHODS = [
     # 1 and the pretrained scale on both sides: its published code. (That trains without weight decay.)
     Method(
         "lipsum-ft",
-        "FT + energies of random texts as pretrained (Lipsum-FT, Nam et al. 2024, section 5.1)",
+        "Cross-entropy + energies of random texts as pretrained (Lipsum-FT, Nam et al. 2024, section 5.1)",
         head="linear",
         kernel="static",
         distillation="0.5*mse(logits)",
@@ -261,14 +274,3 @@ _METHODS = [
     ),
 ]
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
-
-
-def get(name: str, among: Mapping[str, Method] = METHODS) -> Method:
-    """The method of that name.
-
-    Raises:
-        ValueError: There is none; lists those there are.
-    """
-    if name not in among:
-        raise ValueError(f"unknown method {name!r}; {nearest(name, among)}")
-    return among[name]

@@ -22,14 +22,14 @@ class Batch(NamedTuple):
         tokens: int64 `[U, L]`, each distinct caption of the batch once.
         caption: int64 `[B]`, the row of `tokens` that belongs to each image.
         labels: int64 `[B]`, the classes, where there are any.
-        unreadable: How many images others stand in for.
+        unreadable: How many images of this process others stand in for; None: images are not read.
     """
 
     images: Tensor
     tokens: Tensor
     caption: Tensor
     labels: Tensor | None = None
-    unreadable: int = 0
+    unreadable: int | None = None
 
     def rows(self, chosen: slice) -> Batch:
         """Some of the pairs, with the captions that they need."""
@@ -49,10 +49,12 @@ class Batch(NamedTuple):
 
 def joined(first: Batch, second: Batch) -> Batch:
     """The pairs of both in one batch, without labels."""
+    counts = [b.unreadable for b in (first, second) if b.unreadable is not None]
     return Batch(
         torch.cat([first.images, second.images]),
         torch.cat([first.tokens, second.tokens]),
         torch.cat([first.caption, second.caption + len(first.tokens)]),
+        unreadable=sum(counts) if counts else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.recipes import PhotoRecipe, Recipe
 from wmateacher.integrations.clip.towers import Towers, build
 from wmateacher.integrations.clip.training import Settings
+from wmateacher.integrations.sampling import steps_per_epoch
 
 GIB = 2**30
 
@@ -29,6 +30,7 @@ class Memory:
         gradients: Of the trained ones.
         optimizer: AdamW's two moments.
         teacher: The average; 0 without a teacher.
+        start: The weights that an L2 pull is to; 0 without one.
         activations: What the student's forward keeps for the backward pass.
     """
 
@@ -36,6 +38,7 @@ class Memory:
     gradients: int
     optimizer: int
     teacher: int
+    start: int
     activations: int
 
     @property
@@ -44,7 +47,15 @@ class Memory:
         return sum(vars(self).values())
 
 
-def memory(model: str, settings: Settings, teacher: bool, head: str = "text", processes: int = 1) -> Memory:
+def memory(
+    model: str,
+    settings: Settings,
+    teacher: bool = False,
+    *,
+    head: str = "text",
+    pull: bool = False,
+    processes: int = 1,
+) -> Memory:
     """What training takes, at the least: the framework's own buffers and fragments come on top.
 
     Activations are counted by running the forward on tensors without content, by the kernels of a CPU.
@@ -53,6 +64,7 @@ def memory(model: str, settings: Settings, teacher: bool, head: str = "text", pr
         model: As in a recipe.
         settings: Batch, precision, micro batch.
         teacher: Whether there is one.
+        pull: Whether there is an L2 pull to the start.
         head: Of the method: with `"linear"` the text tower is neither trained nor run.
         processes: That share each batch.
     """
@@ -64,7 +76,10 @@ def memory(model: str, settings: Settings, teacher: bool, head: str = "text", pr
     batch = -(-settings.batch_size // processes)
     pairs = min(batch, settings.micro_batch or batch)
     activations = _kept(towers, pairs, settings, texts=head == "text")
-    return Memory(every, trained, 2 * trained, trained if teacher else 0, activations)
+    return Memory(
+        student=every, gradients=trained, optimizer=2 * trained, teacher=trained if teacher else 0,
+        start=trained if pull else 0, activations=activations,
+    )  # fmt: skip
 
 
 class _Embeds(nn.Module):
@@ -106,33 +121,42 @@ def _kept(towers: Towers, pairs: int, settings: Settings, texts: bool) -> int:
     return sum(size for storage, (_, size) in kept.items() if storage not in own)
 
 
-def describe(recipe: Recipe, names: Sequence[str], root: Path | None, processes: int = 1) -> str:
+def describe(
+    recipe: Recipe,
+    chosen: Callable[[Recipe], tuple[Recipe, Sequence[str]]],
+    root: Path | None,
+    processes: int = 1,
+) -> str:
     """All of a run that can be known before it, in lines of text.
 
     Args:
         recipe: As the command line has it.
-        names: Of the methods that would run.
+        chosen: The recipe, once its steps are known, to the one that runs and the names of its methods.
         root: The folder of the data.
         processes: That would share each batch.
+
+    Raises:
+        ValueError: There is no such folder; or as `PhotoRecipe.on`.
     """
     if root is not None and not root.is_dir():
         raise ValueError(f"no folder {root}: give the one that holds the data sets (--data-root)")
     found = _data(recipe, root)
     if isinstance(recipe, PhotoRecipe) and found.pairs:
         recipe = recipe.on(found.pairs)
+    recipe, names = chosen(recipe)
     methods = [recipe.method(name) for name in names]
     lines = [f"{recipe.name}: {recipe.summary}", "", "configuration, each line an argument of --set:"]
     lines += [f"  {line}" for line in _settings(recipe)]
-    lines += [
-        "",
-        "methods, what makes them differ from FLYP (--set methods.NAME.SETTING=VALUE):",
-    ]
+    lines += ["", "methods, what makes them differ from FLYP (--set methods.NAME.SETTING=VALUE):"]
     for m in methods:
         own = ", ".join(f"{k}={v}" for k, v in m.settings().items() if k != "name")
         lines.append(f"  {m.name}: {own or 'nothing'}")
     other = ", ".join(f.name for f in fields(Method) if f.name not in ("name", "summary"))
     lines.append(f"  settings of a method: {other}")
     lines += ["", *_length(recipe, found), "", *_memory(recipe, methods, processes), "", *found.lines]
+    anchored = not isinstance(recipe, PhotoRecipe) or recipe.anchors is not None
+    lacking = [recipe.lacking(name, labelled=found.labelled, anchored=anchored) for name in names]
+    lines += [f"cannot run: {reason}" for reason in lacking if reason is not None]
     return "\n".join(lines)
 
 
@@ -150,24 +174,27 @@ def _settings(recipe: Recipe) -> Iterator[str]:
 @dataclass(frozen=True)
 class _Found:
     pairs: int
+    labelled: bool
     lines: list[str]
 
 
 def _data(recipe: Recipe, root: Path | None) -> _Found:
     """How many training pairs there are, by what lies there or else as published, and what is missing."""
     if not isinstance(recipe, PhotoRecipe):
-        return _Found(0, [f"data: {getattr(recipe, 'data', '')}" + (f" in {root}" if root else "")])
+        return _Found(0, True, [f"data: {getattr(recipe, 'data', '')}" + (f" in {root}" if root else "")])
     if root is None:
         wanted = dict.fromkeys((*_sets(recipe.train), *recipe.tests))
         lines = [f"  {name}: {imagenet.SETS[name].source}" for name in wanted]
-        return _Found(_published(recipe.train), ["data: no --data-root given; it needs", *lines])
+        labelled = recipe.train in imagenet.SETS
+        return _Found(_published(recipe.train), labelled, ["data: no --data-root given; it needs", *lines])
     lines = [f"data in {root}:"]
     findings = [check.check(name, root) for name in dict.fromkeys((*_sets(recipe.train), *recipe.tests))]
     others = [w for w in (recipe.train, recipe.anchors) if w is not None and w not in imagenet.SETS]
     findings += [check.check_pairs(where, root) for where in others]
     lines += [f"  {line}" for line in check.table(findings).splitlines()]
-    pairs = next((f.images for f in findings if f.name == recipe.train), 0)
-    return _Found(pairs or _published(recipe.train), lines)
+    train = next(f for f in findings if f.name == recipe.train)
+    labelled = train.classes > 0 or recipe.train in imagenet.SETS
+    return _Found(train.images or _published(recipe.train), labelled, lines)
 
 
 def _published(where: str) -> int:
@@ -185,7 +212,7 @@ def _length(recipe: Recipe, found: _Found) -> list[str]:
     if isinstance(recipe, PhotoRecipe) and not found.pairs:
         of = f", or another number: the pairs of {recipe.train} are missing"
     elif isinstance(recipe, PhotoRecipe):
-        each = -(-found.pairs // s.batch_size)
+        each = steps_per_epoch(found.pairs, s.batch_size)
         of = f": {found.pairs:,} pairs, {each:,} steps an epoch"
         if found.pairs < s.batch_size:
             of += f"; too few for batch_size {s.batch_size}, training would refuse"
@@ -196,15 +223,15 @@ def _length(recipe: Recipe, found: _Found) -> list[str]:
 
 def _memory(recipe: Recipe, methods: Sequence[Method], processes: int) -> list[str]:
     """An estimate for each kind of method among these."""
-    kinds: dict[tuple[bool, str], list[str]] = {}
+    kinds: dict[tuple[bool, str, bool], list[str]] = {}
     for m in methods:
         if m.trains:
-            kinds.setdefault((m.kernel is not None, m.head), []).append(m.name)
+            kinds.setdefault((m.kernel is not None, m.head, m.l2_sp > 0), []).append(m.name)
     if not kinds:
         return ["memory: nothing is trained"]
     rows = []
-    for (teacher, head), names in kinds.items():
-        takes = memory(recipe.model, recipe.finetune, teacher, head, processes)
+    for (teacher, head, pull), names in kinds.items():
+        takes = memory(recipe.model, recipe.finetune, teacher, head=head, pull=pull, processes=processes)
         row = {"GiB of": ", ".join(names)}
         row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(takes).items(), ("total", takes.total))}
         rows.append(row)

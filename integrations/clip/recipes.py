@@ -8,10 +8,12 @@ from typing import TypeVar
 
 from wmateacher.integrations import digits, overrides
 from wmateacher.integrations.clip import imagenet
-from wmateacher.integrations.clip.captioned import Sampling
+from wmateacher.integrations.clip.file_pairs import Sampling
 from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
+from wmateacher.integrations.clip.published import PUBLISHED
 from wmateacher.integrations.clip.training import Settings
 from wmateacher.integrations.digits import Domain
+from wmateacher.integrations.sampling import steps_per_epoch
 from wmateacher.spec import nearest
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
@@ -64,15 +66,46 @@ class Recipe:
         """
         if names == ("all",):
             return list(self.methods)
-        return [self.method(name).name for name in names or self.default or self.methods]
+        chosen = list(names or self.default or self.methods)
+        for name in chosen:
+            self.method(name)
+        return chosen
 
-    def changed(self: RecipeT, assignment: str) -> RecipeT:
-        """The same with one value changed, as `overrides.changed` does.
+    def trained(self, name: str) -> Method:
+        """The method that is trained for that one: itself, or what a merge is of."""
+        method = self.method(name)
+        return method if method.merge is None else self.method(method.merge.of)
+
+    def lacking(self, name: str, *, labelled: bool, anchored: bool) -> str | None:
+        """Why a method cannot run on some data; None: it can.
+
+        Args:
+            name: Of the method.
+            labelled: Whether the training pairs have classes.
+            anchored: Whether there are anchor pairs.
+        """
+        method = self.trained(name)
+        if self.method(name).merge is not None and not method.trains:
+            return f"merge of {method.name!r}, which is not trained: choose a method that is"
+        if method.head == "linear" and method.trains and not labelled:
+            return (
+                f"method {name!r} has a linear head and needs labels, the data has captions only: give the "
+                "table a label column, or leave the method out"
+            )
+        if method.anchors and not anchored:
+            return (
+                f"method {name!r} needs anchor pairs, image-text pairs like those of pre-training: give some "
+                "(--set anchors=FILE), or leave the method out"
+            )
+        return None
+
+    def changed(self: RecipeT, *assignments: str) -> RecipeT:
+        """The same with values changed, as `overrides.changed` does.
 
         Raises:
             ValueError: There is no such name, or the value does not do.
         """
-        return overrides.changed(self, assignment)
+        return overrides.changed(self, assignments)
 
     def with_steps(self: RecipeT, steps: int | None) -> RecipeT:
         """The same with another number of steps of fine-tuning, the warm-up shortened in proportion."""
@@ -202,7 +235,7 @@ class PhotoRecipe(Recipe):
         tests: Sets of `imagenet.SETS`; the first is in-distribution.
         templates: Captions with one `{}`, of training and of the zero-shot head.
         epochs: Passes over the training pairs; None: `finetune.steps` says how long.
-        sampling: How batches are drawn: see `captioned.FilePairs`.
+        sampling: How batches are drawn: see `file_pairs.FilePairs`.
         scale: Smallest and largest share of an image that a training crop has.
         flip: Probability of a horizontal flip.
         evaluate_every: None: after each epoch.
@@ -230,11 +263,15 @@ class PhotoRecipe(Recipe):
                 raise ValueError(f"unknown data set {name!r} in tests; {nearest(name, imagenet.SETS)}")
         if not self.tests:
             raise ValueError("tests must have at least one data set: the first is in-distribution")
-        wrong = [t for t in self.templates if t.count("{}") != 1]
+        wrong = [t for t in self.templates if not _takes_a_name(t)]
         if wrong or not self.templates:
             raise ValueError(
                 f"templates must be captions with one {{}} for the class, got {wrong or self.templates!r}"
             )
+        if self.published is not None and self.published not in PUBLISHED:
+            raise ValueError(f"unknown published {self.published!r}; {nearest(self.published, PUBLISHED)}")
+        if self.evaluation_batch < 1:
+            raise ValueError(f"evaluation_batch must be at least 1, got {self.evaluation_batch}")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -243,29 +280,38 @@ class PhotoRecipe(Recipe):
             raise ValueError(f"flip must be a probability, got {self.flip}")
 
     def on(self, pairs: int) -> PhotoRecipe:
-        """The same with the steps that so many training pairs make: the last batch of an epoch is a step.
+        """The same with the steps that so many training pairs make.
 
-        A warm-up takes at most a tenth of the run.
+        Raises:
+            ValueError: The warm-up is not shorter than that.
         """
-        each = -(-pairs // self.finetune.batch_size)
+        each = steps_per_epoch(pairs, self.finetune.batch_size)
         steps = self.finetune.steps if self.epochs is None else self.epochs * each
-        finetune = replace(self.finetune, steps=steps, warmup=min(self.finetune.warmup, steps // 10))
+        warmup = self.finetune.warmup
+        if warmup and warmup >= steps:
+            raise ValueError(
+                f"warmup must be shorter than the run, got {warmup} of {steps} steps ({pairs:,} pairs in "
+                f"batches of {self.finetune.batch_size}): pass --set finetune.warmup={steps // 10}"
+            )
         every = each if self.evaluate_every is None else self.evaluate_every
-        return replace(self, finetune=finetune, evaluate_every=every)
+        return replace(self, finetune=replace(self.finetune, steps=steps), evaluate_every=every)
 
-    def changed(self, assignment: str) -> PhotoRecipe:
+    def changed(self, *assignments: str) -> PhotoRecipe:
         """As `Recipe.changed`; `finetune.steps` takes the place of `epochs`."""
-        made = super().changed(assignment)
-        return (
-            replace(made, epochs=None) if assignment.partition("=")[0].strip() == "finetune.steps" else made
-        )
+        made = super().changed(*assignments)
+        names = [a.partition("=")[0].strip() for a in assignments]
+        return replace(made, epochs=None) if "finetune.steps" in names else made
 
     def with_steps(self, steps: int | None) -> PhotoRecipe:
         """As `Recipe.with_steps`, in place of `epochs`."""
         return self if steps is None else replace(super().with_steps(steps), epochs=None)
 
 
-IMAGENET_PAIRS = imagenet.SETS["imagenet-train"].images
+def _takes_a_name(template: str) -> bool:
+    try:
+        return template.count("{}") == 1 and template.format("x") == template.replace("{}", "x")
+    except (LookupError, ValueError):
+        return False
 
 
 def _imagenet(name: str, model: str, width: int, batch: int, **changes: object) -> PhotoRecipe:
@@ -277,6 +323,7 @@ def _imagenet(name: str, model: str, width: int, batch: int, **changes: object) 
         "c_f": 0.05,
         "strength": 0.9,
     }
+    pairs = imagenet.SETS["imagenet-train"].images
     v: dict[str, float] = {**defaults, **changes}  # type: ignore[dict-item]
     tracing = {"distillation": tracer_terms(width, v["elementwise"]), "strength": v["strength"]}
     regularised = ("static-sd", "ema", "carot", "tracer")
@@ -290,7 +337,7 @@ def _imagenet(name: str, model: str, width: int, batch: int, **changes: object) 
         model=f"{model}-quickgelu",
         pretrained="openai",
         finetune=Settings(
-            steps=10 * -(-IMAGENET_PAIRS // batch), learning_rate=v["learning_rate"], batch_size=batch,
+            steps=10 * steps_per_epoch(pairs, batch), learning_rate=v["learning_rate"], batch_size=batch,
             weight_decay=v["weight_decay"], warmup=500, precision="bf16", checkpoint_every=500,
         ),
         methods=methods,

@@ -83,7 +83,8 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
         )  # fmt: skip
     plane.set(xlabel="ID accuracy (%)", ylabel="mean OOD accuracy (%)", title="In and out of distribution")
     plane.grid(alpha=0.3)
-    plane.legend(fontsize="small")
+    if plane.get_legend_handles_labels()[0]:
+        plane.legend(fontsize="small")
     for name, path in gaps.items():
         rows = _rows(path)
         steps, values = [int(r["step"]) for r in rows], [float(r["gap"]) for r in rows]

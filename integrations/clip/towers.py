@@ -172,5 +172,8 @@ def zero_shot_head(
         `[d, classes]`; `image features @ head` are the logits.
     """
     device = next(towers.parameters()).device
+    training = towers.training
+    towers.eval()
     weights = open_clip.build_zero_shot_classifier(towers, tokenizer, classes, templates, device=device)
+    towers.train(training)
     return weights * towers.logit_scale

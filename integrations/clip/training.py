@@ -15,7 +15,7 @@ from wmateacher.diagnostics import parameter_gap
 from wmateacher.integrations import loop, processes, schedules
 from wmateacher.integrations.clip import cached, clocks, pairs
 from wmateacher.integrations.clip.heads import Classified, Classifier, Prompts, Student, towers_of
-from wmateacher.integrations.clip.methods import Method
+from wmateacher.integrations.clip.methods import Method, check_clip_norm
 from wmateacher.integrations.clip.objective import Objective, needed
 from wmateacher.integrations.clip.pairs import Batch
 from wmateacher.integrations.clip.towers import Towers
@@ -68,6 +68,7 @@ class Settings:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}: None is all at once")
+        check_clip_norm(self.clip_norm)
         if self.precision not in ("fp32", *_AUTOCAST):
             raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16', got {self.precision!r}")
 
@@ -165,16 +166,10 @@ def fit(
     models: dict[str, nn.Module] = {"student": student}
     if task.teacher is not None:
         models["teacher"] = task.teacher.module
-
-    def figures() -> Mapping[str, float]:
-        for model in models.values():
-            processes.same_buffers(model)
-        return {} if evaluate is None else evaluate(models)
-
     record = loop.train(
         task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
         label=label, progress=progress, after_step=after_step, after_read=after_read,
-        evaluate=figures, evaluate_every=0 if evaluate is None else evaluate_every,
+        evaluate=None if evaluate is None else lambda: evaluate(models), evaluate_every=evaluate_every,
     )  # fmt: skip
     processes.same_buffers(student)
     return Fit(student, task.teacher, record.series, record.seconds)
@@ -243,10 +238,8 @@ class _FineTuning:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(step)
         given = batch if anchors is None else pairs.joined(batch, anchors)
-        parts = (
-            None if self.settings.micro_batch is None else cached.parts_of(given, self.settings.micro_batch)
-        )
-        held = None if parts is None else cached.Cached(self.model, parts, self._autocast)
+        parts = self._parts(given)
+        held = None if len(parts) == 1 else cached.Cached(self.model, parts, self._autocast)
         with self._autocast():
             targets = self._targets(batch)
             answers = self.model(*given[:3]) if held is None else held.answers
@@ -259,10 +252,12 @@ class _FineTuning:
         self.scaler.scale(loss).backward()
         if held is not None:
             held.backward()
-        clip_norm = self.settings.clip_norm or self.method.clip_norm
+        clip_norm = self.settings.clip_norm
+        clip_norm = self.method.clip_norm if clip_norm is None else clip_norm
         if clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, clip_norm)
+        processes.same_buffers(self.student)  # before the teacher takes them, so that all ranks' are saved
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -272,8 +267,8 @@ class _FineTuning:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         logged["logit_scale"] = towers_of(self.student).logit_scale.detach().clone()
-        if batch.unreadable:
-            logged["unreadable"] = float(batch.unreadable)
+        if given.unreadable is not None:
+            logged["unreadable"] = processes.total(given.unreadable, self.device)
         if self.teacher is not None:
             logged["gap"] = parameter_gap(self.teacher)
         return logged
@@ -304,10 +299,15 @@ class _FineTuning:
         """What the teacher gives."""
         if self.teacher is None:
             return None
+        parts = self._parts(batch)
+        return self.teacher(*batch[:3]) if len(parts) == 1 else cached.embedded(self.teacher, parts)
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """What goes through the towers at a time."""
         size = self.settings.micro_batch
-        if size is None:
-            return self.teacher(*batch[:3])
-        return cached.embedded(self.teacher, cached.parts_of(batch, size))
+        if size is None or size >= len(batch.images):
+            return [batch]
+        return cached.parts_of(batch, size)
 
     def parts(self) -> dict[str, loop.Part]:
         """All that changes."""

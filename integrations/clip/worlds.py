@@ -16,6 +16,7 @@ from torchvision.transforms import InterpolationMode
 from wmateacher.integrations import digits, loop, processes
 from wmateacher.integrations.clip import captioned, imagenet
 from wmateacher.integrations.clip.evaluation import Labelled, Scorer, score, score_set
+from wmateacher.integrations.clip.file_pairs import FilePairs, Sampling
 from wmateacher.integrations.clip.heads import Prompts
 from wmateacher.integrations.clip.pairs import Batch, DrawnPairs, normalise
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
@@ -34,10 +35,12 @@ class World(Protocol):
         tests: By name; the first is in-distribution.
         validation: Likewise, for every choice that is made by looking at results.
         labelled: Whether training pairs have classes.
+        anchored: Whether there are anchor pairs.
     """
 
     prompts: Prompts
     labelled: bool
+    anchored: bool
     tests: Mapping[str, Scorer]
     validation: Mapping[str, Scorer]
 
@@ -68,7 +71,7 @@ class DigitsWorld:
         FileNotFoundError: The data is not there.
     """
 
-    labelled = True
+    labelled = anchored = True
 
     def __init__(
         self,
@@ -161,6 +164,7 @@ class PhotoWorld:
         captioned.check_labels(self.train, len(imagenet.CLASSES))
         self.labelled = self.train.labels is not None
         self._anchors = None if recipe.anchors is None else captioned.load(recipe.anchors, root)
+        self.anchored = self._anchors is not None
         seen = open_clip.get_model_preprocess_cfg(towers.clip)
         self._view = training_view(towers.image_size, seen["mean"], seen["std"], recipe.scale, recipe.flip)
         view = open_clip.image_transform(
@@ -174,18 +178,16 @@ class PhotoWorld:
             for name in recipe.tests
         }  # fmt: skip
 
-    def pairs(self, settings: Settings) -> captioned.FilePairs:
+    def pairs(self, settings: Settings) -> FilePairs:
         """Of the training set."""
         return self._read(self.train, settings, self.recipe.sampling)
 
-    def anchors(self, settings: Settings) -> captioned.FilePairs | None:
+    def anchors(self, settings: Settings) -> FilePairs | None:
         """Those that the recipe names."""
         return None if self._anchors is None else self._read(self._anchors, settings, "epochs")
 
-    def _read(
-        self, data: captioned.Captioned, settings: Settings, sampling: captioned.Sampling
-    ) -> captioned.FilePairs:
-        return captioned.FilePairs(
+    def _read(self, data: captioned.Captioned, settings: Settings, sampling: Sampling) -> FilePairs:
+        return FilePairs(
             data, self._view, self.prompts.tokenizer, batch_size=settings.batch_size, seed=settings.seed,
             classes=self.prompts.classes, templates=self.prompts.templates, sampling=sampling,
             workers=self._workers,

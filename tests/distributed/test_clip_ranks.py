@@ -14,12 +14,16 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import to_tensor
 
-from wmateacher.integrations import processes
+from wmateacher.integrations import digits, processes
 from wmateacher.integrations.clip import cached, imagenet
-from wmateacher.integrations.clip.captioned import FilePairs, Table
+from wmateacher.integrations.clip.captioned import Table
 from wmateacher.integrations.clip.evaluation import score_set
+from wmateacher.integrations.clip.file_pairs import FilePairs
 from wmateacher.integrations.clip.imagenet import Photos
-from wmateacher.integrations.clip.pairs import Batch
+from wmateacher.integrations.clip.methods import METHODS
+from wmateacher.integrations.clip.pairs import Batch, DrawnPairs
+from wmateacher.integrations.clip.towers import build
+from wmateacher.integrations.clip.training import Settings, fit
 from wmateacher.integrations.sampling import mix
 from wmateacher.losses import PairedEmbeddings, info_nce
 
@@ -139,3 +143,29 @@ def test_gradients_in_parts_on_ranks_are_those_of_the_whole_batch(folder):
         held.backward()
         for (name, expected), found in zip(alone.named_parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(found.grad.cpu(), expected.grad, msg=name)
+
+
+@on_ranks(1, 2, 4)
+def test_counts_are_of_all_ranks(folder):
+    rank, size = dist.get_rank(), dist.get_world_size()
+    assert processes.total(rank + 1, device()).item() == size * (size + 1) / 2
+
+
+@on_ranks(1, 2)
+def test_statistics_of_student_and_teacher_are_the_same_on_all_ranks_at_every_step(folder):
+    """Else a checkpoint, which rank 0 writes, would not hold what the others go on from."""
+    torch.manual_seed(0)
+    towers, tokenizer = build("tiny-resnet-32")
+    source = digits.load("digits")
+    stream = DrawnPairs(
+        source.val, digits.NARROW, source.classes, source.templates, tokenizer,
+        size=towers.image_size, batch_size=8, seed=0,
+    )  # fmt: skip
+    settings = Settings(steps=3, learning_rate=1e-3, batch_size=8, warmup=0, micro_batch=3)
+    student = towers.to(device())
+    fitted = fit(student, METHODS["tracer"], stream, settings, progress=False)
+    for model in (student, fitted.teacher.module):
+        statistics = [b.float().cpu() for b in model.buffers() if b.numel()]
+        assert any(b.any() for b in statistics)
+        for other in gathered(statistics):
+            assert all(torch.equal(a, b) for a, b in zip(statistics, other, strict=True))

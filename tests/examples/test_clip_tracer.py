@@ -160,7 +160,7 @@ def test_an_ablation_leaves_a_table_beside_the_papers_and_a_picture(tmp_path):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"device": "gpu"}, "device 'gpu' cannot be used"),
         ({"set": ("finetune.rate=1",)}, "unknown setting 'finetune.rate'"),
-        ({"log": ("tensorbord",)}, "unknown log 'tensorbord'; did you mean 'tensorboard'"),
+        ({"log_to": ("tensorbord",)}, "unknown log 'tensorbord'; did you mean 'tensorboard'"),
     ],
 )
 def test_bad_input_is_found_before_anything_is_written(tmp_path, monkeypatch, options, message):
@@ -192,8 +192,11 @@ def test_bad_input_is_one_clear_line(tmp_path):
     ],
 )
 def test_a_method_that_cannot_be_is_found_before_any_training(options, message):
+    def asked(arguments):
+        return clip_tracer.chosen(arguments, clip_tracer.configured(arguments))
+
     with pytest.raises(ValueError, match=message):
-        clip_tracer.configured(clip_tracer.Arguments(**options))
+        asked(clip_tracer.Arguments(**options))
 
 
 def test_help_names_every_option(tmp_path):

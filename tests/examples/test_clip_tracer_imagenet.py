@@ -131,7 +131,28 @@ def test_killed_five_times_at_random_steps_a_run_ends_with_the_same_numbers(sets
     assert len(rows(tmp_path / "killed/gaps/tracer-0.csv")) == 200
 
 
-NO_ANCHORS = ("pretrained=None", "finetune.batch_size=8")
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_saves_first_also_with_workers(sets, tmp_path):
+    arguments = ("epochs=200", "finetune.checkpoint_every=50", "--methods", "flyp", "--workers", "2")
+    run = subprocess.Popen(
+        command(sets, *arguments, "--output", str(tmp_path / "out")), stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    checkpoint = tmp_path / "out/checkpoints/flyp-0.pt"
+    deadline = time.monotonic() + 200
+    while not checkpoint.exists():
+        assert run.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGTERM)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 143, error
+    saved = torch.load(checkpoint, weights_only=True)["step"]
+    assert f"terminated after step {saved} of 800" in error
+    assert "Traceback" not in error
+
+
+NO_ANCHORS = ("pretrained=None", "finetune.batch_size=8", "finetune.warmup=1")
 
 # --- faults ---------------------------------------------------------------------------------------
 
@@ -229,7 +250,7 @@ def test_captions_without_labels_are_not_for_classifiers(sets, tmp_path):
 def test_parts_balanced_batches_and_half_precision_by_the_command_line(sets, tmp_path):
     given = clip_tracer.Arguments(
         recipe="imagenet-vit-b-16", model="tiny-vit-16", data_root=sets, methods=("tracer",), device="cpu",
-        output=tmp_path / "out", log=("tensorboard",),
+        output=tmp_path / "out", log_to=("tensorboard",),
         set=(
             *TINY[TINY.index("--set") + 1 :], "epochs=2", "finetune.micro_batch=3", "sampling=balanced",
             "finetune.grad_checkpointing=True", "finetune.precision=bf16", "evaluate_every=0",
@@ -245,7 +266,7 @@ def test_parts_balanced_batches_and_half_precision_by_the_command_line(sets, tmp
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(sets, tmp_path, capsys):
-    out, settings = tmp_path / "out", ("finetune.batch_size=8",)
+    out, settings = tmp_path / "out", ("finetune.batch_size=8", "finetune.warmup=4")
     clip_tracer.main(
         clip_tracer.Arguments(
             recipe="imagenet-vit-b-16",

@@ -82,6 +82,6 @@ def learnable(root):
 TINY = (
     "--recipe", "imagenet-vit-b-16", "--model", "tiny-vit-16", "--set", "pretrained=None",
     "templates=('a photo of a {}.', 'a {}')", "finetune.batch_size=8", "finetune.precision=fp32",
-    "anchors=anchors.csv",
+    "finetune.warmup=1", "anchors=anchors.csv",
 )  # fmt: skip
 """Arguments of the example that make the recipe a small one; more settings may follow."""

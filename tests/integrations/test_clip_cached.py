@@ -52,11 +52,13 @@ def gradients(model):
 def test_parts_make_the_batch():
     whole = batch()
     parts = cached.parts_of(whole, 4)
-    assert [len(p.images) for p in parts] == [4, 4, 2]
+    assert [len(p.images) for p in parts] == [3, 3, 4]
+    assert [len(p.images) for p in cached.parts_of(whole, 9)] == [5, 5]
+    assert len(cached.parts_of(whole, 10)) == 1
     assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
     assert torch.equal(torch.cat([p.tokens[p.caption] for p in parts]), whole.tokens[whole.caption])
     assert torch.equal(torch.cat([p.labels for p in parts]), whole.labels)
-    assert len(parts[2].tokens) == 2  # only what it needs
+    assert len(parts[0].tokens) == 3  # only what it needs
 
 
 @pytest.mark.parametrize("size", [1, 3, 10])
@@ -127,6 +129,28 @@ def test_lower_precision_reaches_all_weights_in_parts(pretrained, precision):
     ]
     trained = {name for name, _ in towers.named_parameters()}
     assert trained <= set(moved) | {"clip.token_embedding.weight"}
+
+
+@pytest.mark.parametrize("name", ["ft", "tracer"])
+def test_one_part_gives_the_same_bits_in_half_precision(pretrained, name):
+    """Blocks that leave autocast in the forward leave it in the backward too."""
+    prompts = Prompts(SOURCE.classes, SOURCE.templates, pretrained[1])
+    batch = pairs(pretrained[0], prompts).batch(0)
+    found = []
+    for in_parts in (False, True):
+        student = started(METHODS[name], deepcopy(pretrained[0]), prompts).train()
+        held = None
+        if in_parts:
+            held = cached.Cached(student, [batch], lambda: torch.autocast("cpu", torch.bfloat16))
+        with torch.autocast("cpu", torch.bfloat16):
+            answers = student(*batch[:3]) if held is None else held.answers
+            loss = (answers.logits if name == "ft" else answers.image).float().square().sum()
+        loss.backward()
+        if held is not None:
+            held.backward()
+        found.append(gradients(student))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 def test_bad_sizes():

@@ -14,7 +14,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from wmateacher.integrations.clip import captioned, imagenet
-from wmateacher.integrations.clip.captioned import FilePairs, Folder, Shards, Table
+from wmateacher.integrations.clip.captioned import Folder, Shards, Table
+from wmateacher.integrations.clip.file_pairs import FilePairs
 
 COUNT = 10
 
@@ -196,6 +197,11 @@ def test_a_truncated_table_is_named_by_its_line(root):
         ValueError, match=r"pairs.csv, line 11: 2 columns where the first line has 3; it is cut off"
     ):
         Table(file)
+    file.write_text(text + 'images/0.png,"a caption that is c')
+    with pytest.raises(
+        ValueError, match=r"pairs.csv, line 12: unexpected end of data: it is cut off there, or a quo"
+    ):
+        Table(file)
     file.write_text(text.replace(",2\r\n", ",two\r\n", 1).replace(",2\n", ",two\n", 1))
     with pytest.raises(ValueError, match="pairs.csv, line 4: label must be a whole number, got 'two'"):
         Table(file)
@@ -223,6 +229,15 @@ def test_a_truncated_shard_is_named(root):
         ValueError, match=r"pairs-002.tar cannot be read as an uncompressed tar .*get it again"
     ):
         Shards(pattern)
+    last.write_bytes(whole[: whole.index(b"number 9")])  # behind a member
+    with pytest.raises(ValueError, match=r"pairs-002.tar cannot be read"):
+        Shards(pattern)
+    last.write_bytes(whole.rstrip(b"\0").ljust(-(-len(whole.rstrip(b"\0")) // 512) * 512, b"\0"))
+    assert last.stat().st_size < len(whole)
+    with pytest.raises(
+        ValueError, match=r"pairs-002.tar cannot be read .*it has no end mark, so it is cut off"
+    ):
+        Shards(pattern)
     last.write_bytes(b"no tar at all")
     with pytest.raises(ValueError, match=r"pairs-002.tar cannot be read as an uncompressed tar"):
         Shards(pattern)
@@ -241,10 +256,49 @@ def test_a_truncated_shard_is_named(root):
         Shards(pattern)
 
 
+def test_a_class_that_is_no_number_is_named(root):
+    pattern = shards(root)
+    with webdataset.TarWriter(str(root / "pairs-002.tar")) as writer:
+        sample = {"__key__": "cat", "txt": "x", "cls": b"cat", "png": (root / "images/1.png").read_bytes()}
+        writer.write(sample)
+    with pytest.raises(
+        ValueError, match=r"cat.cls in .*pairs-002.tar: label must be a whole number, got 'cat'"
+    ):
+        Shards(pattern)
+
+
+def test_odd_images_are_read_or_stood_in_for(root):
+    Image.new("CMYK", (5, 5)).save(root / "images/0.jpg")
+    Image.new("RGBA", (5, 5)).save(root / "images/1.png")
+    Image.new("I;16", (5, 5)).save(root / "images/2.png")
+    bomb = bytearray((root / "images/3.png").read_bytes())
+    bomb[16:24] = (40_000).to_bytes(4, "big") * 2  # its width and height
+    (root / "images/3.png").write_bytes(bomb)
+    (root / "pairs.csv").write_text(
+        "filepath,title\nimages/0.jpg,0\n" + "".join(f"images/{i}.png,{i}\n" for i in (1, 2, 3))
+    )
+    data = Table(root / "pairs.csv")
+    assert [data.read(i)[0].mode for i in (0, 1, 2)] == ["RGB"] * 3
+    with pytest.raises(OSError, match=r"3.png cannot be read as an image"):
+        data.read(3)
+
+
+def test_sets_of_other_classes_are_not_trained_on(tmp_path):
+    learnable(tmp_path)
+    for name in ("imagenet-r", "imagenet-a", "objectnet"):
+        with pytest.raises(
+            ValueError, match=f"'{name}' has .* classes, numbered in its own way, and is for tests: train"
+        ):
+            captioned.load(name, tmp_path)
+    assert isinstance(captioned.load("imagenet-v2", tmp_path), Folder)
+
+
 def test_pairs_by_name(root):
     table(root)
     shards(root)
     assert isinstance(captioned.load("pairs.csv", root), Table)
+    table(root, "PAIRS.TSV", "\t")
+    assert isinstance(captioned.load("PAIRS.TSV", root), Table)
     assert isinstance(captioned.load("pairs-{000..002}.tar", root), Shards)
     assert isinstance(captioned.load(str(root / "pairs.csv"), None), Table)
     with pytest.raises(ValueError, match="cannot tell what pairs 'pairs.parquet' are: give a .csv"):
@@ -256,7 +310,7 @@ def test_pairs_by_name(root):
 
 
 def test_labels_number_the_classes(root):
-    with pytest.raises(ValueError, match=r"labels must be in 0 ... 1, got 0 ... 2: they number the classes"):
+    with pytest.raises(ValueError, match=r"labels must be in 0 ... 1, got 2 of .*2.png, and 2 more that"):
         captioned.check_labels(Table(table(root)), 2)
     captioned.check_labels(Table(table(root)), 3)
     captioned.check_labels(Table(table(root, header=("filepath", "title"))), 2)

@@ -64,6 +64,24 @@ def test_summaries_average_over_the_shifts_only():
     assert record["id_ece"] == 0.1
 
 
+def test_answers_that_are_no_numbers_have_scores():
+    images, labels = torch.full((3, 1, 1, 4), float("nan")), torch.tensor([0, 1, 2])
+    scores = score(Fixed(), torch.eye(4), [(images, labels)])
+    assert 0 <= scores.accuracy <= 100
+
+
+def test_a_head_is_built_in_eval_mode():
+    from wmateacher.integrations.clip.towers import build, zero_shot_head
+
+    towers, tokenizer = build("tiny-vit-16")
+    towers.clip.token_embedding.register_forward_hook(lambda *a: seen.append(towers.training))
+    seen = []
+    towers.train()
+    zero_shot_head(towers, tokenizer, ["a"], ["x {}"])
+    assert seen == [False]
+    assert towers.training
+
+
 def test_without_shifts_there_are_no_means():
     record = summarise({"imagenet": Scores(90, 0.1, 0.2)}, "imagenet")
     assert (record["id"], record["ood"], record["ece"], record["ood_per_shift"]) == (90, None, None, {})

@@ -140,6 +140,23 @@ def test_sets_are_scored_among_their_classes(root, name, workers):
     assert scores.accuracy == pytest.approx(100 * sum(right) / len(right))
 
 
+def test_an_image_that_is_all_border_cannot_be_read(root):
+    found = imagenet.load("objectnet", root).images
+    picture(root / "objectnet-1.0/images/bench/0.png", 0, size=(4, 9))
+    with pytest.raises(OSError, match="4 x 9 pixels, nothing but its border"):
+        found[found.files.index(str(root / "objectnet-1.0/images/bench/0.png"))]
+
+
+def test_a_batch_none_of_which_can_be_read_is_left_out(root):
+    found = imagenet.load("imagenet-v2", root)
+    for file in found.images.files[:2]:
+        with open(file, "wb") as stream:
+            stream.write(b"no image")
+    with pytest.warns(UserWarning, match="2 of 5 images"):
+        scores = score_set(Shades(), torch.eye(1000), found, transform, batch_size=1)
+    assert sum(share for *_, share in scores.reliability) == pytest.approx(1)
+
+
 def test_images_that_cannot_be_read_are_left_out_and_counted(root):
     found = imagenet.load("imagenet-v2", root)
     for file in found.images.files[:2]:

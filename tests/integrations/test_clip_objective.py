@@ -85,14 +85,14 @@ def test_flyp_is_infonce_alone(towers):
 
 
 def test_the_teachers_differ_in_their_kernel_alone():
-    distilling = [replace(METHODS[n], name="", summary="", kernel="") for n in ("static-sd", "ema", "tracer")]
+    distilling = [
+        replace(METHODS[n], name="", summary="", kernel="static") for n in ("static-sd", "ema", "tracer")
+    ]
     assert distilling[0] == distilling[1] == distilling[2]
     assert METHODS["tracer"].kernel == "beta(0.5,0.5)"
 
 
 def test_bad_methods_say_what_to_do(towers):
-    with pytest.raises(ValueError, match="unknown method 'trcer'; did you mean 'tracer'"):
-        methods.get("trcer")
     with pytest.raises(ValueError, match="kernel='static' and distillation=None: give both or neither"):
         Objective(replace(METHODS["flyp"], kernel="static"), towers)
     with pytest.raises(ValueError, match="takes logits, CLIP gives paired embeddings: choose from afd"):

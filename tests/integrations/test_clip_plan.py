@@ -13,6 +13,10 @@ from wmateacher.integrations.clip.training import Settings
 SETTINGS = Settings(steps=1, learning_rate=1e-3, batch_size=24)
 
 
+def describe(recipe, names, root=None):
+    return plan.describe(recipe, lambda final: (final, names), root)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", ["tiny-vit-16", "tiny-resnet-32", "tiny-conv-32"])
 def test_activations_are_what_a_forward_keeps(model, precision):
@@ -49,7 +53,9 @@ def test_memory_falls_with_what_saves_it():
     assert plan.memory("ViT-B-16-quickgelu", parts, True, processes=16).activations < eighth.activations
     again = plan.memory("ViT-B-16-quickgelu", replace(parts, grad_checkpointing=True), True)
     assert again.activations < eighth.activations / 3
-    linear = plan.memory("ViT-B-16-quickgelu", parts, False, head="linear")
+    pulled = plan.memory("ViT-B-16-quickgelu", parts, pull=True)
+    assert (pulled.teacher, pulled.start) == (0, pulled.gradients)
+    linear = plan.memory("ViT-B-16-quickgelu", parts, head="linear")
     assert linear.teacher == 0
     assert linear.gradients == pytest.approx(4 * 86.19e6, rel=0.01)  # the image tower's
     assert linear.activations < eighth.activations
@@ -64,7 +70,7 @@ def test_memory_falls_with_what_saves_it():
     ],
 )
 def test_without_data_the_published_length_and_what_is_needed(name, steps, each):
-    text = plan.describe(recipes.get(name), ["zero-shot", "flyp", "tracer"], None)
+    text = describe(recipes.get(name), ["zero-shot", "flyp", "tracer"])
     assert f"length: {steps} optimizer steps of" in text
     assert f"1,281,167 pairs, {each} steps an epoch" in text
     assert "data: no --data-root given; it needs" in text
@@ -79,37 +85,44 @@ def test_without_data_the_published_length_and_what_is_needed(name, steps, each)
 def test_what_lies_there_and_what_is_missing(tmp_path):
     learnable(tmp_path)
     (tmp_path / "sketch").rename(tmp_path / "elsewhere")
-    recipe = replace(recipes.get("imagenet-vit-b-16").changed("anchors=anchors.csv"), model="tiny-vit-16")
-    text = plan.describe(recipe.changed("finetune.batch_size=8"), ["tracer"], tmp_path)
+    recipe = recipes.get("imagenet-vit-b-16").changed("anchors=anchors.csv", "finetune.warmup=4")
+    recipe = replace(recipe, model="tiny-vit-16")
+    text = describe(recipe.changed("finetune.batch_size=8"), ["tracer"], tmp_path)
     assert "length: 40 optimizer steps of 8: 32 pairs, 4 steps an epoch" in text
-    assert "finetune.warmup=4" in text
     assert "  imagenet-sketch: no imagenet-sketch in" in text
     assert re.search(r"anchors.csv +32 +ok", text)
-    few = plan.describe(recipe.changed("anchors=none.csv"), ["tracer"], tmp_path)
+    few = describe(recipe.changed("anchors=none.csv"), ["tracer"], tmp_path)
     assert "32 pairs, 1 steps an epoch; too few for batch_size 512, training would refuse" in few
     assert "none.csv: no table of captions" in few
-    table = plan.describe(recipe.changed("train=anchors.csv"), ["zero-shot"], tmp_path)
+    table = describe(recipe.changed("train=anchors.csv"), ["zero-shot"], tmp_path)
     assert "32 pairs" in table
-    missing = plan.describe(recipe.changed("train=none.csv"), ["zero-shot"], tmp_path)
+    missing = describe(recipe.changed("train=none.csv"), ["zero-shot"], tmp_path)
     assert (
         "length: 25,030 optimizer steps of 512, or another number: the pairs of none.csv are missing"
         in missing
     )
     assert "memory: nothing is trained" in table
+    lacking = describe(
+        recipe.changed("anchors=None", "train=anchors.csv"), ["arf", "wise-ft", "flyp"], tmp_path
+    )
+    assert lacking.count("cannot run: ") == 2
+    assert "cannot run: method 'arf' needs anchor pairs" in lacking
+    assert "cannot run: method 'wise-ft' has a linear head and needs labels" in lacking
+    assert "cannot run" not in text
     with pytest.raises(ValueError, match=r"no folder .*nowhere: give the one that holds the data sets"):
-        plan.describe(recipe, ["tracer"], tmp_path / "nowhere")
+        describe(recipe, ["tracer"], tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["digits", "colored-mnist"])
 def test_recipes_of_digits_have_a_plan_too(name):
     recipe = recipes.get(name)
-    text = plan.describe(recipe, list(recipe.methods), None)
+    text = describe(recipe, list(recipe.methods), None)
     assert f"length: {recipe.finetune.steps:,} optimizer steps of 128" in text
     assert "finetune.steps=" in text
 
 
 def test_learning_rates_of_the_published_run():
-    text = plan.describe(recipes.get("imagenet-vit-b-16"), ["zero-shot"], None)
+    text = describe(recipes.get("imagenet-vit-b-16"), ["zero-shot"])
     last = 0.5e-5 * (1 + math.cos(math.pi * (25_029 - 500) / (25_030 - 500)))
     expected = f"2e-08 at step 0, 1e-05 at step 499, 1e-05 at step 500, {last:.4g} at step 25029"
     assert f"learning rate: {expected}" in text

@@ -208,7 +208,7 @@ def test_figures_are_logged_at_their_steps_survive_a_resume_and_are_not_training
     seen = []
     whole = loop.train(Line(), evaluate=evaluate(0.2), evaluate_every=25, after_step=seen.append)
     assert [step for step, _ in whole.series["accuracy"]] == [25, 50]  # of 60
-    assert whole.values("accuracy") == [25.0, 50.0]
+    assert whole.values("accuracy") == [26.0, 51.0]
     assert whole.seconds < 0.2
     exact = loop.train(Line(50), evaluate=evaluate(), evaluate_every=25)
     assert [step for step, _ in exact.series["accuracy"]] == [25]  # the end has its own
@@ -227,11 +227,28 @@ def test_figures_are_logged_at_their_steps_survive_a_resume_and_are_not_training
     assert resumed.series["accuracy"] == whole.series["accuracy"]
 
 
+def test_what_ends_a_run_while_it_evaluates_costs_the_evaluation_alone(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    options = {"checkpoint": tmp_path / "run.pt", "checkpoint_every": 1000, "evaluate_every": 25}
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(Line(), evaluate=interrupted, **options)
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["step"] == 25
+    resumed = loop.train(Line(), evaluate=lambda: {"accuracy": 1.0}, **options)
+    assert resumed.series["accuracy"] == [(25, 1.0), (50, 1.0)]
+
+
+def test_a_loss_that_is_not_finite_is_found_before_an_evaluation(tmp_path):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 23"):
+        loop.train(Line(broken=22), evaluate=lambda: 1 / 0, evaluate_every=25)
+
+
 @pytest.mark.slow
 def test_the_example_ends_cleanly_when_it_is_terminated_and_goes_on(tmp_path):
     command = [
         sys.executable, str(EXAMPLE), "--model", "tiny-vit-16", "--pretrain-steps", "30", "--steps", "300",
-        "--methods", "tracer", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out"), "--log", "tensorboard",
+        "--methods", "tracer", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out"), "--log-to", "tensorboard",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path)

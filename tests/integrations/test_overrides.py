@@ -59,9 +59,9 @@ def test_everything_has_a_name():
 )
 def test_any_value_is_changed_by_its_name_and_nothing_else(assignment, value):
     before, name = Outer(), assignment.partition("=")[0]
-    after = dict(listed(changed(before, assignment)))
+    after = dict(listed(changed(before, [assignment])))
     assert after.pop(name) == value
-    assert type(dict(listed(changed(before, assignment)))[name]) is type(value)
+    assert type(dict(listed(changed(before, [assignment])))[name]) is type(value)
     others = dict(listed(before))
     del others[name]
     assert after == others
@@ -71,9 +71,10 @@ def test_any_value_is_changed_by_its_name_and_nothing_else(assignment, value):
     ("assignment", "message"),
     [
         ("name", "a change must be NAME=VALUE, got 'name'"),
+        ("=3", "a change must be NAME=VALUE, got '=3'"),
         ("nme=x", "unknown setting 'nme'; did you mean 'name'"),
         ("inner.rte=1", "unknown setting 'inner.rte'; did you mean 'inner.rate'"),
-        ("many.to-b.rate=1", "unknown setting 'many.to-b.rate'; did you mean 'many.two-b'"),
+        ("many.to-b.rate=1", "unknown setting 'many.to-b'; did you mean 'many.two-b'"),
         ("name.rate=1", "unknown setting 'name.rate': 'name' has no parts"),
         ("inner=1", "'inner' is not one value: set one of its parts, inner.rate, inner.steps"),
         ("many.one=1", "'many.one' is not one value: set one of its parts, many.one.rate"),
@@ -88,11 +89,23 @@ def test_any_value_is_changed_by_its_name_and_nothing_else(assignment, value):
 )
 def test_bad_changes(assignment, message):
     with pytest.raises(ValueError, match=message):
-        changed(Outer(), assignment)
+        changed(Outer(), [assignment])
+
+
+def test_values_that_go_together_are_changed_together():
+    recipe = recipes.get("digits")
+    made = recipe.changed("methods.flyp.kernel=static", "methods.flyp.distillation=crd")
+    assert (made.method("flyp").kernel, made.method("flyp").distillation) == ("static", "crd")
+    with pytest.raises(ValueError, match="give both or neither"):
+        recipe.changed("methods.flyp.kernel=static")
+    made = recipe.changed("methods.model-stock.merge.alpha=0.3", "methods.model-stock.merge.models=1")
+    assert made.method("model-stock").merge.alpha == 0.3
+    with pytest.raises(ValueError, match="unknown setting 'name.x'"):
+        changed(Outer(), ["name=a", "name.x=b"])
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES.values(), ids=lambda r: r.name)
 def test_every_number_of_every_recipe_can_be_set(recipe):
     for name, value in listed(recipe):
         if isinstance(value, int | float) and not isinstance(value, bool):
-            assert dict(listed(changed(recipe, f"{name}={value!r}")))[name] == value
+            assert dict(listed(changed(recipe, [f"{name}={value!r}"])))[name] == value
