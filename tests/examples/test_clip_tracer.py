@@ -216,3 +216,17 @@ def test_help_names_every_option(tmp_path):
     ):
         assert option in done.stdout
     assert "lambda_SD" in done.stdout
+
+
+@pytest.mark.parametrize("example", ["clip_tracer", "dino_pretrain", "mean_teacher"])
+def test_no_option_is_taken_for_one_of_torchruns(example):
+    """Its parser completes what it takes for the beginning of an option of its own, also behind the program."""
+    import dataclasses
+    import importlib
+
+    from torch.distributed.run import get_args_parser
+
+    known = get_args_parser()._option_string_actions
+    for field in dataclasses.fields(importlib.import_module(example).Arguments):
+        option = f"--{field.name.replace('_', '-')}"
+        assert not [name for name in known if name.startswith((option, option.replace("-", "_")))], option

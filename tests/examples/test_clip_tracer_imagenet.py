@@ -163,17 +163,16 @@ def root(tmp_path):
     return tmp_path
 
 
-def go(root, *assignments, **options):
-    """The program itself, in this process."""
-    at = TINY.index("--set")
+def go(root, *assignments, at=None, **options):
+    """The program itself, in this process; its results."""
     given = {"recipe": "imagenet-vit-b-16", "model": "tiny-vit-16", "data_root": root, "methods": ("flyp",)}
-    settings = (*TINY[at + 1 :], "epochs=1", *assignments)
+    settings = (*TINY[TINY.index("--set") + 1 :], "epochs=1", *assignments)
     clip_tracer.main(
         clip_tracer.Arguments(
             **{**given, "set": settings, "output": root / "out", "device": "cpu", **options}
         )
     )
-    return json.loads((root / "out/results.json").read_text())
+    return json.loads(((at or root / "out") / "results.json").read_text())
 
 
 @pytest.mark.parametrize("train", ["imagenet-train", "anchors.csv"])
@@ -263,6 +262,18 @@ def test_parts_balanced_batches_and_half_precision_by_the_command_line(sets, tmp
     assert results["config"]["sampling"] == "balanced"
     assert not (tmp_path / "out/epochs").exists()
     assert list((tmp_path / "out/tensorboard").glob("tracer*/events*"))
+
+
+def test_an_ablation_goes_by_the_real_length_and_needs_no_shifts(sets, tmp_path, capsys):
+    results = go(
+        sets, "epochs=20", "tests=('imagenet',)", "evaluate_every=0", methods=(), ablate="interval",
+        output=tmp_path / "out", at=tmp_path / "out",
+    )  # fmt: skip
+    names = ["every 1", "every 2", "every 2, published clock", "every 8", "every 8, published clock"]
+    assert list(results["methods"]) == names
+    assert all(record["ood"] is None for record in results["methods"].values())
+    assert (tmp_path / "out/ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert "interval ID mean OOD OOD ECE W^0 share" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(sets, tmp_path, capsys):
