@@ -33,7 +33,7 @@ def tables(folder):
     if folder in BY_MODEL:
         return [BY_MODEL[folder](name, rows) for name, rows in results["models"].items()]
     if folder.startswith(ABLATION):
-        recipe, what = recipes.get("digits"), folder.removeprefix(ABLATION)
+        recipe, what = recipes.get("digits"), folder.removeprefix(ABLATION).removesuffix("-mnist")
         steps = recipe.finetune.steps
         return [
             ablations.table(results, what, ablations.variants(what, recipe.method("tracer"), steps), steps)
