@@ -114,9 +114,10 @@ class ClipTask(Task):
         recipe = recipe.with_steps(self.steps)
         if cell is None:
             return recipe
-        method = replace(CLIP_METHODS["tracer"], name="cell", kernel=cell.kernel, strength=cell.strength)
+        teacher: dict[str, Any] = {"kernel": cell.kernel, "strength": cell.strength}
         if cell.kernel == "none":
-            method = replace(method, kernel=None, distillation=None, strength=1.0)
+            teacher = {"kernel": None, "distillation": None, "strength": 1.0}
+        method = replace(CLIP_METHODS["tracer"], name="cell", **teacher)
         return replace(recipe, methods={"cell": method})
 
     @property

@@ -194,8 +194,10 @@ class Experiment:
 
     def evaluate(self, student: Student, tests: Mapping[str, Scorer] | None = None) -> dict[str, Scores]:
         """Score a student's head on sets; on those of the world by default."""
-        towers, head = towers_of(student), head_of(student, self.prompts)
         chosen = self.world.tests if tests is None else tests
+        if not chosen:
+            return {}
+        towers, head = towers_of(student), head_of(student, self.prompts)
         return {name: scorer(towers, head) for name, scorer in chosen.items()}
 
     @property

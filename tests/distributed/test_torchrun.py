@@ -19,8 +19,8 @@ from wmateacher.integrations.clip.evaluation import score
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_tracer.py"
 OPTIONS = (
-    "--methods", "zero-shot", "flyp", "tracer", "--model", "tiny-vit-16", "--pretrain-steps", "40",
-    "--steps", "80", "--set", "finetune.checkpoint_every=30", "--device", "cpu",
+    "--methods", "zero-shot", "tracer", "--model", "tiny-vit-16", "--pretrain-steps", "40",
+    "--steps", "70", "--set", "finetune.checkpoint_every=30", "--device", "cpu",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ def main(folder):
     _, resumed = run(folder, accumulated=1, resume=folder / "state")
     assert torch.equal(weights(resumed.module), weights(teacher.module))
     print("the resumed average is right", flush=True)
+    torch.distributed.destroy_process_group()  # its threads may abort a process that just ends
 
 
 if __name__ == "__main__":
