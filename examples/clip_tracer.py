@@ -142,6 +142,11 @@ def published(arguments: Arguments, recipe: recipes.Recipe) -> str | None:
             f"--compare-paper: the paper has no table for recipe {recipe.name!r}; its recipes are "
             + ", ".join(name for name, r in recipes.RECIPES.items() if isinstance(r, PhotoRecipe))
         )
+    if isinstance(recipe, PhotoRecipe) and recipe.tests[0] != "imagenet":
+        raise ValueError(
+            "--compare-paper: the first of tests is in-distribution and must be 'imagenet', got "
+            f"{recipe.tests}"
+        )
     return rows
 
 

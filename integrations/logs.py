@@ -20,7 +20,7 @@ Tool = Literal["tensorboard", "wandb"]
 
 
 class _Board(Protocol):
-    def write(self, run: str, step: int, values: Mapping[str, float]) -> None: ...
+    def write(self, run: str, step: int, values: Mapping[str, float], kept: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -36,10 +36,10 @@ class _TensorBoard:
         self._make, self._folder = SummaryWriter, folder / "tensorboard"
         self._writers: dict[str, Any] = {}
 
-    def write(self, run: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, run: str, step: int, values: Mapping[str, float], kept: int) -> None:
         if run not in self._writers:
             # What an interrupted run wrote after its last checkpoint is written again.
-            self._writers[run] = self._make(str(self._folder / run), purge_step=step)
+            self._writers[run] = self._make(str(self._folder / run), purge_step=kept + 1)
         for name, value in values.items():
             self._writers[run].add_scalar(name, value, step)
 
@@ -59,7 +59,7 @@ class _Wandb:
         self._wandb, self._folder = wandb, folder
         self._runs: dict[str, Any] = {}
 
-    def write(self, run: str, step: int, values: Mapping[str, float]) -> None:
+    def write(self, run: str, step: int, values: Mapping[str, float], kept: int) -> None:
         if run not in self._runs:
             self._folder.mkdir(parents=True, exist_ok=True)
             identity = hashlib.sha256(f"{self._folder.resolve()} {run}".encode()).hexdigest()[:16]
@@ -107,7 +107,14 @@ def to(tools: Sequence[str], folder: Path) -> Iterator[None]:
             board.close()
 
 
-def write(run: str, step: int, values: Mapping[str, float]) -> None:
-    """Log the values of a run after `step` steps, where something is to be written to."""
+def write(run: str, step: int, values: Mapping[str, float], kept: int = 0) -> None:
+    """Log the values of a run after `step` steps, where something is to be written to.
+
+    Args:
+        run: Its name.
+        step: Number of steps done.
+        values: By name.
+        kept: Up to which step an interrupted run's values stand; what it wrote later is dropped.
+    """
     for board in _active.get():
-        board.write(run, step, values)
+        board.write(run, step, values, kept)

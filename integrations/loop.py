@@ -187,7 +187,7 @@ class _Run:
     def __init__(self, task: Task, name: str, after_read: Callable[[int, Mapping[str, float]], None] | None):
         self.task, self.name, self.step, self.record = task, name, 0, Record()
         self._after_read = after_read
-        self.evaluated = 0
+        self.evaluated = self._kept = 0
         self._unread: list[tuple[int, Mapping[str, Tensor | float]]] = []
 
     def advance(self) -> None:
@@ -206,7 +206,7 @@ class _Run:
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.record.series.setdefault(name, []).append((step, value))
-        logs.write(self.name, step, values)
+        logs.write(self.name, step, values, self._kept)
         if self._after_read is not None:
             self._after_read(step, values)
 
@@ -284,7 +284,7 @@ class _Run:
         if state["cuda_random"] is not None and self.task.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"])
         self.step, self.record.seconds = state["step"], state["seconds"]
-        self.evaluated = state["evaluated"]
+        self.evaluated, self._kept = state["evaluated"], state["step"]
         self.record.series = {
             name: [(int(step), value) for step, value in values.tolist()]
             for name, values in state["series"].items()

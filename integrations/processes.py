@@ -74,7 +74,7 @@ def alone() -> bool:
 
 def total(value: float, device: torch.device) -> Tensor:
     """The sum over all ranks, 0-d; a collective."""
-    summed = torch.tensor(float(value), device=device)
+    summed = torch.full((), float(value), device=device)  # filled there: a copy would wait for the device
     if world_size() > 1:
         dist.all_reduce(summed)
     return summed

@@ -314,22 +314,25 @@ def _takes_a_name(template: str) -> bool:
         return False
 
 
-def _imagenet(name: str, model: str, width: int, batch: int, **changes: object) -> PhotoRecipe:
+def _imagenet(
+    name: str,
+    model: str,
+    width: int,
+    batch: int,
+    *,
+    learning_rate: float = 1e-5,
+    weight_decay: float = 0.1,
+    elementwise: float = 2000.0,
+    c_f: float = 0.05,
+    strength: float = 0.9,
+) -> PhotoRecipe:
     """A published recipe: AdamW, 500 steps of warm-up, a cosine, 10 epochs, bf16."""
-    defaults = {
-        "learning_rate": 1e-5,
-        "weight_decay": 0.1,
-        "elementwise": 2000.0,
-        "c_f": 0.05,
-        "strength": 0.9,
-    }
     pairs = imagenet.SETS["imagenet-train"].images
-    v: dict[str, float] = {**defaults, **changes}  # type: ignore[dict-item]
-    tracing = {"distillation": tracer_terms(width, v["elementwise"]), "strength": v["strength"]}
+    distillation = tracer_terms(width, elementwise)
     regularised = ("static-sd", "ema", "carot", "tracer")
-    methods = {n: replace(m, cross_frobenius=v["c_f"]) if n in regularised else m for n, m in METHODS.items()}
+    methods = {n: replace(m, cross_frobenius=c_f) if n in regularised else m for n, m in METHODS.items()}
     for teacher in ("static-sd", "ema", "tracer"):
-        methods[teacher] = replace(methods[teacher], **tracing)  # type: ignore[arg-type]
+        methods[teacher] = replace(methods[teacher], distillation=distillation, strength=strength)
     methods["ema"] = replace(methods["ema"], orthogonality=0.2)
     return PhotoRecipe(
         name=name,
@@ -337,8 +340,8 @@ def _imagenet(name: str, model: str, width: int, batch: int, **changes: object) 
         model=f"{model}-quickgelu",
         pretrained="openai",
         finetune=Settings(
-            steps=10 * steps_per_epoch(pairs, batch), learning_rate=v["learning_rate"], batch_size=batch,
-            weight_decay=v["weight_decay"], warmup=500, precision="bf16", checkpoint_every=500,
+            steps=10 * steps_per_epoch(pairs, batch), learning_rate=learning_rate, batch_size=batch,
+            weight_decay=weight_decay, warmup=500, precision="bf16", checkpoint_every=500,
         ),
         methods=methods,
         default=("zero-shot", "flyp", "carot", "tracer"),

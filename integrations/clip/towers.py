@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
@@ -145,9 +146,17 @@ def build(
             "CLIP model"
         )
     with _quiet_about_random_weights(pretrained is None), torch.device(device):
-        clip = open_clip.create_model(
-            model, pretrained=pretrained, load_weights=pretrained is not None, device=device
-        )
+        try:
+            clip = open_clip.create_model(
+                model, pretrained=pretrained, load_weights=pretrained is not None, device=device
+            )
+        except (RuntimeError, UnpicklingError, KeyError, EOFError) as error:
+            if pretrained is None:
+                raise
+            raise ValueError(
+                f"cannot read weights {pretrained!r} for {model!r} ({type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}): give a checkpoint of that model"
+            ) from error
     return Towers(clip), open_clip.get_tokenizer(model)
 
 

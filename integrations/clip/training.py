@@ -233,21 +233,23 @@ class _FineTuning:
     def advance(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step."""
         self._enter_phase(step)
-        batch = self.batch(step).to(self.device)
-        anchors = None if self.anchors is None else self.anchors(step).to(self.device)
+        batch = self.batch(step)
+        anchors = None if self.anchors is None else self.anchors(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(step)
         given = batch if anchors is None else pairs.joined(batch, anchors)
         parts = self._parts(given)
+        shown = parts if given is batch else self._parts(batch)
+        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
         held = None if len(parts) == 1 else cached.Cached(self.model, parts, self._autocast)
         with self._autocast():
-            targets = self._targets(batch)
-            answers = self.model(*given[:3]) if held is None else held.answers
+            targets = self._targets(shown)
+            answers = self.model(*parts[0][:3]) if held is None else held.answers
             beside = None
             if anchors is not None:
                 answers, beside = _split(answers, len(batch.images))
             loss, terms = self.objective(
-                self.student, answers, targets, labels=batch.labels, anchors=beside, step=step
+                self.student, answers, targets, labels=labels, anchors=beside, step=step
             )
         self.scaler.scale(loss).backward()
         if held is not None:
@@ -295,19 +297,17 @@ class _FineTuning:
         dtype = _AUTOCAST.get(self.settings.precision)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def _targets(self, batch: Batch) -> PairedEmbeddings | Classified | None:
+    def _targets(self, parts: list[Batch]) -> PairedEmbeddings | Classified | None:
         """What the teacher gives."""
         if self.teacher is None:
             return None
-        parts = self._parts(batch)
-        return self.teacher(*batch[:3]) if len(parts) == 1 else cached.embedded(self.teacher, parts)
+        return self.teacher(*parts[0][:3]) if len(parts) == 1 else cached.embedded(self.teacher, parts)
 
     def _parts(self, batch: Batch) -> list[Batch]:
-        """What goes through the towers at a time."""
+        """What goes through the towers at a time, taken apart on the host and sent to the device."""
         size = self.settings.micro_batch
-        if size is None or size >= len(batch.images):
-            return [batch]
-        return cached.parts_of(batch, size)
+        parts = [batch] if size is None or size >= len(batch.images) else cached.parts_of(batch, size)
+        return [part.to(self.device) for part in parts]
 
     def parts(self) -> dict[str, loop.Part]:
         """All that changes."""

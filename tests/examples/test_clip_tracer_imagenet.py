@@ -224,6 +224,10 @@ def test_wrong_folders_and_tables_are_errors_before_anything_runs(root):
             "unknown weights 'openai' for 'tiny-vit-16': neither a file nor a tag",
         ),
         (
+            {"set": ("tests=('imagenet-r', 'imagenet')",), "compare_paper": True},
+            "the first of tests is in-distribution and must be 'imagenet', got",
+        ),
+        (
             {"methods": ("flyp", "arf"), "set": NO_ANCHORS},
             "method 'arf' needs anchor pairs, .*--set anchors=FILE",
         ),

@@ -112,3 +112,13 @@ def test_towers_without_a_projection_say_so():
 def test_the_tiny_configurations_do_not_shadow_open_clips():
     assert set(SMALL) <= set(open_clip.list_models())
     assert "ViT-B-16" in open_clip.list_models()
+
+
+def test_a_file_that_holds_no_weights_is_named(tmp_path):
+    for name, content in (("pairs.csv", b"filepath,title\n"), ("empty.pt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"cannot read weights .*{name}.* for 'tiny-vit-16'"):
+            build("tiny-vit-16", str(tmp_path / name))
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="cannot read weights .*other.pt"):
+        build("tiny-vit-16", str(tmp_path / "other.pt"))

@@ -239,6 +239,19 @@ def test_what_ends_a_run_while_it_evaluates_costs_the_evaluation_alone(tmp_path)
     assert resumed.series["accuracy"] == [(25, 1.0), (50, 1.0)]
 
 
+def test_a_run_resumed_at_an_evaluation_loses_nothing_of_its_board(tmp_path):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    options = {"label": "run", "checkpoint": tmp_path / "run.pt", "evaluate_every": 25}
+    with pytest.raises(KeyboardInterrupt), logs.to(["tensorboard"], tmp_path):
+        loop.train(Line(), evaluate=interrupted, **options)
+    with logs.to(["tensorboard"], tmp_path):
+        loop.train(Line(), evaluate=lambda: {"accuracy": 1.0}, **options)
+    assert list(scalars(tmp_path / "tensorboard/run")) == list(range(1, 61))
+    assert scalars(tmp_path / "tensorboard/run", "accuracy") == {25: 1.0, 50: 1.0}
+
+
 def test_a_loss_that_is_not_finite_is_found_before_an_evaluation(tmp_path):
     with pytest.raises(FloatingPointError, match="the loss is nan at step 23"):
         loop.train(Line(broken=22), evaluate=lambda: 1 / 0, evaluate_every=25)
