@@ -79,7 +79,7 @@ def _wmateacher(model: nn.Module, **options: object) -> Averager:
 def _float32_forward(model: nn.Module) -> Averager:
     if _dtype(model) == torch.float32:
         raise ValueError("the forward of a float32 student's teacher is in float32 already")
-    averager = _wmateacher(model, module=lambda: copy.deepcopy(model).float())
+    averager = _wmateacher(model, module_factory=lambda: copy.deepcopy(model).float())
     averager.forward = False
     return averager
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from wmateacher import posthoc
-from wmateacher.checkpoints import save
-from wmateacher.integrations import runs
+from wmateacher.files import save
+from wmateacher.integrations.engine.results import environment, write_json
 
 GIB = 2**30
 
@@ -55,7 +55,7 @@ def main() -> None:
         size = files[0].stat().st_size
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "environment": runs.environment("cpu"),
+        "environment": environment("cpu"),
         "checkpoints": {
             "count": arguments.count,
             "gib": size / GIB,
@@ -64,7 +64,7 @@ def main() -> None:
             "seconds": seconds,
         },
     }
-    runs.write_json(results, arguments.output / "results.json")
+    write_json(results, arguments.output / "results.json")
     print(table(results))
 
 

@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from wmateacher.integrations import report, runs
+from wmateacher.integrations.engine import tables
+from wmateacher.integrations.engine.results import environment, write_json
 
 PACKAGES = ("lightning", "timm", "transformers", "accelerate")
 WIDTH, BATCH = 1024, 16
@@ -90,12 +91,12 @@ def main() -> None:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "environment": runs.environment("cpu", PACKAGES),
+        "environment": environment("cpu", PACKAGES),
         "frameworks": {},
     }
     for framework in arguments.frameworks:
         results["frameworks"][framework] = measure(framework, arguments.steps, arguments.rounds)
-        runs.write_json(results, arguments.output / "results.json")
+        write_json(results, arguments.output / "results.json")
     print(table(results))
     print(f"wrote {arguments.output}/results.json")
 
@@ -229,7 +230,7 @@ SETUPS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 def table(results: dict[str, Any]) -> str:
     """One row a framework and average."""
-    return report.aligned(
+    return tables.aligned(
         [
             {
                 "framework": framework,

@@ -1,7 +1,7 @@
-"""Which kernel should the teacher have? Every kernel on one task, over strengths and seeds.
+"""Which kernel should the teacher have? Every kernel on one task, over distillation weights and seeds.
 
     python benchmarks/kernel_sweep.py
-    python benchmarks/kernel_sweep.py --seeds 3 --strengths 0.5 0.9
+    python benchmarks/kernel_sweep.py --seeds 3 --distill-weights 0.5 0.9
     python benchmarks/kernel_sweep.py --kernels 'beta(0.3,0.3)' 'ema(0.995)' none --output DIR
     python benchmarks/kernel_sweep.py --task mean-teacher --data mnist --data-root DIR
 
@@ -27,7 +27,7 @@ import torch
 from sweep_tasks import TASKS, Cell, Task
 
 from wmateacher import kernels
-from wmateacher.integrations import runs
+from wmateacher.integrations.engine.results import environment, read_json, write_json
 
 KERNELS = (
     "none",
@@ -60,11 +60,11 @@ def main() -> int:
         arguments.output, arguments.cache,
     )  # fmt: skip
     cells = [
-        Cell(kernel, strength, seed)
+        Cell(kernel, distill_weight, seed)
         for seed in range(arguments.seeds)
-        for strength in arguments.strengths
+        for distill_weight in arguments.distill_weights
         for kernel in arguments.kernels
-        if kernel != "none" or strength == arguments.strengths[0]
+        if kernel != "none" or distill_weight == arguments.distill_weights[0]
     ]
     config = {"task": arguments.task, "data": arguments.data, "total_steps": task.total_steps,
               "pretrain_steps": task.pretraining}  # fmt: skip
@@ -98,7 +98,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, help="folder with the data, for all but digits")
     parser.add_argument("--kernels", nargs="+", help="specs as in wmateacher.kernels; none: no teacher")
     parser.add_argument(
-        "--strengths", nargs="+", type=float,
+        "--distill-weights", nargs="+", type=float,
         help="clip: lambda_SD (default: 0.9); mean-teacher: multiples of the recipe's weight (default: 1)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds (default: 1)")
@@ -122,10 +122,11 @@ def parsed() -> argparse.Namespace:
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     task = TASKS[arguments.task]
-    arguments.strengths = arguments.strengths or list(task.strengths)
-    if min(arguments.strengths) <= 0:
+    arguments.distill_weights = arguments.distill_weights or list(task.distill_weights)
+    if min(arguments.distill_weights) <= 0:
         parser.error(
-            f"--strengths must be above 0, got {min(arguments.strengths)}: --kernels none is no teacher"
+            f"--distill-weights must be above 0, got {min(arguments.distill_weights)}: "
+            "--kernels none is no teacher"
         )
     try:
         specs = [k if k == "none" else str(kernels.build(k)) for k in arguments.kernels or KERNELS]
@@ -144,9 +145,9 @@ def opened(file: Path, config: dict[str, Any], task: Task) -> dict[str, Any]:
         ValueError: The folder holds another one.
     """
     if not file.exists():
-        where = runs.environment("cpu", PACKAGES)
+        where = environment("cpu", PACKAGES)
         return {"config": config, "figures": task.figures, "environment": where, "cells": []}
-    results = runs.read_json(file)
+    results = read_json(file)
     there = results.get("config", {})
     differing = [f"{k}={there.get(k)!r} there, {v!r} here" for k, v in config.items() if there.get(k) != v]
     if differing:
@@ -158,8 +159,8 @@ def opened(file: Path, config: dict[str, Any], task: Task) -> dict[str, Any]:
 
 def record_of(results: dict[str, Any], cell: Cell) -> dict[str, Any] | None:
     """A cell's record, if it has been run."""
-    key = (cell.kernel, cell.strength, cell.seed)
-    return next((r for r in results["cells"] if (r["kernel"], r["strength"], r["seed"]) == key), None)
+    key = (cell.kernel, cell.distill_weight, cell.seed)
+    return next((r for r in results["cells"] if (r["kernel"], r["distill_weight"], r["seed"]) == key), None)
 
 
 def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any], output: Path) -> int:
@@ -171,7 +172,7 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
         futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(task.run, cell): cell for cell in cells}
         for done, future in enumerate(as_completed(futures), 1):
             cell = futures[future]
-            name = f"{cell.kernel} x{cell.strength:g}, seed {cell.seed}"
+            name = f"{cell.kernel} x{cell.distill_weight:g}, seed {cell.seed}"
             left = (time.perf_counter() - started) / done * (len(cells) - done)
             try:
                 record = future.result()
@@ -179,8 +180,8 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
                 failed += 1
                 print(f"[{done}/{len(cells)}] {name}: failed: {error}", file=sys.stderr, flush=True)
                 continue
-            results["cells"].append({"kernel": cell.kernel, "strength": cell.strength, **record})
-            runs.write_json(results, output / "results.json")
+            results["cells"].append({"kernel": cell.kernel, "distill_weight": cell.distill_weight, **record})
+            write_json(results, output / "results.json")
             print(
                 f"[{done}/{len(cells)}] {name}: "
                 + "".join(f"{name} {record[key]:.1f}, " for key, (name, _) in list(task.figures.items())[:2])

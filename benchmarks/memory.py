@@ -21,7 +21,7 @@ from typing import Any
 import averagers
 import torch
 
-from wmateacher.integrations import runs
+from wmateacher.integrations.engine.results import environment, write_json
 
 PACKAGES = ("timm", "open_clip_torch", "peft", "ema-pytorch", "torch-ema")
 MIB = 2**20
@@ -43,7 +43,7 @@ def main() -> None:
         parser.error("measuring a CPU's memory needs Linux (/proc/self/clear_refs)")
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "environment": runs.environment(arguments.device, PACKAGES),
+        "environment": environment(arguments.device, PACKAGES),
         "models": {},
     }
     # A fresh process for each cell: what another has freed would be used again unseen.
@@ -54,7 +54,7 @@ def main() -> None:
                 cells = [(model, precision, helper, arguments.device) for helper in arguments.helpers]
                 rows = dict(zip(arguments.helpers, pool.map(measure, cells, chunksize=1), strict=True))
                 results["models"][name] = rows
-                runs.write_json(results, arguments.output / "results.json")
+                write_json(results, arguments.output / "results.json")
                 print(f"{table(name, rows)}\n", flush=True)
     picture(results, arguments.output / "memory.png")
     print(f"wrote {arguments.output}/results.json, memory.png")

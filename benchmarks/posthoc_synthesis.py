@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from wmateacher import WMATeacher, kernels
-from wmateacher.integrations import runs
 from wmateacher.integrations.clip import recipes
 from wmateacher.integrations.clip.evaluation import summarise
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.methods import METHODS
 from wmateacher.integrations.clip.training import fit
+from wmateacher.integrations.engine.results import environment, write_json
 from wmateacher.posthoc import Recorder, Synthesis, synthesise
 
 KERNELS = ("beta(0.5,0.5)", "uniform", "tail(0.25)", "ema(0.99)", "beta(1.5,1.5)")
@@ -62,7 +62,7 @@ def main() -> None:
 
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "environment": runs.environment("cpu"),
+        "environment": environment("cpu"),
         "steps": settings.steps,
         "snapshots": len(list(snapshots.iterdir())),
         "kernels": {},
@@ -87,7 +87,7 @@ def main() -> None:
             "amplification": reports[spec].amplification,
             "weights_apart": float(apart.norm() / travelled.norm()),
         }
-        runs.write_json(results, arguments.output / "results.json")
+        write_json(results, arguments.output / "results.json")
     print(table(results))
     picture(reports, arguments.output / "profiles.png")
     print(f"\nwrote {arguments.output}/results.json, profiles.png")

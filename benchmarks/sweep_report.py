@@ -12,7 +12,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from wmateacher import kernels, theory
-from wmateacher.integrations import runs
+from wmateacher.integrations.engine.results import write_csv
 
 Row = dict[str, Any]
 Figures = dict[str, tuple[str, int]]
@@ -27,13 +27,13 @@ def figures(results: dict[str, Any]) -> Figures:
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """One row a kernel and strength: means and sample deviations over seeds, and the kernel's numbers."""
+    """Return one row per kernel and weight: means and deviations over seeds, and the kernel's numbers."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for cell in results["cells"]:
-        groups.setdefault((cell["kernel"], cell["strength"]), []).append(cell)
+        groups.setdefault((cell["kernel"], cell["distill_weight"]), []).append(cell)
     found = []
-    for (kernel, strength), cells in groups.items():
-        row: Row = {"kernel": kernel, "strength": strength, "seeds": len(cells)}
+    for (kernel, distill_weight), cells in groups.items():
+        row: Row = {"kernel": kernel, "distill_weight": distill_weight, "seeds": len(cells)}
         for key in figures(results):
             values = [c[key] for c in cells if c[key] is not None]
             row[key] = statistics.fmean(values) if values else None
@@ -80,7 +80,7 @@ def cells(row: Row, shown: Figures) -> list[tuple[str, str]]:
 
     return [
         ("kernel", row["kernel"]),
-        ("strength", f"{row['strength']:g}" if row["kernel"] != "none" else ""),
+        ("weight", f"{row['distill_weight']:g}" if row["kernel"] != "none" else ""),
         ("front", "*" if row["front"] else ""),
         *((name, figure(key, digits)) for key, (name, digits) in shown.items()),
         ("weight of W^0", f"{row['start_weight']:.4f}" if "start_weight" in row else ""),
@@ -91,8 +91,8 @@ def cells(row: Row, shown: Figures) -> list[tuple[str, str]]:
 def write(results: dict[str, Any], output: Path, theory: bool = True) -> None:
     """Everything that one looks at, beside results.json."""
     found = rows(results)
-    header = ["kernel", "strength", "seed", *figures(results), "seconds"]
-    runs.write_csv(header, ([cell[key] for key in header] for cell in results["cells"]), output / "cells.csv")
+    header = ["kernel", "distill_weight", "seed", *figures(results), "seconds"]
+    write_csv(header, ([cell[key] for key in header] for cell in results["cells"]), output / "cells.csv")
     pictures = {
         "plane.png": plane(found, figures(results)),
         "profiles.png": profiles(found, results["config"]["total_steps"]),
@@ -162,10 +162,12 @@ def gaps(found: list[Row], output: Path) -> Any:
 
 
 def predicted(found: list[Row], total_steps: int) -> Any:
-    """The final gap against what the linear world predicts for the kernel and strength."""
+    """The final gap against what the linear world predicts for the kernel and distill_weight."""
     figure, axis = _figure(7.5, 6)
     compared = [r for r in found if r["final_gap"]]
-    points = [(theory.predict(r["kernel"], total_steps, r["strength"]).gap, r["final_gap"]) for r in compared]
+    points = [
+        (theory.predict(r["kernel"], total_steps, r["distill_weight"]).gap, r["final_gap"]) for r in compared
+    ]
     for (expected, measured), row in zip(points, compared, strict=True):
         axis.plot(max(expected, 1e-6), measured, "o", color="C0")
         axis.annotate(_label(row, found), (max(expected, 1e-6), measured), xytext=(4, 4),
@@ -223,8 +225,8 @@ dd {{ margin: 0; }}
 
 
 def _label(row: Row, found: list[Row]) -> str:
-    many = len({r["strength"] for r in found}) > 1 and row["kernel"] != "none"
-    return f"{row['kernel']} x{row['strength']:g}" if many else row["kernel"]
+    many = len({r["distill_weight"] for r in found}) > 1 and row["kernel"] != "none"
+    return f"{row['kernel']} x{row['distill_weight']:g}" if many else row["kernel"]
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""What a kernel sweep can sweep: each task runs one cell, a kernel with a strength and a seed."""
+"""What a kernel sweep can sweep: each task runs one cell, a kernel with a distillation weight and a seed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 from sweep_report import Figures
 
-from wmateacher.integrations import runs
 from wmateacher.integrations.clip import recipes as clip_recipes
 from wmateacher.integrations.clip.experiment import Experiment as ClipExperiment
 from wmateacher.integrations.clip.methods import METHODS as CLIP_METHODS
 from wmateacher.integrations.dino import recipes as dino_recipes
 from wmateacher.integrations.dino.experiment import Experiment as DinoExperiment
+from wmateacher.integrations.engine.results import file_name
 from wmateacher.integrations.mean_teacher import recipes as mean_teacher_recipes
 from wmateacher.integrations.mean_teacher.experiment import Experiment as MeanTeacherExperiment
 
@@ -25,18 +25,18 @@ class Cell:
 
     Attributes:
         kernel: The teacher's; `"none"`: no teacher.
-        strength: Weight of the distillation.
+        distill_weight: Weight of the distillation.
         seed: Of the run.
     """
 
     kernel: str
-    strength: float
+    distill_weight: float
     seed: int
 
     @property
     def folder(self) -> str:
         """A name for its folder that a file system takes."""
-        return runs.file_name(f"{self.kernel}-{self.strength}-{self.seed}")
+        return file_name(f"{self.kernel}-{self.distill_weight}-{self.seed}")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Task:
         output: The sweep's folder.
         cache: For pretrained networks.
         figures: Key in a record -> heading and digits; the first two are the axes of the plane.
-        strengths: By default.
+        distill_weights: The weights that are swept by default.
         without: Whether there is a run without teacher.
         theory: Whether the linear world of `wmateacher.theory` is about this task.
     """
@@ -63,7 +63,7 @@ class Task:
     output: Path
     cache: Path | None
     figures: ClassVar[Figures]
-    strengths: ClassVar[tuple[float, ...]] = (1.0,)
+    distill_weights: ClassVar[tuple[float, ...]] = (1.0,)
     without: ClassVar[bool] = True
     theory: ClassVar[bool] = False
 
@@ -96,7 +96,7 @@ class Task:
 class ClipTask(Task):
     """TRACER on colour-shifted digits: `examples/clip_tracer.py` with another teacher.
 
-    The strength is lambda_SD.
+    The distillation weight is the paper's lambda_SD.
     """
 
     figures: ClassVar[Figures] = {
@@ -105,7 +105,7 @@ class ClipTask(Task):
         "ece": ("OOD ECE", 3),
         "final_gap": ("final gap", 4),
     }
-    strengths = (0.9,)
+    distill_weights = (0.9,)
     theory = True
 
     def recipe(self, cell: Cell | None = None) -> clip_recipes.DigitsRecipe:
@@ -114,9 +114,9 @@ class ClipTask(Task):
         recipe = recipe.with_steps(self.steps)
         if cell is None:
             return recipe
-        teacher: dict[str, Any] = {"kernel": cell.kernel, "strength": cell.strength}
+        teacher: dict[str, Any] = {"kernel": cell.kernel, "distill_weight": cell.distill_weight}
         if cell.kernel == "none":
-            teacher = {"kernel": None, "distillation": None, "strength": 1.0}
+            teacher = {"kernel": None, "distillation": None, "distill_weight": 1.0}
         method = replace(CLIP_METHODS["tracer"], name="cell", **teacher)
         return replace(recipe, methods={"cell": method})
 
@@ -149,7 +149,7 @@ class ClipTask(Task):
 
 
 class DinoTask(Task):
-    """DINO on drawn digits: `examples/dino_pretrain.py`. There is no strength."""
+    """DINO on drawn digits: `examples/dino_pretrain.py`. There is no distill_weight."""
 
     figures: ClassVar[Figures] = {
         "knn": ("k-NN", 1),
@@ -166,8 +166,10 @@ class DinoTask(Task):
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Pre-train a backbone."""
-        if cell.strength != 1:
-            raise ValueError(f"--strengths: dino has none to change, got {cell.strength:g}: leave it out")
+        if cell.distill_weight != 1:
+            raise ValueError(
+                f"--distill-weights: dino has none to change, got {cell.distill_weight:g}: leave it out"
+            )
         experiment = DinoExperiment(self._recipe(), self._folder(cell), root=self.root, progress=False)
         record = experiment.run(cell.kernel, cell.seed)
         flat = {"knn": record["teacher"]["knn"], "linear": record["teacher"]["linear"],
@@ -181,7 +183,7 @@ class DinoTask(Task):
 
 
 class MeanTeacherTask(Task):
-    """Few labels: `examples/mean_teacher.py`. The strength multiplies the recipe's consistency weight."""
+    """Few labels: `examples/mean_teacher.py`. The distillation weight multiplies the recipe's own."""
 
     figures: ClassVar[Figures] = {
         "accuracy": ("test", 1),
@@ -199,7 +201,7 @@ class MeanTeacherTask(Task):
         """Train from few labels."""
         recipe = self._recipe()
         method = recipe.method("mean-teacher")
-        method = replace(method, name="cell", kernel=cell.kernel, weight=cell.strength * method.weight)
+        method = replace(method, name="cell", kernel=cell.kernel, weight=cell.distill_weight * method.weight)
         if cell.kernel == "none":
             method = replace(method, kernel=None, weight=0.0)
         recipe = replace(recipe, methods={"cell": method})

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 
 from wmateacher import WMATeacher, losses
-from wmateacher.integrations import report, runs
-from wmateacher.integrations.clip import towers
 from wmateacher.integrations.clip.methods import METHODS
+from wmateacher.integrations.clip.model import build
 from wmateacher.integrations.clip.objective import cross_frobenius
+from wmateacher.integrations.engine import tables
+from wmateacher.integrations.engine.results import environment, write_json
 from wmateacher.losses import PairedEmbeddings
 
 PACKAGES = ("open_clip_torch", "timm")
@@ -52,10 +53,10 @@ def main() -> None:
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "config": {k: str(v) for k, v in vars(arguments).items() if k != "output"},
-        "environment": runs.environment(arguments.device, PACKAGES),
+        "environment": environment(arguments.device, PACKAGES),
         **measure(arguments),
     }
-    runs.write_json(results, arguments.output / "results.json")
+    write_json(results, arguments.output / "results.json")
     print(table(results))
     print(f"wrote {arguments.output}/results.json")
 
@@ -65,7 +66,7 @@ class Steps:
 
     def __init__(self, model: str, batch: int, precision: str, device: str):
         torch.manual_seed(0)
-        student, tokenizer = towers.build(model)
+        student, tokenizer = build(model)
         self.device, self.bf16 = torch.device(device), precision == "bf16"
         self.student = student.to(device).train()
         self.teacher = WMATeacher(self.student, "beta(0.5,0.5)", STEPS)
@@ -90,7 +91,7 @@ class Steps:
             if targets is not None:
                 loss = loss + method.cross_frobenius * cross_frobenius(self.student)
                 between = self._now()
-                loss = loss + method.strength * self.criterion(answers, targets).total
+                loss = loss + method.distill_weight * self.criterion(answers, targets)
                 self._alone(answers, targets)
                 apart = self._now() - between
             else:
@@ -108,7 +109,7 @@ class Steps:
         began = self._now()
         image, text = (t.detach().requires_grad_() for t in answers[:2])
         held = PairedEmbeddings(image, text, answers[2].detach())
-        self._timed("losses", lambda: self.criterion(held, targets).total.backward())
+        self._timed("losses", lambda: self.criterion(held, targets).backward())
         self.parts["measuring"] = self._now() - began
 
     def _timed(self, name: str, action: Callable[[], Any]) -> Any:
@@ -154,7 +155,7 @@ def table(results: dict[str, Any]) -> str:
         for part in ("step", "forward+backward", "teacher", "losses", "optimizer", "update"):
             row[f"{part} ms"] = f"{1e3 * seconds[part]:.1f}" if part in seconds else ""
         rows.append(row)
-    return report.aligned(rows) + (
+    return tables.aligned(rows) + (
         f"\nTRACER / FLYP: {results['ratio']:.3f}, fastest steps {results['fastest_ratio']:.3f}, "
         f"floor {results['floor']:.3f}"
     )

@@ -23,7 +23,7 @@ from typing import Any
 import averagers
 import torch
 
-from wmateacher.integrations import runs
+from wmateacher.integrations.engine.results import environment, write_json
 
 PACKAGES = ("timm", "open_clip_torch", "peft", "ema-pytorch", "torch-ema")
 
@@ -48,7 +48,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "environment": runs.environment(arguments.device, PACKAGES),
+        "environment": environment(arguments.device, PACKAGES),
         "copy_bandwidth_gb_s": copy_bandwidth(arguments.device),
         "models": {},
     }
@@ -60,7 +60,7 @@ def main() -> None:
                 speed = row["bytes"] / row["milliseconds"] / 1e6
                 row["share_of_copy_bandwidth"] = speed / results["copy_bandwidth_gb_s"]
             results["models"][name] = measured
-            runs.write_json(results, arguments.output / "results.json")
+            write_json(results, arguments.output / "results.json")
             print(f"{table(name, measured)}\n", flush=True)
     picture(results, arguments.output / "overhead.png")
     print(f"wrote {arguments.output}/results.json, overhead.png")

@@ -17,11 +17,11 @@ from typing import Any
 
 import tyro
 
-from wmateacher.integrations import logs, processes, study
-from wmateacher.integrations.clip import ablations, plan, recipes, report
+from wmateacher.integrations.clip import ablations, plan, plots, recipes
 from wmateacher.integrations.clip.experiment import Experiment
-from wmateacher.integrations.clip.published import compare
+from wmateacher.integrations.clip.paper import compare
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
+from wmateacher.integrations.engine import console, processes, tracking
 from wmateacher.spec import nearest
 
 
@@ -37,8 +37,8 @@ class Arguments:
     """digits; colored-mnist, the paper's toy experiment; imagenet-vit-b-16, imagenet-vit-l-14 or
     imagenet-rn50, its main ones, on the data sets in --data-root."""
     set: tuple[str, ...] = ()
-    """Any value of the recipe: --set finetune.batch_size=256 methods.tracer.strength=1.5 ...; --dry-run names
-    them all."""
+    """Any value of the recipe: --set finetune.batch_size=256 methods.tracer.distill_weight=1.5 ...;
+    --dry-run names them all."""
     dry_run: bool = False
     """Print configuration, number of steps, an estimate of memory and what data is missing, and stop."""
     compare_paper: bool = False
@@ -57,7 +57,7 @@ class Arguments:
     """kernel, lambda, terms, interval, or alpha (WiSE-FT's): the paper's variants of tracer, in its place."""
     alpha_of: str = "ft"
     """The fine-tuned method that --ablate alpha interpolates to."""
-    strength: float | None = None
+    distill_weight: float | None = None
     """lambda_SD, the weight of the distillation, of every method that has a teacher."""
     model: str | None = None
     """Towers: tiny-conv-32, tiny-vit-16, tiny-resnet-32, light-vit-28, or any that open_clip can build."""
@@ -65,7 +65,7 @@ class Arguments:
     """Of the digits: digits, mnist or fashion-mnist. All but digits need --data-root."""
     data_root: Path | None = None
     """Folder with torchvision's MNIST/raw or FashionMNIST/raw; or with ImageNet and its shifts, which
-    `python -m wmateacher.integrations.clip.check DIR` looks through."""
+    `python -m wmateacher.integrations.clip.data.check DIR` looks through."""
     workers: int = 0
     """Processes that read photographs."""
     download: bool = False
@@ -80,7 +80,7 @@ class Arguments:
     """Results folder; one that was interrupted is continued. Default: runs/clip_tracer-TIME."""
     cache: Path | None = None
     """Where pretrained towers are kept. Default: ~/.cache/wmateacher."""
-    log_to: tuple[logs.Tool, ...] = ()
+    log_to: tuple[tracking.Tool, ...] = ()
     """tensorboard, wandb, or both: write every loss, its terms, gap and learning rate there."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one, under torchrun each process its own."""
@@ -107,9 +107,9 @@ def configured(arguments: Arguments) -> recipes.Recipe:
     changed = {name: value for name, value in changes.items() if value is not None}
     if changed:
         methods["tracer"] = replace(methods["tracer"], **changed)  # type: ignore[arg-type]
-    if arguments.strength is not None:
+    if arguments.distill_weight is not None:
         methods = {
-            name: m if m.kernel is None else replace(m, strength=arguments.strength)
+            name: m if m.kernel is None else replace(m, distill_weight=arguments.distill_weight)
             for name, m in methods.items()
         }
     return replace(recipe, methods=methods, model=arguments.model or recipe.model)
@@ -151,7 +151,7 @@ def published(arguments: Arguments, recipe: recipes.Recipe) -> str | None:
 
 
 def main(arguments: Arguments) -> None:
-    study.check_seeds(arguments.seeds)
+    console.check_seeds(arguments.seeds)
     recipe = configured(arguments)
     chosen(arguments, recipe)
     beside = published(arguments, recipe)
@@ -160,22 +160,22 @@ def main(arguments: Arguments) -> None:
             ranks = int(os.environ.get("WORLD_SIZE", "1"))
             print(plan.describe(recipe, lambda r: chosen(arguments, r), arguments.data_root, ranks))
         return
-    with processes.joined(arguments.device) as device:
-        output = study.folder(arguments.output, "clip_tracer")
+    with processes.process_group(arguments.device) as device:
+        output = console.folder(arguments.output, "clip_tracer")
         run = Experiment(
             recipe, output, root=arguments.data_root, download=arguments.download,
-            cache=arguments.cache, device=device, workers=arguments.workers, say=study.say,
+            cache=arguments.cache, device=device, workers=arguments.workers, say=console.say,
             adapt=lambda r: chosen(arguments, r)[0],
         )  # fmt: skip
         recipe, names = chosen(arguments, run.recipe)
         run.check(names)
-        study.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
-        with study.resumable(output), logs.to(arguments.log_to, output):
+        console.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
+        with console.resumable(output), tracking.to(arguments.log_to, output):
             seconds = run.pretrain()
             if isinstance(recipe, DigitsRecipe):
-                study.say(f"pre-trained for {recipe.pretrain.steps} steps, {seconds:.0f} s of training")
-            study.conduct(run, names, arguments.seeds, headline)
-        if processes.is_first():
+                console.say(f"pre-trained for {recipe.pretrain.steps} steps, {seconds:.0f} s of training")
+            console.conduct(run, names, arguments.seeds, headline)
+        if processes.is_main():
             conclude(run, names)
             if beside is not None:
                 print(f"\n{compare(run.results, beside)}\n")
@@ -191,20 +191,20 @@ def headline(record: Mapping[str, Any]) -> str:
 
 def conclude(run: Experiment, names: list[str]) -> None:
     """The tables and the pictures."""
-    print(f"\n{report.table(run.results)}\n")
-    if averaged := report.teachers(run.results):
+    print(f"\n{plots.table(run.results)}\n")
+    if averaged := plots.teachers(run.results):
         print(f"{averaged}\n")
     if isinstance(run.recipe, DigitsRecipe) and run.recipe.published_forgetting:
-        print(f"{report.forgetting_table(run.results, run.recipe.published_forgetting)}\n")
+        print(f"{plots.forgetting_table(run.results, run.recipe.published_forgetting)}\n")
     files = {
         what: {name: run.file(what, name, 0) for name in names if run.file(what, name, 0).exists()}
         for what in ("gaps", "reliability", "epochs")
     }
-    report.picture(run.results, files["gaps"], run.output / "methods.png")
-    report.reliability(files["reliability"], run.output / "reliability.png")
+    plots.picture(run.results, files["gaps"], run.output / "methods.png")
+    plots.reliability(files["reliability"], run.output / "reliability.png")
     written = "results.json, gaps/*.csv, reliability/*.csv, methods.png, reliability.png"
     if files["epochs"]:
-        report.course(files["epochs"], next(iter(run.world.tests)), run.output / "epochs.png")
+        plots.course(files["epochs"], next(iter(run.world.tests)), run.output / "epochs.png")
         written += ", epochs/*.csv, epochs.png"
     print(f"wrote to {run.output}: {written}")
 

@@ -14,9 +14,10 @@ from typing import Literal
 import tyro
 
 from wmateacher import kernels
-from wmateacher.integrations import curves, images, logs, processes, report, study
 from wmateacher.integrations.dino import experiment, pictures, recipes
 from wmateacher.integrations.dino.training import PAPER_KERNEL
+from wmateacher.integrations.engine import console, curves, processes, tables, tracking
+from wmateacher.integrations.vision import images
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Arguments:
     """Train with this many seeds and report mean and deviation."""
     output: Path | None = None
     """Results folder; one that was interrupted is continued. Default: runs/dino-TIME."""
-    log_to: tuple[logs.Tool, ...] = ()
+    log_to: tuple[tracking.Tool, ...] = ()
     """tensorboard, wandb, or both: write every loss, its terms, gap and learning rate there."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
@@ -85,30 +86,30 @@ def configured(arguments: Arguments) -> recipes.Recipe:
 
 
 def main(arguments: Arguments) -> None:
-    study.check_seeds(arguments.seeds)
-    with processes.joined(arguments.device) as device:
-        with processes.in_turn():
+    console.check_seeds(arguments.seeds)
+    with processes.process_group(arguments.device) as device:
+        with processes.main_process_first():
             recipe = configured(arguments)
-        output = study.folder(arguments.output, "dino")
+        output = console.folder(arguments.output, "dino")
         run = experiment.Experiment(
             recipe, output, root=arguments.data_root, download=arguments.download,
             device=device, workers=arguments.workers,
         )  # fmt: skip
-        study.say(f"DINO on {recipe.data}: {recipe.backbone} on {device}, results in {output}")
+        console.say(f"DINO on {recipe.data}: {recipe.backbone} on {device}, results in {output}")
         names = [*run.baselines, *arguments.kernels]
-        with study.resumable(output), logs.to(arguments.log_to, output):
-            study.conduct(
+        with console.resumable(output), tracking.to(arguments.log_to, output):
+            console.conduct(
                 run, names, arguments.seeds,
                 lambda r: f"k-NN {r['teacher']['knn']:.1f}, linear {r['teacher']['linear']:.1f}",
             )  # fmt: skip
             best = run.fit(arguments.kernels[0])
-        if processes.is_first():
+        if processes.is_main():
             conclude(run, arguments.kernels, best, output)
 
 
 def conclude(run: experiment.Experiment, names: tuple[str, ...], shown: experiment.Fit, output: Path) -> None:
     """The table and the pictures."""
-    print(f"\n{report.table(run.results, experiment.COLUMNS)}\n")
+    print(f"\n{tables.table(run.results, experiment.COLUMNS)}\n")
     files = {name: run.curve_file(name, 0) for name in names}
     levels = {name: run.results["methods"][name]["teacher"]["knn"] for name in run.baselines}
     curves.picture(files, levels, output / "curves.png")

@@ -14,7 +14,7 @@ from typing import Literal
 import tyro
 
 from wmateacher import kernels
-from wmateacher.integrations import curves, logs, processes, report, study
+from wmateacher.integrations.engine import console, curves, processes, tables, tracking
 from wmateacher.integrations.mean_teacher import experiment, recipes
 
 
@@ -58,7 +58,7 @@ class Arguments:
     """Train with this many seeds and report mean and deviation; a seed chooses the labelled images too."""
     output: Path | None = None
     """Results folder; one that was interrupted is continued. Default: runs/mean_teacher-TIME."""
-    log_to: tuple[logs.Tool, ...] = ()
+    log_to: tuple[tracking.Tool, ...] = ()
     """tensorboard, wandb, or both: write every loss, its terms, gap and learning rate there."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
@@ -87,22 +87,22 @@ def configured(arguments: Arguments) -> recipes.Recipe:
 
 
 def main(arguments: Arguments) -> None:
-    study.check_seeds(arguments.seeds)
+    console.check_seeds(arguments.seeds)
     recipe = configured(arguments)
     names = [recipe.method(name).name for name in (*arguments.methods, *arguments.kernels)]
-    with processes.joined(arguments.device) as device:
-        output = study.folder(arguments.output, "mean_teacher")
+    with processes.process_group(arguments.device) as device:
+        output = console.folder(arguments.output, "mean_teacher")
         run = experiment.Experiment(
             recipe, output, root=arguments.data_root, download=arguments.download,
             device=device, workers=arguments.workers,
         )  # fmt: skip
-        study.say(
+        console.say(
             f"{recipe.labels} labels of {recipe.data}: {recipe.backbone} on {device}, results in {output}"
         )
-        with study.resumable(output), logs.to(arguments.log_to, output):
-            study.conduct(run, names, arguments.seeds, lambda r: f"test accuracy {r['accuracy']:.1f}")
-        if processes.is_first():
-            print(f"\n{report.table(run.results, experiment.COLUMNS)}\n")
+        with console.resumable(output), tracking.to(arguments.log_to, output):
+            console.conduct(run, names, arguments.seeds, lambda r: f"test accuracy {r['accuracy']:.1f}")
+        if processes.is_main():
+            print(f"\n{tables.table(run.results, experiment.COLUMNS)}\n")
             curves.picture({name: run.curve_file(name, 0) for name in names}, {}, output / "curves.png")
             print(f"wrote {output}/results.json, curves/*.csv, curves.png")
 

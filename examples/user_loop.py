@@ -41,7 +41,7 @@ def main() -> None:
             if len(batch) < BATCH:
                 continue
             logits = model(images[batch])
-            loss = F.cross_entropy(logits, noisy[batch]) + distill(logits, teacher(images[batch])).total
+            loss = F.cross_entropy(logits, noisy[batch]) + distill(logits, teacher(images[batch]))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

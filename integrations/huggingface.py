@@ -13,7 +13,7 @@ from torch import Tensor
 from wmateacher import WMATeacher, losses
 from wmateacher.attachment import Attachment
 from wmateacher.integrations import resuming
-from wmateacher.integrations.loop import write_atomically
+from wmateacher.integrations.engine.loop import write_atomically
 from wmateacher.kernels import Kernel
 from wmateacher.losses import Criterion
 from wmateacher.spec import nearest
@@ -39,10 +39,10 @@ class TeacherCallback(TrainerCallback):
     saved to `teacher.pt` in each `checkpoint-*` folder, weights and clock, and goes on from there.
 
     Example:
-        >>> teaching = TeacherCallback("beta(0.5,0.5)")
-        >>> trainer = Trainer(model, args, callbacks=[teaching])  # doctest: +SKIP
+        >>> teacher_callback = TeacherCallback("beta(0.5,0.5)")
+        >>> trainer = Trainer(model, args, callbacks=[teacher_callback])  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
-        >>> teaching.teacher.copy_to(model)  # doctest: +SKIP
+        >>> teacher_callback.teacher.copy_to(model)  # doctest: +SKIP
 
     Attributes:
         teacher: The `WMATeacher`; None before training.
@@ -131,22 +131,22 @@ class TeacherMixin:
     """A Trainer whose loss has a distillation from the average of its own model, before `Trainer`.
 
     The teacher sees the batch that the model sees, without dropout and gradient, and their logits are
-    compared: `loss + strength * distillation(model(batch).logits, teacher(batch).logits)`. The mean of the
-    term, before its strength, is logged as `distillation`.
+    compared: `loss + distill_weight * distillation(model(batch).logits, teacher(batch).logits)`. The mean
+    of the term, before its weight, is logged as `distillation`.
 
     Example:
         >>> class MyTrainer(TeacherMixin, Trainer): ...
 
     Attributes:
-        teaching: The callback.
+        teacher_callback: The callback.
     """
 
     def __init__(
         self,
         *args: Any,
-        teaching: TeacherCallback | None = None,
+        teacher_callback: TeacherCallback | None = None,
         distillation: str | Criterion | None = "kl",
-        strength: float = 1.0,
+        distill_weight: float = 1.0,
         evaluate_with: Literal["student", "teacher"] = "student",
         **kwargs: Any,
     ):
@@ -154,27 +154,28 @@ class TeacherMixin:
 
         Args:
             *args: The Trainer's.
-            teaching: The teacher; None: `TeacherCallback()`.
+            teacher_callback: The teacher; None: `TeacherCallback()`.
             distillation: A spec of `wmateacher.losses.build` for logits, or what it builds; None: no term.
-            strength: Of the term, beside the model's own loss.
+            distill_weight: Of the term, beside the model's own loss.
             evaluate_with: Whose weights `evaluate` and `predict` use.
             **kwargs: The Trainer's.
 
         Raises:
-            ValueError: `evaluate_with` is neither, the distillation does not compare logits, or the strength
+            ValueError: `evaluate_with` is neither, the distillation does not compare logits, or the weight
                 is no number.
-            TypeError: `teaching` is no `TeacherCallback`.
+            TypeError: `teacher_callback` is no `TeacherCallback`.
         """
         if evaluate_with not in ("student", "teacher"):
             raise ValueError(
                 f"evaluate_with must be 'student' or 'teacher', got {evaluate_with!r}; "
                 f"{nearest(str(evaluate_with), ('student', 'teacher'))}"
             )
-        if not isinstance(strength, int | float) or strength < 0:
-            raise ValueError(f"strength must be a number of at least 0, got {strength!r}")
-        if not isinstance(teaching, TeacherCallback | None):
+        if not isinstance(distill_weight, int | float) or distill_weight < 0:
+            raise ValueError(f"distill_weight must be a number of at least 0, got {distill_weight!r}")
+        if not isinstance(teacher_callback, TeacherCallback | None):
             raise TypeError(
-                f"teaching must be a TeacherCallback, got {teaching!r}: TeacherCallback(kernel=...)"
+                f"teacher_callback must be a TeacherCallback, got {teacher_callback!r}: "
+                "TeacherCallback(kernel=...)"
             )
         built = None if distillation is None else losses.build(distillation)
         if built is not None and built.family not in (None, "logits"):
@@ -183,29 +184,29 @@ class TeacherMixin:
                 f"choose from {', '.join(losses.available('logits'))}"
             )
         super().__init__(*args, **kwargs)
-        self.teaching = TeacherCallback() if teaching is None else teaching
-        self.add_callback(self.teaching)  # type: ignore[attr-defined]
-        self._distillation, self._strength, self._evaluate_with = built, strength, evaluate_with
+        self.teacher_callback = TeacherCallback() if teacher_callback is None else teacher_callback
+        self.add_callback(self.teacher_callback)  # type: ignore[attr-defined]
+        self._distillation, self._distill_weight, self._evaluate_with = built, distill_weight, evaluate_with
         self._terms: list[Tensor] = []
 
     @property
     def teacher(self) -> WMATeacher | None:
         """The average; None before training."""
-        return self.teaching.teacher
+        return self.teacher_callback.teacher
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; the teacher goes on from the same folder."""
         if isinstance(resume_from_checkpoint, str | Path):
-            self.teaching.resume_from = resume_from_checkpoint
+            self.teacher_callback.resume_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The Trainer's loss, with the distillation while training."""
         loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, **kwargs)  # type: ignore[misc]
         if self._distillation is not None and self.teacher is not None and model.training:
-            term = self._distillation(_logits(outputs), _logits(self.teacher(**inputs))).total
+            term = self._distillation(_logits(outputs), _logits(self.teacher(**inputs)))
             self._terms.append(term.detach())
-            loss = loss + self._strength * term / self._micro_batches(kwargs.get("num_items_in_batch"))
+            loss = loss + self._distill_weight * term / self._micro_batches(kwargs.get("num_items_in_batch"))
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

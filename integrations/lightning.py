@@ -54,7 +54,7 @@ class TeacherCallback(Callback):
         student: str | None = None,
         name: str = "teacher",
         optimizer: int | None = None,
-        evaluate: Weights = "student",
+        evaluate_with: Weights = "student",
         checkpoint: Weights = "student",
         module: Callable[[LightningModule], nn.Module] | None = None,
         **options: Any,
@@ -69,7 +69,7 @@ class TeacherCallback(Callback):
             name: Attribute of the module that the teacher is put under; callbacks of different names may
                 stand side by side.
             optimizer: Index of the optimizer whose steps count; None: the one that trains the student.
-            evaluate: Whose weights validation, test and prediction see.
+            evaluate_with: Whose weights validation, test and prediction see.
             checkpoint: Whose weights a checkpoint has as its `state_dict`, which
                 `load_from_checkpoint` reads. With `"teacher"` the student's are beside them, and resuming
                 takes those.
@@ -79,9 +79,9 @@ class TeacherCallback(Callback):
                 `exclude`.
 
         Raises:
-            ValueError: `evaluate` or `checkpoint` is neither.
+            ValueError: `evaluate_with` or `checkpoint` is neither.
         """
-        for argument, value in (("evaluate", evaluate), ("checkpoint", checkpoint)):
+        for argument, value in (("evaluate_with", evaluate_with), ("checkpoint", checkpoint)):
             if value not in ("student", "teacher"):
                 raise ValueError(
                     f"{argument} must be 'student' or 'teacher', got {value!r}; "
@@ -90,7 +90,7 @@ class TeacherCallback(Callback):
         self.teacher: WMATeacher | None = None
         self._kernel, self._total_steps, self._options = kernel, total_steps, options
         self._student, self._name, self._optimizer = student, name, optimizer
-        self._evaluate, self._checkpoint, self._module = evaluate, checkpoint, module
+        self._evaluate_with, self._checkpoint, self._module = evaluate_with, checkpoint, module
         self._attachment: Attachment | None = None
         self._restored: Mapping[str, Any] | None = None
         self._horizon: int | None = None
@@ -168,7 +168,7 @@ class TeacherCallback(Callback):
         make = self._module
         self.teacher = WMATeacher(
             student, self._kernel, self._horizon,
-            module=None if make is None else lambda: make(pl_module), **self._options,
+            module_factory=None if make is None else lambda: make(pl_module), **self._options,
         )  # fmt: skip
         # Past nn.Module's own __setattr__, which would make it a submodule.
         object.__setattr__(pl_module, self._name, self.teacher)
@@ -226,7 +226,7 @@ class TeacherCallback(Callback):
     # --- evaluation ---------------------------------------------------------------------------------
 
     def _lend(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._evaluate != "teacher":
+        if self._evaluate_with != "teacher":
             return
         if self.teacher is None and self._restored is not None:  # evaluated from a checkpoint, without fit
             self._horizon = self._restored["total_steps"]

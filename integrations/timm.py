@@ -66,12 +66,12 @@ class ModelWma(WMATeacher):
                     "optimizer steps so far, as timm's num_updates; build a new average for a new run"
                 )
             # What timm loads from a checkpoint is in `module`.
-            self.continue_from(None if self.step else self.module.state_dict(), step - 1)
+            self.load_average(None if self.step else self.module.state_dict(), step - 1)
         super().update(model)
 
     def set(self, model: nn.Module) -> None:
         """Let the average be the model as it is."""
-        self.continue_from(pairing.unwrap(model).state_dict(), self.step)
+        self.load_average(pairing.unwrap(model).state_dict(), self.step)
 
     def get_decay(self, step: int | None = None) -> float:
         """The retention of a step; None: of the last one."""

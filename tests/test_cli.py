@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from wmateacher import checkpoints, cli, kernels, posthoc, theory
+from wmateacher import cli, files, kernels, posthoc, theory
 
 
 @pytest.fixture
-def files(tmp_path):
+def checkpoints(tmp_path):
     """Three checkpoints of one architecture."""
     for i in range(3):
-        checkpoints.save({"w": torch.randn(4, 2), "n": torch.tensor(i)}, tmp_path / f"{i}.pt")
+        files.save({"w": torch.randn(4, 2), "n": torch.tensor(i)}, tmp_path / f"{i}.pt")
     return sorted(tmp_path.glob("*.pt"))
 
 
@@ -87,24 +87,26 @@ def test_kernel_draws_a_figure(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def test_average(files, tmp_path, capsys):
+def test_average(checkpoints, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
-    assert main("average", *files, "--kernel", "beta(0.5,0.5)", "--steps", "0,10,20", "--output", out) == 0
-    expected = posthoc.average_checkpoints(files, "beta(0.5,0.5)", [0, 10, 20])
-    assert torch.equal(checkpoints.load(out)["w"], expected["w"])
-    shares = posthoc.shares("beta(0.5,0.5)", 3, [0, 10, 20])
+    assert (
+        main("average", *checkpoints, "--kernel", "beta(0.5,0.5)", "--steps", "0,10,20", "--output", out) == 0
+    )
+    expected = posthoc.average_checkpoints(checkpoints, "beta(0.5,0.5)", [0, 10, 20])
+    assert torch.equal(files.load(out)["w"], expected["w"])
+    shares = posthoc.checkpoint_weights("beta(0.5,0.5)", 3, [0, 10, 20])
     *lines, last = capsys.readouterr().out.splitlines()
-    assert lines == [f"{s:9.6f}  {f}" for s, f in zip(shares, files, strict=True)]
+    assert lines == [f"{s:9.6f}  {f}" for s, f in zip(shares, checkpoints, strict=True)]
     assert last == f"wrote {out}: 3 checkpoints, beta(0.5,0.5)"
 
 
-def test_interpolate_and_stock(files, tmp_path, capsys):
-    assert main("interpolate", *files[:2], "--alpha", 0.25, "--output", tmp_path / "a.pt") == 0
-    expected = posthoc.interpolate(files[0], files[1], 0.25)
-    assert torch.equal(checkpoints.load(tmp_path / "a.pt")["w"], expected["w"])
-    assert main("stock", *files, "--output", tmp_path / "b.pt") == 0
-    expected = posthoc.model_stock(files[0], files[1:])
-    assert torch.equal(checkpoints.load(tmp_path / "b.pt")["w"], expected["w"])
+def test_interpolate_and_stock(checkpoints, tmp_path, capsys):
+    assert main("interpolate", *checkpoints[:2], "--alpha", 0.25, "--output", tmp_path / "a.pt") == 0
+    expected = posthoc.interpolate(checkpoints[0], checkpoints[1], 0.25)
+    assert torch.equal(files.load(tmp_path / "a.pt")["w"], expected["w"])
+    assert main("stock", *checkpoints, "--output", tmp_path / "b.pt") == 0
+    expected = posthoc.model_stock(checkpoints[0], checkpoints[1:])
+    assert torch.equal(files.load(tmp_path / "b.pt")["w"], expected["w"])
     assert capsys.readouterr().out.count("wrote") == 2
 
 
@@ -119,24 +121,26 @@ def test_synthesise(tmp_path, capsys):
     arguments = ("synthesise", tmp_path / "snapshots", "--kernel", "uniform", "--total-steps", 20)
     assert main(*arguments, "--output", out) == 0
     state, report = posthoc.synthesise(tmp_path / "snapshots", "uniform", 20)
-    assert torch.equal(checkpoints.load(out)["weight"], state["weight"])
+    assert torch.equal(files.load(out)["weight"], state["weight"])
     assert capsys.readouterr().out == f"{report}\nwrote {out}\n"
 
 
-def test_nothing_is_replaced_without_force(files, tmp_path, capsys):
-    before = files[2].read_bytes()
+def test_nothing_is_replaced_without_force(checkpoints, tmp_path, capsys):
+    before = checkpoints[2].read_bytes()
     for command in (
-        ("average", *files[:2]),
-        ("interpolate", *files[:2], "--alpha", 0.5),
-        ("stock", *files),
+        ("average", *checkpoints[:2]),
+        ("interpolate", *checkpoints[:2], "--alpha", 0.5),
+        ("stock", *checkpoints),
         ("synthesise", tmp_path, "--kernel", "uniform"),
     ):
-        assert main(*command, "--output", files[2]) == 2
-        message = f"wmateacher {command[0]}: {files[2]} exists already: choose another name, or pass --force"
+        assert main(*command, "--output", checkpoints[2]) == 2
+        message = (
+            f"wmateacher {command[0]}: {checkpoints[2]} exists already: choose another name, or pass --force"
+        )
         assert capsys.readouterr().err.startswith(message)
-        assert files[2].read_bytes() == before
-    assert main("average", *files[:2], "--output", files[2], "--force") == 0
-    assert files[2].read_bytes() != before
+        assert checkpoints[2].read_bytes() == before
+    assert main("average", *checkpoints[:2], "--output", checkpoints[2], "--force") == 0
+    assert checkpoints[2].read_bytes() != before
 
 
 @pytest.mark.parametrize(
@@ -184,12 +188,12 @@ def test_bad_usage_exits_with_2(capsys):
     assert "write steps as 1000,2000,3000, not '1,x'" in capsys.readouterr().err
 
 
-def test_as_a_process(files, tmp_path):
+def test_as_a_process(checkpoints, tmp_path):
     done = run("kernel", "beta(0.5,0.5)", "--total-steps", 100)
     assert (done.returncode, done.stderr) == (0, "")
     assert "beta(0.5,0.5)" in done.stdout
-    done = run("average", *files, "--output", files[0])
+    done = run("average", *checkpoints, "--output", checkpoints[0])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"wmateacher average: {files[0]} exists already: choose another name, or pass --force to replace it\n"
+        f"wmateacher average: {checkpoints[0]} exists already: choose another name, or pass --force to replace it\n"
     )

@@ -170,7 +170,7 @@ def test_another_kernel_keeps_the_average_and_gives_it_the_mass_of_the_steps_so_
     net, total = network(), 20
     before = {k: torch.randn_like(v) for k, v in net.state_dict().items()}
     teacher = WMATeacher(net, "beta(0.5,0.5)", total, frozen="copy")
-    teacher.continue_from(before, 12)
+    teacher.load_average(before, 12)
     assert teacher.step == 12
     states = []
     for _ in range(8):
@@ -192,7 +192,7 @@ def test_a_bfloat16_teacher_takes_the_average_at_full_precision():
     precise = {k: torch.randn(v.shape) for k, v in net.state_dict().items()}
     for dtype in ("auto", "split"):
         teacher = WMATeacher(net, "ema(0.9)", dtype=dtype, frozen="copy")
-        teacher.continue_from(precise, 3)
+        teacher.load_average(precise, 3)
         taken = teacher.averaged_state_dict(torch.float32)
         assert all(torch.equal(taken[k], v) for k, v in precise.items() if k != "0.bias")
 
@@ -211,7 +211,7 @@ def test_older_torch_ema_leaves_out_what_is_frozen():
 def test_buffers_may_be_missing():
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     teacher = WMATeacher(net, "ema(0.9)", buffers="average")
-    teacher.continue_from({n: p + 1 for n, p in net.named_parameters()}, 4)
+    teacher.load_average({n: p + 1 for n, p in net.named_parameters()}, 4)
     assert torch.equal(teacher.module[0].weight, net[0].weight + 1)
     assert torch.equal(teacher.module[1].running_var, net[1].running_var)
     teacher.update()
@@ -239,12 +239,12 @@ def test_what_does_not_fit_changes_nothing(change, step_, message):
     average = {k: v + 1 for k, v in net.state_dict().items()}
     change(average)
     with pytest.raises(ValueError, match=message):
-        teacher.continue_from(average, step_)
+        teacher.load_average(average, step_)
     after = teacher.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items() if isinstance(v, torch.Tensor))
     assert after["_extra_state"] == before["_extra_state"]
     with teacher.swap(), pytest.raises(RuntimeError, match=r"inside swap\(\)"):
-        teacher.continue_from(net.state_dict(), 3)
+        teacher.load_average(net.state_dict(), 3)
 
 
 def test_unknown_states_and_nameless_weights_of_another_model():

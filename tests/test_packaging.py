@@ -60,7 +60,7 @@ def test_the_wheel_installs_one_package_with_its_data(installed):
 def test_the_installed_copy_works(installed, tmp_path):
     code = f"""
 import torch, wmateacher
-from wmateacher.integrations.clip.towers import build
+from wmateacher.integrations.clip.model import build
 assert wmateacher.__file__.startswith({str(installed)!r}), wmateacher.__file__
 towers, tokenizer = build("tiny-vit-16")
 teacher = wmateacher.WMATeacher(towers, total_steps=3)

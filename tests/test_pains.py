@@ -116,9 +116,9 @@ def test_modules_that_cannot_be_deep_copied_crash():
     model.cache = model[0].weight * 2
     assert torch.equal(WMATeacher(model, "uniform").module.cache, model.cache)
     model.cache = [model.cache]
-    with pytest.raises(ValueError, match="pass module=FACTORY"):
+    with pytest.raises(ValueError, match="pass module_factory=FACTORY"):
         WMATeacher(model, "uniform")
-    WMATeacher(model, "uniform", module=student)
+    WMATeacher(model, "uniform", module_factory=student)
 
 
 @pytest.mark.parametrize("kernel", ["ema(0.999)", "power(sigma_rel=0.1)", "beta(0.5,0.5)"])
@@ -129,7 +129,7 @@ def test_an_update_interval_changes_the_window(kernel):
         teacher = WMATeacher(model, kernel, 6000, update_every=every)
         for _ in range(6000):
             teacher.update()
-        weights = teacher.weights()
+        weights = teacher.trajectory_weights()
         ages[every] = 6000 - weights @ range(6001)
     assert ages[10] == pytest.approx(ages[1], abs=5)
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wmateacher import WMATeacher, kernels, posthoc
-from wmateacher.checkpoints import load, save
+from wmateacher.files import load, save
 from wmateacher.posthoc import Recorder, average_checkpoints, interpolate, model_stock, synthesise
 
 TOTAL = 120
@@ -174,7 +174,7 @@ def test_snapshots_hold_the_averages_and_their_exact_weights(tmp_path):
     def each(run):
         for direct in directs:
             direct.update(run.student)
-            kept[run.k, str(direct.kernel)] = (direct.averaged_state_dict(), direct.weights())
+            kept[run.k, str(direct.kernel)] = (direct.averaged_state_dict(), direct.trajectory_weights())
 
     record(tmp_path, each=each)
     files = sorted(tmp_path.iterdir())
@@ -183,7 +183,7 @@ def test_snapshots_hold_the_averages_and_their_exact_weights(tmp_path):
         about = posthoc._about(file)
         state, weights = kept[about["clock"]["step"], about["clock"]["kernel"]]
         assert_equal(load(file), state)
-        np.testing.assert_array_equal(posthoc._clock(about["clock"]).weights(), weights)
+        np.testing.assert_array_equal(posthoc._clock(about["clock"]).trajectory_weights(), weights)
 
 
 @pytest.mark.parametrize("update_every", [1, 3])
@@ -443,10 +443,12 @@ def test_each_checkpoint_stands_for_the_nearest_steps():
     expected = np.zeros(4)
     for j, w in enumerate(weights):
         expected[min(range(4), key=lambda i: (abs(marks[i] - j), -i))] += w
-    np.testing.assert_allclose(posthoc.shares("beta(0.2,0.7)", 4, marks, total), expected, atol=1e-12)
-    np.testing.assert_allclose(posthoc.shares("uniform", 5), np.full(5, 0.2))
-    np.testing.assert_allclose(posthoc.shares("arcsine", 5), oracle.step_weights("arcsine", 4))
-    assert posthoc.shares("beta(0.5,0.5)", 1) == [1]
+    np.testing.assert_allclose(
+        posthoc.checkpoint_weights("beta(0.2,0.7)", 4, marks, total), expected, atol=1e-12
+    )
+    np.testing.assert_allclose(posthoc.checkpoint_weights("uniform", 5), np.full(5, 0.2))
+    np.testing.assert_allclose(posthoc.checkpoint_weights("arcsine", 5), oracle.step_weights("arcsine", 4))
+    assert posthoc.checkpoint_weights("beta(0.5,0.5)", 1) == [1]
 
 
 @pytest.mark.parametrize("suffix", [None, ".pt", ".safetensors"])
@@ -456,8 +458,8 @@ def test_averages_against_plain_sums(tmp_path, suffix, dtype):
     sources = states if suffix is None else on_disk(states, tmp_path, suffix)
     # Rows and pieces of odd sizes, as large tensors are read.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wmateacher.checkpoints._PIECE", 4)
-        patch.setattr("wmateacher.checkpoints._LEAST_BYTES", 20)
+        patch.setattr("wmateacher.files._PIECE", 4)
+        patch.setattr("wmateacher.files._LEAST_BYTES", 20)
         results = {
             "average": average_checkpoints(sources, "beta(0.5,0.5)"),
             "wise": interpolate(sources[0], sources[1], 0.3),
@@ -731,7 +733,7 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from wmateacher import posthoc
-from wmateacher.checkpoints import load
+from wmateacher.files import load
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

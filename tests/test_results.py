@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from wmateacher.integrations import report as reports
-from wmateacher.integrations.clip import ablations, recipes, report
+from wmateacher.integrations.clip import ablations, plots, recipes
 from wmateacher.integrations.dino import experiment as dino
+from wmateacher.integrations.engine import tables as reports
 from wmateacher.integrations.mean_teacher import experiment as mean_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def tables(folder):
     for task, shown in columns.items():
         if folder.startswith(task):
             return [reports.table(results, shown)]
-    return [makers.get(folder, report.table)(results)]
+    return [makers.get(folder, plots.table)(results)]
 
 
 def test_the_readmes_tables_are_the_measured_ones():

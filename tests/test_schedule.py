@@ -24,7 +24,7 @@ def test_realised_weights_are_the_kernels(kernel, total, every, fraction):
     clock = Clock(kernels.build(kernel), total, every)
     run(clock, step)
     np.testing.assert_allclose(
-        clock.weights(), oracle.realised(kernel, total, every, step), rtol=1e-9, atol=1e-12
+        clock.trajectory_weights(), oracle.realised(kernel, total, every, step), rtol=1e-9, atol=1e-12
     )
 
 
@@ -50,7 +50,7 @@ def test_a_kernel_without_horizon_gives_the_same_with_and_without(every):
         endless, finite = Clock(kernels.build(text), None, every), Clock(kernels.build(text), 1000, every)
         np.testing.assert_allclose(run(endless, 40), run(finite, 40), rtol=1e-12) if every == 1 else None
         run(endless, 40), run(finite, 40)
-        np.testing.assert_allclose(endless.weights(), finite.weights(), rtol=1e-12)
+        np.testing.assert_allclose(endless.trajectory_weights(), finite.trajectory_weights(), rtol=1e-12)
 
 
 def test_the_mean_age_does_not_depend_on_the_interval():
@@ -58,19 +58,19 @@ def test_the_mean_age_does_not_depend_on_the_interval():
     for every in (1, 10, 50):
         clock = Clock(kernels.build("beta(0.5,0.5)"), 2000, every)
         run(clock, 2000)
-        ages.append(clock.weights() @ np.arange(2000, -1, -1))
+        ages.append(clock.trajectory_weights() @ np.arange(2000, -1, -1))
     np.testing.assert_allclose(ages, 1000, rtol=0.01)
 
 
 def test_past_the_horizon_the_clock_holds_with_one_warning():
     clock = Clock(kernels.build("beta(0.5,0.5)"), 4)
     run(clock, 4)
-    before = clock.weights()
+    before = clock.trajectory_weights()
     with pytest.warns(UserWarning, match="after step 4 of total_steps=4.*call set_total_steps") as caught:
         assert run(clock, 3) == [None, None, None]
     assert len(caught) == 1
     assert clock.step == 4
-    np.testing.assert_array_equal(clock.weights(), before)
+    np.testing.assert_array_equal(clock.trajectory_weights(), before)
 
 
 @given(
@@ -84,11 +84,11 @@ def test_past_the_horizon_the_clock_holds_with_one_warning():
 def test_a_new_horizon_keeps_proportions_and_gives_the_past_its_new_mass(kernel, old, new, at, every):
     clock = Clock(kernels.build(kernel), old, every)
     run(clock, at)
-    before = clock.weights()
+    before = clock.trajectory_weights()
     clock.set_total_steps(new)
-    np.testing.assert_array_equal(clock.weights(), before)
+    np.testing.assert_array_equal(clock.trajectory_weights(), before)
     run(clock, new - at)
-    after, target = clock.weights(), oracle.realised(kernel, new, every, new)
+    after, target = clock.trajectory_weights(), oracle.realised(kernel, new, every, new)
     np.testing.assert_allclose(after[at + 1 :], target[at + 1 :], rtol=1e-9, atol=1e-12)
     past = target[: at + 1].sum()
     np.testing.assert_allclose(after[: at + 1], before * past, rtol=1e-9, atol=1e-12)
@@ -99,7 +99,7 @@ def test_the_horizon_can_be_extended_after_the_end():
     run(clock, 4)
     clock.set_total_steps(9)
     run(clock, 5)
-    np.testing.assert_allclose(clock.weights(), 0.1)
+    np.testing.assert_allclose(clock.trajectory_weights(), 0.1)
 
 
 def test_state_survives_horizon_changes():
@@ -113,9 +113,9 @@ def test_state_survives_horizon_changes():
     again = clock_at(31)
     again.check(clock.state())
     again.restore(clock.state())
-    np.testing.assert_array_equal(again.weights(), clock.weights())
+    np.testing.assert_array_equal(again.trajectory_weights(), clock.trajectory_weights())
     assert run(again, 14) == run(clock, 14)
-    np.testing.assert_array_equal(again.weights(), clock.weights())
+    np.testing.assert_array_equal(again.trajectory_weights(), clock.trajectory_weights())
 
 
 @pytest.mark.parametrize(

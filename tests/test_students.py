@@ -280,7 +280,7 @@ def test_expanded_tensors_on_one_side_only():
     student.mask = torch.arange(5.0)
     teacher.update()
     assert torch.equal(teacher.module.mask, torch.arange(5.0))
-    built = WMATeacher(student, "ema(0.9)", module=lambda: Student(torch.zeros(1).expand(5)))
+    built = WMATeacher(student, "ema(0.9)", module_factory=lambda: Student(torch.zeros(1).expand(5)))
     assert torch.equal(built.module.mask, torch.arange(5.0))
 
 
@@ -357,15 +357,17 @@ def test_an_update_that_fails_is_not_counted(monkeypatch):
         patch.setattr("wmateacher.averaging._lerp_", fail)
         with pytest.raises(MemoryError):
             teacher.update()
-    assert (teacher.step, len(teacher.weights())) == (1, 2)
+    assert (teacher.step, len(teacher.trajectory_weights())) == (1, 2)
     teacher.update()
     assert teacher.step == 2
 
 
 def test_a_factory_must_not_return_the_student():
     student = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="module must build a new module: .* the student's own tensors"):
-        WMATeacher(student, "uniform", module=lambda: student)
+    with pytest.raises(
+        ValueError, match="module_factory must build a new module: .* the student's own tensors"
+    ):
+        WMATeacher(student, "uniform", module_factory=lambda: student)
     assert student.weight.requires_grad
 
 

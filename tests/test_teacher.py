@@ -93,7 +93,7 @@ def test_realised_weights_equal_the_kernels(kernel, every, precision):
         student.at(step)
         teacher.update(student)
         expected = oracle.realised(kernel, total, every, step)
-        np.testing.assert_allclose(teacher.weights(), expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(teacher.trajectory_weights(), expected, rtol=1e-9, atol=1e-12)
         np.testing.assert_allclose(
             held(teacher)[: step + 1].real.double().numpy(), expected, rtol=1e-9 + step * eps, atol=eps
         )
@@ -113,7 +113,7 @@ def test_the_weights_of_25_000_updates(kernel, precision):
         if step % 1000 == 1:
             student.at(1 + step // 1000)
         teacher.update()
-    weights = teacher.weights()
+    weights = teacher.trajectory_weights()
     expected = np.concatenate([weights[:1], weights[1:].reshape(25, 1000).sum(1)])
     np.testing.assert_allclose(held(teacher).double().numpy(), expected, rtol=1e-3)
 
@@ -162,7 +162,7 @@ def test_uniform_is_the_running_mean_of_a_real_run(every):
         if step % every == 0:
             states.append(student.head.weight.detach().double().clone())
     # With update_every, W^0 stands for fewer steps than the snapshots between: weigh by realised ones.
-    weights = teacher.weights()[::every]
+    weights = teacher.trajectory_weights()[::every]
     expected = sum(w * s for w, s in zip(weights, states, strict=True))
     torch.testing.assert_close(held(teacher, "head.weight"), expected, rtol=1e-12, atol=1e-14)
     if every == 1:
@@ -213,7 +213,7 @@ def test_the_teacher_starts_as_the_student():
     x = torch.randn(3, 4)
     teacher = WMATeacher(student, total_steps=10)
     assert torch.equal(teacher(x), student(x))
-    assert teacher.weights().tolist() == [1.0]
+    assert teacher.trajectory_weights().tolist() == [1.0]
     assert (teacher.step, teacher.total_steps, str(teacher.kernel)) == (0, 10, "beta(0.5,0.5)")
     assert "kernel=beta(0.5,0.5), step=0, total_steps=10, update_every=1" in repr(teacher)
 
@@ -292,15 +292,15 @@ def test_a_factory_builds_what_cannot_be_copied():
             self.last = [self.body.weight * 1]  # not a leaf: refuses deepcopy
 
     student = Cached()
-    with pytest.raises(ValueError, match=r"\(Cached\) cannot be deep-copied .*pass module=FACTORY"):
+    with pytest.raises(ValueError, match=r"\(Cached\) cannot be deep-copied .*pass module_factory=FACTORY"):
         WMATeacher(student, "uniform")
     student.head.requires_grad_(False)
-    teacher = WMATeacher(student, "uniform", module=Cached)
+    teacher = WMATeacher(student, "uniform", module_factory=Cached)
     x = torch.randn(5, 4)
     assert torch.equal(teacher(x), student.eval()(x))
     assert teacher.module.head.weight is student.head.weight
     with pytest.raises(ValueError, match="'body.weight' has shape"):
-        WMATeacher(student, "uniform", module=lambda: Net(9))
+        WMATeacher(student, "uniform", module_factory=lambda: Net(9))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

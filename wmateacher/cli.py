@@ -56,7 +56,7 @@ def _kernel(arguments: argparse.Namespace) -> None:
 def _average(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments.output, arguments.force)
     files, kernel = arguments.files, kernels.build(arguments.kernel)
-    counts = posthoc.shares(kernel, len(files), arguments.steps, arguments.total_steps)
+    counts = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
     posthoc.average_checkpoints(files, kernel, arguments.steps, arguments.total_steps, arguments.output)
     for file, count in zip(files, counts, strict=True):
         print(f"{count:9.6f}  {file}")

@@ -476,17 +476,17 @@ class Ema(Kernel):
 
     `ema(0.996, 1.0, schedule=cosine)` is DINO's (Caron et al. 2021); `ema(0.05, 0.9, schedule=linear,
     warmup=0.2)` is CaRot's. With a schedule the retention of step `j` is taken at the fraction
-    `(j - 1) / T` of the run, as DINO does; it reaches `end` after the fraction `warmup` and stays.
+    `(j - 1) / T` of the run, as DINO does; it reaches `final_decay` after the fraction `warmup` and stays.
 
     Args:
-        start: Retention in [0, 1]; what PyTorch and timm call decay. 0.999 keeps 99.9% a step.
-        end: Retention at the end of the schedule; None for a constant one.
-        schedule: `linear` or `cosine`, required with `end`.
-        warmup: Fraction of the run, in (0, 1], over which the schedule goes from start to end.
+        decay: Retention in [0, 1]; what PyTorch and timm call decay. 0.999 keeps 99.9% a step.
+        final_decay: Retention at the end of the schedule; None for a constant one.
+        schedule: `linear` or `cosine`, required with `final_decay`.
+        warmup: Fraction of the run, in (0, 1], over which the schedule goes from `decay` to `final_decay`.
     """
 
-    start: float
-    end: float | None = None
+    decay: float
+    final_decay: float | None = None
     schedule: Literal["linear", "cosine"] | None = None
     warmup: float = 1.0
 
@@ -495,19 +495,19 @@ class Ema(Kernel):
             return 0 <= x <= 1
 
         rule = "a retention in [0, 1] (0.999 keeps 99.9% of the average at every step)"
-        _set(self, start=_number("ema", "start", self.start, share, rule))
-        if self.end is None:
+        _set(self, decay=_number("ema", "decay", self.decay, share, rule))
+        if self.final_decay is None:
             if self.schedule is not None or self.warmup != 1.0:
                 raise ValueError(
-                    f"ema: a schedule needs the retention that it ends at, got end=None; write "
-                    f"ema({self.start},1.0,schedule={self.schedule or 'cosine'})"
+                    f"ema: a schedule needs the retention that it ends at, got final_decay=None; write "
+                    f"ema({self.decay},1.0,schedule={self.schedule or 'cosine'})"
                 )
             return
-        _set(self, end=_number("ema", "end", self.end, share, rule))
+        _set(self, final_decay=_number("ema", "final_decay", self.final_decay, share, rule))
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(
-                f"ema: schedule must be linear or cosine where end is given, got {self.schedule!r}; "
-                f"write ema({self.start},{self.end},schedule=cosine)"
+                f"ema: schedule must be linear or cosine where final_decay is given, got {self.schedule!r}; "
+                f"write ema({self.decay},{self.final_decay},schedule=cosine)"
             )
         rule = "a fraction of the run in (0, 1]"
         warmup = _number("ema", "warmup", self.warmup, lambda x: 0 < x <= 1, rule)
@@ -515,16 +515,16 @@ class Ema(Kernel):
 
     @property
     def needs_horizon(self) -> bool:  # noqa: D102
-        return self.end is not None
+        return self.final_decay is not None
 
     def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:  # noqa: D102
-        kept = np.full(steps.shape, self.start)
-        if self.end is not None:
+        kept = np.full(steps.shape, self.decay)
+        if self.final_decay is not None:
             progress = (steps - 1) / (self._require(total_steps) * self.warmup)
             progress = np.clip(progress, 0.0, 1.0)
             if self.schedule == "cosine":
                 progress = (1 - np.cos(np.pi * progress)) / 2
-            kept = self.start + (self.end - self.start) * progress
+            kept = self.decay + (self.final_decay - self.decay) * progress
         return np.where(steps > 0, kept, 0.0)
 
 

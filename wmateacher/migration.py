@@ -106,7 +106,7 @@ class Average:
 
         Raises:
             ValueError: The state says nothing of steps, and `step` is None; or as
-                `WMATeacher.continue_from`.
+                `WMATeacher.load_average`.
         """
         step = self.step if step is None else step
         if step is None:
@@ -114,7 +114,7 @@ class Average:
                 f"the state of {self.source} does not say how many steps it has averaged: pass step=..., the "
                 "optimizer steps of the run so far"
             )
-        teacher.continue_from(self.weights, step)
+        teacher.load_average(self.weights, step)
 
 
 def read(state: Mapping[str, Any], model: nn.Module) -> Average:
@@ -149,7 +149,7 @@ def read(state: Mapping[str, Any], model: nn.Module) -> Average:
         return Average("timm", dict(state), None, None)
     raise ValueError(
         f"a state with {', '.join(map(repr, list(state)[:5])) or 'nothing in it'} is of no library that is "
-        f"known here ({', '.join(_READERS)}): pass weights by name to WMATeacher.continue_from"
+        f"known here ({', '.join(_READERS)}): pass weights by name to WMATeacher.load_average"
     )
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from wmateacher import kernels, pairing
-from wmateacher.checkpoints import (
+from wmateacher.files import (
     METADATA,
     Checkpoint,
     File,
@@ -402,8 +402,8 @@ def synthesise(
     target_clock.restore({"step": step, "snapshot": 0, "horizons": [(0, total_steps)]})
 
     states = clocks[last].step + 1
-    target = _padded(target_clock.weights(), states)
-    profiles = np.stack([_padded(clock.weights(), states) for clock in clocks], axis=1)
+    target = _padded(target_clock.trajectory_weights(), states)
+    profiles = np.stack([_padded(clock.trajectory_weights(), states) for clock in clocks], axis=1)
     coefficients = solve(profiles, target, ridge)
     report = Synthesis(
         kernel=str(built),
@@ -478,14 +478,14 @@ def average_checkpoints(
     """
     check_output(output)
     _check_several("checkpoints", checkpoints, 1)
-    counts = shares(kernel, len(checkpoints), steps, total_steps)
+    counts = checkpoint_weights(kernel, len(checkpoints), steps, total_steps)
     state = combine(checkpoints, lambda name: counts)
     if output is not None:
         save(state, output)
     return state
 
 
-def shares(
+def checkpoint_weights(
     kernel: AnyKernel, count: int, steps: Sequence[int] | None = None, total_steps: int | None = None
 ) -> Array:
     """What each of `count` checkpoints counts in `average_checkpoints`.

@@ -72,7 +72,7 @@ class Clock:
         self.snapshot = self.step
         return omega
 
-    def weights(self) -> Array:
+    def trajectory_weights(self) -> Array:
         """The realised weight of every student state so far.
 
         Returns:

@@ -55,7 +55,7 @@ def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"the student's {name!r} is {describe(theirs)}, the teacher's is {describe(ours)}: shard "
                 "both alike, with the same fully_shard calls over the same mesh (in the function passed as "
-                "module=, where the teacher is built)"
+                "module_factory=, where the teacher is built)"
             )
 
 
@@ -97,7 +97,7 @@ def refuse_fsdp1(model: nn.Module) -> None:
         raise ValueError(
             "the student is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters of "
             "several tensors into one: shard it with FSDP2's torch.distributed.fsdp.fully_shard instead, and "
-            "build the teacher with module=FACTORY, which shards its module the same way"
+            "build the teacher with module_factory=FACTORY, which shards its module the same way"
         )
 
 

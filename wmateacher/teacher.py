@@ -69,7 +69,7 @@ class WMATeacher(nn.Module):
         buffers: pairing.Buffers = "copy",
         frozen: pairing.Frozen = "share",
         exclude: Sequence[str] = (),
-        module: Callable[[], nn.Module] | None = None,
+        module_factory: Callable[[], nn.Module] | None = None,
     ):
         """Start the average at the student as it is now.
 
@@ -90,9 +90,9 @@ class WMATeacher(nn.Module):
             frozen: `"share"` the student's own tensors for parameters that do not require grad (they
                 cost nothing and are not in the state), or `"copy"` them.
             exclude: Name patterns (as in `fnmatch`) of tensors that are copied instead of averaged.
-            module: Builds the averaged module where the student cannot be deep-copied, or is sharded by
-                `fully_shard`: it shards its module as the student is, and may leave it on the meta
-                device. Every process then averages its own shards, without communication.
+            module_factory: Builds the averaged module where the student cannot be deep-copied, or is
+                sharded by `fully_shard`: it shards its module as the student is, and may leave it on the
+                meta device. Every process then averages its own shards, without communication.
 
         Raises:
             ValueError: A parameter out of range, a kernel that needs `total_steps` without it, a
@@ -122,7 +122,7 @@ class WMATeacher(nn.Module):
         sharding.reshard(sharding.fully_sharded(student))
         self._roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
         self._student = (model,)  # in a tuple, so that it does not become a submodule
-        self.module = self._build(student, module, device)
+        self.module = self._build(student, module_factory, device)
         self._fully_sharded = sharding.fully_sharded(self.module)
         self._precisions: dict[str, torch.dtype] = {}
         self._beside = self._start(Binding(student).local, dtype)
@@ -150,14 +150,14 @@ class WMATeacher(nn.Module):
         """The horizon in optimizer steps."""
         return self._clock.total_steps
 
-    def weights(self) -> Array:
+    def trajectory_weights(self) -> Array:
         """The realised weight of every student state so far.
 
         Returns:
             float64 `[step + 1]`, summing to 1; entry 0 is the state at construction, and steps that
             `update_every` passes over have weight 0.
         """
-        return self._clock.weights()
+        return self._clock.trajectory_weights()
 
     def averaged_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, student, average) of every averaged tensor, at full precision; for diagnostics.
@@ -180,7 +180,7 @@ class WMATeacher(nn.Module):
         """
         self._clock.set_total_steps(total_steps)
 
-    def continue_from(self, average: Mapping[str, Tensor] | None, step: int) -> None:
+    def load_average(self, average: Mapping[str, Tensor] | None, step: int) -> None:
         """Go on from an average that something else has made over the first `step` optimizer steps.
 
         It keeps its proportions, and together gets the mass that the kernel gives to these steps; later steps
@@ -384,8 +384,8 @@ class WMATeacher(nn.Module):
             if factory is None:
                 raise ValueError(
                     "the student is sharded by fully_shard, which refuses to be deep-copied: pass "
-                    "module=FACTORY, the function that builds the module and shards it as the student is (it "
-                    "may do so on the meta device and leave it there)"
+                    "module_factory=FACTORY, the function that builds the module and shards it as the "
+                    "student is (it may do so on the meta device and leave it there)"
                 )
             for name in self._roles.shared:
                 sharding.refuse_uneven(name, named[name])
@@ -402,7 +402,7 @@ class WMATeacher(nn.Module):
             except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
                 raise ValueError(
                     f"the student ({type(student).__name__}) cannot be deep-copied ({error}): pass "
-                    "module=FACTORY, a function that builds a module of the same architecture"
+                    "module_factory=FACTORY, a function that builds a module of the same architecture"
                 ) from error
         else:
             module = factory()
@@ -412,7 +412,8 @@ class WMATeacher(nn.Module):
             theirs = {id(t) for t in named.values()}
             if any(id(own[n]) in theirs for n in self._roles.owned):
                 raise ValueError(
-                    "module must build a new module: what the factory returned has the student's own tensors"
+                    "module_factory must build a new module: what the factory returned has the student's own "
+                    "tensors"
                 )
             pairing.densify(module)
             pairing.share(module, student, self._roles.shared)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
-from wmateacher.integrations import report
 from wmateacher.integrations.clip import clocks
 from wmateacher.integrations.clip.methods import Merge, Method
-from wmateacher.integrations.report import Results
-from wmateacher.posthoc import shares
+from wmateacher.integrations.engine import tables
+from wmateacher.integrations.engine.tables import Results
+from wmateacher.posthoc import checkpoint_weights
 from wmateacher.spec import nearest, parse_sum
 
 Published = tuple[float | None, float, float]
@@ -76,7 +76,8 @@ def _kernels(tracer: Method, steps: int, of: str) -> dict[str, Method]:
 
 def _strengths(tracer: Method, steps: int, of: str) -> dict[str, Method]:
     return {
-        name: replace(tracer, strength=float(name.removeprefix("lambda="))) for name in PUBLISHED["lambda"]
+        name: replace(tracer, distill_weight=float(name.removeprefix("lambda=")))
+        for name in PUBLISHED["lambda"]
     }
 
 
@@ -132,7 +133,7 @@ def start_share(method: Method, steps: int) -> float | None:
         return None
     kernel, every = clocks.build(method.kernel, method.update_every, method.clock)
     snapshots = [*range(0, steps, every), steps]
-    return float(shares(kernel, len(snapshots), snapshots)[0])
+    return float(checkpoint_weights(kernel, len(snapshots), snapshots)[0])
 
 
 def table(
@@ -168,7 +169,7 @@ def table(
             "mean OOD": ("ood", 1),
             "OOD ECE": (ece, 3),
         }.items():
-            row[heading] = report.figure(record, key, digits)
+            row[heading] = tables.figure(record, key, digits)
         if method.merge is None:
             share = start_share(method, steps)
             row["W^0 share"] = "" if share is None else f"{100 * share:.2f}%"
@@ -183,7 +184,7 @@ def table(
                 ours.append(record["ood"])
                 theirs.append(ood)
         rows.append(row)
-    shown = report.aligned(rows)
+    shown = tables.aligned(rows)
     if len(set(ours)) > 1:
         shown += f"\nrank correlation of mean OOD with the paper's: {spearmanr(ours, theirs).statistic:.2f}"
     return shown

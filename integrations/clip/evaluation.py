@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from wmateacher.integrations import evaluation, processes, stopping
-from wmateacher.integrations.clip.imagenet import Photos, Test
-from wmateacher.integrations.clip.towers import Towers
-from wmateacher.integrations.evaluation import Labelled, Scores
+from wmateacher.integrations.clip.data.imagenet import Photos, Test
+from wmateacher.integrations.clip.model import Towers
+from wmateacher.integrations.engine import processes, signals
+from wmateacher.integrations.vision import accuracy
+from wmateacher.integrations.vision.accuracy import Labelled, Scores
 
 Scorer = Callable[[Towers, Tensor], Scores]
 """Towers and a head `[d, classes]` to their scores on one test set."""
@@ -30,7 +31,7 @@ def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
     Raises:
         ValueError: The test set is empty.
     """
-    return evaluation.score(
+    return accuracy.score(
         towers, batches, head.shape[1], lambda images: towers.encode_image(images, normalize=True) @ head
     )
 
@@ -59,7 +60,7 @@ def score_set(
     Raises:
         ValueError: No image can be read.
     """
-    return evaluation.score(
+    return accuracy.score(
         towers,
         _read(test.images, transform, batch_size, workers),
         test.classes,
@@ -76,7 +77,7 @@ def _read(
         _Readable(photos, transform),
         batch_sampler=_own_parts(len(photos), batch_size),
         num_workers=workers,
-        worker_init_fn=stopping.leave_to_main,
+        worker_init_fn=signals.leave_to_main,
         collate_fn=_together,
         generator=torch.Generator(),  # else it would draw from the global one
     )
@@ -95,7 +96,7 @@ def _read(
 def _own_parts(count: int, batch_size: int) -> list[list[int]]:
     """The indices of each batch's images that this process reads."""
     batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    return [list(batch[processes.own(len(batch))]) for batch in batches]
+    return [list(batch[processes.local_slice(len(batch))]) for batch in batches]
 
 
 class _Readable(Dataset[Any]):

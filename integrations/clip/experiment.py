@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from wmateacher.integrations import loop, processes, runs
+from wmateacher.integrations.clip.datamodules import CLIPData, DigitsData, PhotoData
 from wmateacher.integrations.clip.evaluation import Scorer, Scores, summarise
 from wmateacher.integrations.clip.heads import Student, head_of, towers_of
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
+from wmateacher.integrations.clip.model import build
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Recipe
-from wmateacher.integrations.clip.towers import build
-from wmateacher.integrations.clip.training import fit, started
-from wmateacher.integrations.clip.worlds import DigitsWorld, PhotoWorld, World
+from wmateacher.integrations.clip.training import build_student, fit
+from wmateacher.integrations.engine import loop, processes
+from wmateacher.integrations.engine.results import Results, environment, file_name, write_csv
 from wmateacher.posthoc import interpolate, model_stock
 
 SIDES = ("student", "teacher")
@@ -40,7 +41,7 @@ class Finished:
         student: What it fine-tuned, or made.
         teacher: The averaged student; None where the method has none.
         seconds: Of training.
-        series: As `loop.Record` has them.
+        series: As `loop.History` has them.
     """
 
     student: Student
@@ -96,17 +97,17 @@ class Experiment:
         self.recipe, self.output, self.progress, self.say = recipe, output, progress, say
         self.device = torch.device(device)
         self.cache = cache or default_cache()
-        self.world: World
+        self.world: CLIPData
         torch.manual_seed(recipe.finetune.seed)  # of towers without weights
         if isinstance(recipe, PhotoRecipe):
-            with processes.in_turn():  # the first may download
+            with processes.main_process_first():  # the first may download
                 self.towers, tokenizer = build(recipe.model, recipe.pretrained)
-            photos = PhotoWorld(recipe, self.towers, tokenizer, root=root, workers=workers)
+            photos = PhotoData(recipe, self.towers, tokenizer, root=root, workers=workers)
             self.world, self.recipe = photos, recipe.on(len(photos.train))
         elif isinstance(recipe, DigitsRecipe):
             torch.manual_seed(recipe.pretrain.seed)
             self.towers, tokenizer = build(recipe.model)
-            self.world = DigitsWorld(recipe, self.towers, tokenizer, root=root, download=download)
+            self.world = DigitsData(recipe, self.towers, tokenizer, root=root, download=download)
         else:
             raise TypeError(f"recipe must be a DigitsRecipe or a PhotoRecipe, got {type(recipe).__name__}")
         if adapt is not None:
@@ -114,9 +115,9 @@ class Experiment:
         self.towers.to(self.device)
         self.prompts = self.world.prompts
         packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
-        where = runs.environment(self.device, packages)
+        where = environment(self.device, packages)
         neutral = [f"{settings}.checkpoint_every" for settings in ("finetune", "pretrain")]
-        self._results = runs.Results(output, asdict(self.recipe), where, neutral)
+        self._results = Results(output, asdict(self.recipe), where, neutral)
 
     # --- one method ---------------------------------------------------------------------------------
 
@@ -125,7 +126,7 @@ class Experiment:
 
         Towers that came with weights stay as they are.
         """
-        if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.world, DigitsWorld):
+        if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.world, DigitsData):
             return 0.0
         settings = self.recipe.pretrain
         key = hashlib.sha256(json.dumps(self._pretraining(), sort_keys=True).encode()).hexdigest()[:16]
@@ -187,7 +188,7 @@ class Experiment:
             "validation": {k: s.accuracy for k, s in validation.items()},
             "unreadable": sum(int(count) for _, count in end.series.get("unreadable", [])),
         }
-        if processes.is_first():
+        if processes.is_main():
             self._write(name, seed, end, scores)
         self._results.record(name, record)
         return record
@@ -211,7 +212,7 @@ class Experiment:
 
     def file(self, what: str, method: str, seed: int) -> Path:
         """Where one of the tables of a run is written: gaps, epochs, reliability."""
-        return self.output / what / f"{runs.file_name(method)}-{seed}.csv"
+        return self.output / what / f"{file_name(method)}-{seed}.csv"
 
     # --- pieces -------------------------------------------------------------------------------------
 
@@ -221,7 +222,7 @@ class Experiment:
         """A method's finished model."""
         if method.merge is not None:
             return self._merged(method.merge, seed)
-        student = started(method, deepcopy(self.towers), self.prompts)
+        student = build_student(method, deepcopy(self.towers), self.prompts)
         if not method.trains:
             return Finished(student)
         settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
@@ -229,7 +230,7 @@ class Experiment:
         fitted = fit(
             student, method, self.world.pairs(settings), settings,
             prompts=self.prompts, anchors=self.world.anchors(settings) if method.anchors else None,
-            checkpoint=self.output / "checkpoints" / f"{runs.file_name(method.name)}-{seed}.pt",
+            checkpoint=self.output / "checkpoints" / f"{file_name(method.name)}-{seed}.pt",
             label=label, progress=self.progress, after_step=after_step,
             evaluate=self._watched, evaluate_every=self.recipe.evaluate_every or 0,
             after_read=None if self.say is None else _telling(self.say, label),
@@ -244,7 +245,7 @@ class Experiment:
     def _merged(self, merge: Merge, seed: int) -> Finished:
         """Weights between the pretrained and fine-tuned ones."""
         method = self.recipe.method(merge.of)
-        student = started(method, deepcopy(self.towers), self.prompts)
+        student = build_student(method, deepcopy(self.towers), self.prompts)
         ends = [self._finished(method, merge.models * seed + i) for i in range(merge.models)]
         states = [end.student.state_dict() for end in ends]
         start = student.state_dict()
@@ -256,7 +257,7 @@ class Experiment:
     def _write(self, name: str, seed: int, end: Finished, scores: Mapping[str, Mapping[str, Scores]]) -> None:
         """The tables of a run."""
         if "gap" in end.series:
-            runs.write_csv(("step", "gap"), end.series["gap"], self.file("gaps", name, seed))
+            write_csv(("step", "gap"), end.series["gap"], self.file("gaps", name, seed))
         watched = [
             (step, *series.split("/"), value)
             for series, values in end.series.items()
@@ -267,7 +268,7 @@ class Experiment:
             last = self.recipe.finetune.steps
             watched += [(last, *series.split("/"), value) for series, value in _figures(scores).items()]
             header = ("step", "model", "set", "figure", "value")
-            runs.write_csv(header, watched, self.file("epochs", name, seed))
+            write_csv(header, watched, self.file("epochs", name, seed))
         rows = [
             (side, test, *row)
             for side, sets in scores.items()
@@ -275,13 +276,13 @@ class Experiment:
             for row in s.reliability
         ]
         header = ("model", "set", "confidence", "accuracy", "share")
-        runs.write_csv(header, rows, self.file("reliability", name, seed))
+        write_csv(header, rows, self.file("reliability", name, seed))
 
     def _pretraining(self) -> dict[str, Any]:
         """What the pretrained towers depend on."""
         recipe, world = self.recipe, self.world
         assert isinstance(recipe, DigitsRecipe)
-        assert isinstance(world, DigitsWorld)
+        assert isinstance(world, DigitsData)
         return {
             "model": recipe.model,
             "data": recipe.data,

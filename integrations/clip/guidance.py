@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wmateacher.integrations.clip.heads import Prompts
-from wmateacher.integrations.clip.towers import Towers
-from wmateacher.integrations.sampling import generator
+from wmateacher.integrations.clip.model import Towers
+from wmateacher.integrations.engine.sampling import generator
 from wmateacher.spec import nearest, parse_call
 
 Guide = Callable[[int], Tensor]

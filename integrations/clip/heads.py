@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from wmateacher.integrations.clip.towers import Tokenizer, Towers, zero_shot_head
+from wmateacher.integrations.clip.model import Tokenizer, Towers, zero_shot_head
 
 
 @dataclass(frozen=True)

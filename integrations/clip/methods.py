@@ -68,7 +68,8 @@ class Method:
     """What is minimised, against which teacher, and what classifies in the end.
 
         L = task + cross_frobenius |V U^t|_F + orthogonality |V^t V - I|_F
-            + l2_sp |W - W^0|^2 + anchors InfoNCE(anchor pairs) + strength * distillation(student, teacher)
+            + l2_sp |W - W^0|^2 + anchors InfoNCE(anchor pairs)
+            + distill_weight * distillation(student, teacher)
 
     With the `"text"` head the task is InfoNCE, the distillation compares embeddings of pairs, and the
     zero-shot head of the fine-tuned towers classifies. With the `"linear"` head the task is cross-entropy
@@ -83,7 +84,7 @@ class Method:
         kernel: The teacher's kernel; None: no teacher.
         distillation: A spec of `wmateacher.losses.build`; needed with a kernel.
         guidance: Texts that logits are compared on, as `guidance.build` knows them.
-        strength: lambda_SD.
+        distill_weight: lambda_SD.
         cross_frobenius: c_F, on the norm of the product of the two projections.
         orthogonality: On the distance of the image projection's Gram matrix from the identity.
         l2_sp: On the squared distance of all trained parameters from where they started.
@@ -107,7 +108,7 @@ class Method:
     kernel: str | None = None
     distillation: str | None = None
     guidance: str | None = None
-    strength: float = 1.0
+    distill_weight: float = 1.0
     cross_frobenius: float = 0.0
     orthogonality: float = 0.0
     l2_sp: float = 0.0
@@ -186,7 +187,9 @@ class Method:
 
 
 def _distilling(name: str, summary: str, kernel: str) -> Method:
-    return Method(name, summary, kernel=kernel, distillation=TRACER_TERMS, strength=0.9, cross_frobenius=0.05)
+    return Method(
+        name, summary, kernel=kernel, distillation=TRACER_TERMS, distill_weight=0.9, cross_frobenius=0.05
+    )
 
 
 _METHODS = [
@@ -251,7 +254,7 @@ _METHODS = [
         "FLYP + orthogonality + cross-entropy distillation from an EMA (CaRot, Oh et al. 2024)",
         kernel=CAROT_EMA,
         distillation="paired_ce",
-        strength=1.5,
+        distill_weight=1.5,
         cross_frobenius=0.05,
         orthogonality=0.2,
         update_every=500,

@@ -10,8 +10,8 @@ from wmateacher import losses
 from wmateacher.integrations.clip import guidance
 from wmateacher.integrations.clip.heads import Classified, Prompts, Student, towers_of
 from wmateacher.integrations.clip.methods import Method
-from wmateacher.integrations.clip.towers import Towers
-from wmateacher.losses import LossOutput, PairedEmbeddings
+from wmateacher.integrations.clip.model import Towers
+from wmateacher.losses import PairedEmbeddings
 
 
 def cross_frobenius(towers: Towers) -> Tensor:
@@ -65,7 +65,7 @@ class Objective(nn.Module):
         labels: Tensor | None = None,
         anchors: PairedEmbeddings | None = None,
         step: int = 0,
-    ) -> LossOutput:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, and every term before its coefficient, detached.
 
         Args:
@@ -98,11 +98,12 @@ class Objective(nn.Module):
             weighted.append(("anchors", method.anchors, losses.info_nce(*anchors)))
         terms = {name: value.detach() for name, _, value in weighted}
         if self.criterion is not None:
-            distillation, parts = self.criterion(*self._comparable(towers, answers, targets, step))
-            weighted.append(("distillation", method.strength, distillation))
+            pair = self._comparable(towers, answers, targets, step)
+            distillation, parts = self.criterion(*pair, return_terms=True)
+            weighted.append(("distillation", method.distill_weight, distillation))
             terms |= parts
         total = torch.stack([coefficient * value for _, coefficient, value in weighted]).sum()
-        return LossOutput(total, terms)
+        return total, terms
 
     def _comparable(
         self, towers: Towers, answers: object, targets: object, step: int

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from wmateacher.integrations import overrides, report
-from wmateacher.integrations.clip import check, imagenet
+from wmateacher.integrations.clip.data import check, imagenet
 from wmateacher.integrations.clip.methods import Method
+from wmateacher.integrations.clip.model import Towers, build
 from wmateacher.integrations.clip.recipes import PhotoRecipe, Recipe
-from wmateacher.integrations.clip.towers import Towers, build
 from wmateacher.integrations.clip.training import Settings
-from wmateacher.integrations.sampling import steps_per_epoch
+from wmateacher.integrations.engine import overrides, tables
+from wmateacher.integrations.engine.sampling import steps_per_epoch
 
 GIB = 2**30
 
@@ -236,4 +236,4 @@ def _memory(recipe: Recipe, methods: Sequence[Method], processes: int) -> list[s
         row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(takes).items(), ("total", takes.total))}
         rows.append(row)
     own = f", each of {processes} processes" if processes > 1 else ""
-    return [f"memory, at the least{own}:", *(f"  {line}" for line in report.aligned(rows).splitlines())]
+    return [f"memory, at the least{own}:", *(f"  {line}" for line in tables.aligned(rows).splitlines())]

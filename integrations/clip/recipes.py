@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from wmateacher.integrations import digits, overrides
-from wmateacher.integrations.clip import imagenet
-from wmateacher.integrations.clip.file_pairs import Sampling
+from wmateacher.integrations.clip.data import imagenet
+from wmateacher.integrations.clip.data.photos import Sampling
 from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
-from wmateacher.integrations.clip.published import PUBLISHED
+from wmateacher.integrations.clip.paper import PUBLISHED
 from wmateacher.integrations.clip.training import Settings
-from wmateacher.integrations.digits import Domain
-from wmateacher.integrations.sampling import steps_per_epoch
+from wmateacher.integrations.engine import overrides
+from wmateacher.integrations.engine.sampling import steps_per_epoch
+from wmateacher.integrations.vision import digits
+from wmateacher.integrations.vision.digits import Domain
 from wmateacher.spec import nearest
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
@@ -127,7 +128,7 @@ class DigitsRecipe(Recipe):
     """Pre-train a small CLIP on digits of one domain, and fine-tune it on another.
 
     Attributes:
-        data: A source of `wmateacher.integrations.digits`.
+        data: A source of `wmateacher.integrations.vision.digits`.
         wide: The pre-training domain.
         narrow: The fine-tuning domain, and in-distribution at evaluation.
         shifts: The test domains.
@@ -212,8 +213,8 @@ COLORED_MNIST = DigitsRecipe(
             METHODS["zero-shot"],
             METHODS["flyp"],
             replace(METHODS["l2-sp"], l2_sp=1e-3),
-            _toy("static-sd", distillation="crd", strength=2.0),
-            _toy("tracer", distillation="crd", strength=2.0),
+            _toy("static-sd", distillation="crd", distill_weight=2.0),
+            _toy("tracer", distillation="crd", distill_weight=2.0),
         )
     },
     train_images=48_000,
@@ -324,7 +325,7 @@ def _imagenet(
     weight_decay: float = 0.1,
     elementwise: float = 2000.0,
     c_f: float = 0.05,
-    strength: float = 0.9,
+    distill_weight: float = 0.9,
 ) -> PhotoRecipe:
     """A published recipe: AdamW, 500 steps of warm-up, a cosine, 10 epochs, bf16."""
     pairs = imagenet.SETS["imagenet-train"].images
@@ -332,7 +333,7 @@ def _imagenet(
     regularised = ("static-sd", "ema", "carot", "tracer")
     methods = {n: replace(m, cross_frobenius=c_f) if n in regularised else m for n, m in METHODS.items()}
     for teacher in ("static-sd", "ema", "tracer"):
-        methods[teacher] = replace(methods[teacher], distillation=distillation, strength=strength)
+        methods[teacher] = replace(methods[teacher], distillation=distillation, distill_weight=distill_weight)
     methods["ema"] = replace(methods["ema"], orthogonality=0.2)
     return PhotoRecipe(
         name=name,
@@ -354,7 +355,7 @@ _IMAGENET = (
     _imagenet("imagenet-vit-l-14", "ViT-L-14", 768, 224),
     _imagenet(
         "imagenet-rn50", "RN50", 1024, 512,
-        learning_rate=9e-6, weight_decay=0.02, elementwise=200.0, c_f=0.01, strength=0.01,
+        learning_rate=9e-6, weight_decay=0.02, elementwise=200.0, c_f=0.01, distill_weight=0.01,
     ),
 )  # fmt: skip
 

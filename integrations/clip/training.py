@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
-from wmateacher.integrations import loop, processes, schedules
-from wmateacher.integrations.clip import cached, clocks, pairs
+from wmateacher.integrations.clip import clocks, micro_batches
+from wmateacher.integrations.clip.data import batches
+from wmateacher.integrations.clip.data.batches import Batch
 from wmateacher.integrations.clip.heads import Classified, Classifier, Prompts, Student, towers_of
 from wmateacher.integrations.clip.methods import Method, check_clip_norm
+from wmateacher.integrations.clip.model import Towers
 from wmateacher.integrations.clip.objective import Objective, needed
-from wmateacher.integrations.clip.pairs import Batch
-from wmateacher.integrations.clip.towers import Towers
+from wmateacher.integrations.engine import loop, processes, schedules
 from wmateacher.losses import PairedEmbeddings
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -84,7 +85,7 @@ class Fit:
     Attributes:
         student: The trained towers, under a linear head where the method has one.
         teacher: None for methods without one.
-        series: Everything logged, as `loop.Record` has it: losses, terms, the gap `|W - M| / |W|`,
+        series: Everything logged, as `loop.History` has it: losses, terms, the gap `|W - M| / |W|`,
             evaluations.
         seconds: Spent training, over all resumes.
     """
@@ -105,7 +106,7 @@ class Fit:
         return [value for _, value in self.series.get("gap", [])]
 
 
-def started(method: Method, towers: Towers, prompts: Prompts | None = None) -> Student:
+def build_student(method: Method, towers: Towers, prompts: Prompts | None = None) -> Student:
     """What a method fine-tunes, or evaluates: the pretrained towers, or a classifier on them.
 
     Args:
@@ -190,7 +191,7 @@ class _FineTuning:
         if isinstance(student, Classifier) != (method.head == "linear"):
             raise ValueError(
                 f"method {method.name!r} has head={method.head!r}, got a {type(student).__name__}: build the "
-                "student with started(method, towers, prompts)"
+                "student with build_student(method, towers, prompts)"
             )
         if method.anchors and anchors is None:
             raise ValueError(
@@ -224,24 +225,24 @@ class _FineTuning:
             student.compile()
             if self.teacher is not None:
                 self.teacher.module.compile()
-        self.batch = loop.Feed(stream)
-        self.anchors = loop.Feed(anchors) if method.anchors and anchors is not None else None
+        self.batch = loop.BatchStream(stream)
+        self.anchors = loop.BatchStream(anchors) if method.anchors and anchors is not None else None
         self.probing = round(method.probe * settings.steps)
         self.probes = False
         student.train()
 
-    def advance(self, step: int) -> dict[str, Tensor | float]:
+    def train_step(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step."""
         self._enter_phase(step)
         batch = self.batch(step)
         anchors = None if self.anchors is None else self.anchors(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(step)
-        given = batch if anchors is None else pairs.joined(batch, anchors)
+        given = batch if anchors is None else batches.joined(batch, anchors)
         parts = self._parts(given)
         shown = parts if given is batch else self._parts(batch)
         labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
-        held = None if len(parts) == 1 else cached.Cached(self.model, parts, self._autocast)
+        held = None if len(parts) == 1 else micro_batches.Cached(self.model, parts, self._autocast)
         with self._autocast():
             targets = self._targets(shown)
             answers = self.model(*parts[0][:3]) if held is None else held.answers
@@ -270,7 +271,7 @@ class _FineTuning:
         }
         logged["logit_scale"] = towers_of(self.student).logit_scale.detach().clone()
         if given.unreadable is not None:
-            logged["unreadable"] = processes.total(given.unreadable, self.device)
+            logged["unreadable"] = processes.all_reduce_sum(given.unreadable, self.device)
         if self.teacher is not None:
             logged["gap"] = parameter_gap(self.teacher)
         return logged
@@ -301,15 +302,15 @@ class _FineTuning:
         """What the teacher gives."""
         if self.teacher is None:
             return None
-        return self.teacher(*parts[0][:3]) if len(parts) == 1 else cached.embedded(self.teacher, parts)
+        return self.teacher(*parts[0][:3]) if len(parts) == 1 else micro_batches.embedded(self.teacher, parts)
 
     def _parts(self, batch: Batch) -> list[Batch]:
         """What goes through the towers at a time, taken apart on the host and sent to the device."""
         size = self.settings.micro_batch
-        parts = [batch] if size is None or size >= len(batch.images) else cached.parts_of(batch, size)
+        parts = [batch] if size is None or size >= len(batch.images) else micro_batches.parts_of(batch, size)
         return [part.to(self.device) for part in parts]
 
-    def parts(self) -> dict[str, loop.Part]:
+    def stateful(self) -> dict[str, loop.Part]:
         """All that changes."""
         parts: dict[str, loop.Part] = {
             "student": self.student, "objective": self.objective, "optimizer": self.optimizer,
@@ -317,13 +318,13 @@ class _FineTuning:
         }  # fmt: skip
         return parts if self.teacher is None else {**parts, "teacher": self.teacher}
 
-    def identity(self) -> dict[str, Any]:
+    def run_config(self) -> dict[str, Any]:
         """Method and settings."""
         settings = asdict(self.settings)
         del settings["checkpoint_every"]
         return {**self.method.settings(), **settings}
 
-    def remedy(self) -> str:
+    def nan_hint(self) -> str:
         """The settings that tame a loss."""
         return f"lower learning_rate ({self.settings.learning_rate}) or clip_norm ({self.settings.clip_norm})"
 

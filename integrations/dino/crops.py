@@ -11,10 +11,10 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
 
-from wmateacher.integrations import processes
-from wmateacher.integrations.digits import Domain, Split
-from wmateacher.integrations.images import Images, Views
-from wmateacher.integrations.sampling import Epochs, generator
+from wmateacher.integrations.engine import processes
+from wmateacher.integrations.engine.sampling import Epochs, generator
+from wmateacher.integrations.vision.digits import Domain, Split
+from wmateacher.integrations.vision.images import Images, Views
 
 Range = tuple[float, float]
 
@@ -128,7 +128,7 @@ class DrawnCrops:
             own = self.domain.draw(part, self.size, random)
             redrawn = torch.rand(len(part), 1, 1, 1, generator=random) < self.redrawn_at(step)
             cuts.append(cut(torch.where(redrawn, own, shared), size, scale, random))
-        return [normalise(processes.part(crop)) for crop in cuts]
+        return [normalise(processes.shard_rows(crop)) for crop in cuts]
 
     def redrawn_at(self, step: int) -> float:
         """The share of crops that are drawn anew at a step."""

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from wmateacher.integrations import images, probes, processes
-from wmateacher.integrations.digits import Domain, Source, Split
 from wmateacher.integrations.dino import crops
-from wmateacher.integrations.sampling import generator
+from wmateacher.integrations.engine import processes
+from wmateacher.integrations.engine.sampling import generator
+from wmateacher.integrations.vision import images, probes
+from wmateacher.integrations.vision.digits import Domain, Source, Split
 
 _BATCH = 500
 Labelled = Iterator[tuple[Tensor, Tensor]]
@@ -100,7 +101,9 @@ def features(views: Views, backbone: nn.Module, device: torch.device) -> Feature
         backbone.eval()
         found, labels = [], []
         for seen, theirs in views.batches(part):
-            found.append(processes.whole(backbone(processes.part(seen).to(device))).float().cpu())
+            found.append(
+                processes.all_gather_rows(backbone(processes.shard_rows(seen).to(device))).float().cpu()
+            )
             labels.append(theirs)
         backbone.train(training)
         return torch.cat(found), torch.cat(labels)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from wmateacher import kernels
-from wmateacher.integrations import backbones, digits, images, processes, runs
 from wmateacher.integrations.dino import crops, evaluation
 from wmateacher.integrations.dino.recipes import DRAWN, Recipe
 from wmateacher.integrations.dino.training import Fit, fit
+from wmateacher.integrations.engine import processes
+from wmateacher.integrations.engine.results import Results, environment, file_name, write_csv
+from wmateacher.integrations.vision import backbones, digits, images
 
 PIXELS, NORMALISED, UNTRAINED = "raw pixels", "normalised pixels", "untrained"
 BASELINES = (PIXELS, NORMALISED, UNTRAINED)
@@ -64,7 +66,7 @@ class Experiment:
     ):
         self.recipe, self.output, self.progress = recipe, output, progress
         self.device, self.workers = torch.device(device), workers
-        with processes.in_turn():
+        with processes.main_process_first():
             if recipe.data in DRAWN:
                 source = digits.load(recipe.data, root, download=download)
             else:
@@ -79,7 +81,7 @@ class Experiment:
         else:
             self.views = evaluation.PhotoViews(self.photos, size, workers)
         packages = ("timm", "torchvision", "scikit-learn")
-        self._results = runs.Results(output, asdict(recipe), runs.environment(self.device, packages))
+        self._results = Results(output, asdict(recipe), environment(self.device, packages))
         self._stream(0)  # crops that do not fit should not be found after other runs
 
     @property
@@ -128,7 +130,7 @@ class Experiment:
         settings = replace(self.recipe.settings, seed=self.recipe.settings.seed + seed)
         return fit(
             self._backbone(seed), self._stream(seed), settings, kernel,
-            checkpoint=self.output / "checkpoints" / f"{runs.file_name(kernel)}-{seed}.pt",
+            checkpoint=self.output / "checkpoints" / f"{file_name(kernel)}-{seed}.pt",
             label=f"{kernel} (seed {seed})", progress=self.progress, after_step=after_step,
             validate=lambda backbone: evaluation.validation(self._features_of(backbone)),
             validate_every=max(1, settings.steps // 10),
@@ -136,11 +138,11 @@ class Experiment:
 
     def gap_file(self, kernel: str, seed: int) -> Path:
         """Where the teacher-student gap after every step is written."""
-        return self.output / "gaps" / f"{runs.file_name(kernel)}-{seed}.csv"
+        return self.output / "gaps" / f"{file_name(kernel)}-{seed}.csv"
 
     def curve_file(self, kernel: str, seed: int) -> Path:
         """Where the k-NN accuracy over training is written."""
-        return self.output / "curves" / f"{runs.file_name(kernel)}-{seed}.csv"
+        return self.output / "curves" / f"{file_name(kernel)}-{seed}.csv"
 
     def pictured(self, count: int = 6) -> Tensor:
         """Test images as the network sees them, `[count, 3, S, S]`."""
@@ -151,10 +153,10 @@ class Experiment:
     def _trained(self, kernel: str, seed: int, after_step: Callable[[int], None] | None) -> dict[str, Any]:
         kernels.build(kernel)
         fitted = self.fit(kernel, seed, after_step)
-        if processes.is_first():
+        if processes.is_main():
             file = self.curve_file(kernel, seed)
-            runs.write_csv(("step", "knn"), fitted.record.series["validation"], file)
-            runs.write_csv(("step", "gap"), fitted.record.series["gap"], self.gap_file(kernel, seed))
+            write_csv(("step", "knn"), fitted.record.series["validation"], file)
+            write_csv(("step", "gap"), fitted.record.series["gap"], self.gap_file(kernel, seed))
         return {
             "teacher": evaluation.scores(self._features_of(fitted.average.backbone)),
             "student": evaluation.scores(self._features_of(fitted.student.backbone)),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from wmateacher.integrations import digits
-from wmateacher.integrations.digits import Domain
 from wmateacher.integrations.dino.crops import Crops
 from wmateacher.integrations.dino.training import Settings
+from wmateacher.integrations.vision import digits
+from wmateacher.integrations.vision.digits import Domain
 
 DRAWN = digits.SOURCES
 
@@ -18,7 +18,7 @@ class Recipe:
 
     Attributes:
         data: `"digits"`, `"mnist"` or `"fashion-mnist"`, drawn in `domain`; or photographs: a source of
-            `wmateacher.integrations.images`.
+            `wmateacher.integrations.vision.images`.
         backbone: A spec of `backbones.build`.
         image_size: Of drawings, and of images in evaluation, in pixels.
         crops: How they are cut.

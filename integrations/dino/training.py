@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
-from wmateacher.integrations import collapse, loop, processes, schedules
 from wmateacher.integrations.dino.loss import MultiCropLoss, koleo
 from wmateacher.integrations.dino.model import Head, MultiCrop
+from wmateacher.integrations.engine import collapse, loop, processes, schedules
 from wmateacher.losses.logits import DINO
 
 PAPER_KERNEL = "ema(0.996,1.0,schedule=cosine)"
@@ -119,7 +119,7 @@ class Fit:
 
     student: MultiCrop
     teacher: WMATeacher
-    record: loop.Record
+    record: loop.History
     collapsed: str | None
 
     @property
@@ -209,11 +209,11 @@ class _Pretraining:
             f"({settings.base_learning_rate}), or use another kernel",
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(_groups(self.student), lr=0.0, fused=True)
-        self.batch = loop.Feed(stream)
+        self.batch = loop.BatchStream(stream)
         self.validate: Callable[[nn.Module], float] | None = None
         self.validate_every = 1
 
-    def advance(self, step: int) -> dict[str, Tensor | float]:
+    def train_step(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step."""
         settings = self.settings
         crops = [crop.to(self.device, non_blocking=True) for crop in self.batch(step)]
@@ -244,20 +244,20 @@ class _Pretraining:
             logged["validation"] = self.validate(self.teacher.module.backbone)  # type: ignore[arg-type]
         return logged
 
-    def parts(self) -> dict[str, loop.Part]:
+    def stateful(self) -> dict[str, loop.Part]:
         """All that changes."""
         return {
             "student": self.student, "teacher": self.teacher, "loss": self.loss,
             "monitor": self.monitor, "optimizer": self.optimizer,
         }  # fmt: skip
 
-    def identity(self) -> dict[str, Any]:
+    def run_config(self) -> dict[str, Any]:
         """Kernel and settings."""
         settings = asdict(self.settings)
         del settings["checkpoint_every"]
         return {"kernel": self.kernel, **settings}
 
-    def remedy(self) -> str:
+    def nan_hint(self) -> str:
         """The settings that tame a loss."""
         return (
             f"lower base_learning_rate ({self.settings.base_learning_rate}) or clip_norm "

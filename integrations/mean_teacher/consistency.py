@@ -55,4 +55,4 @@ class Consistency(nn.Module):
             return Agreement((kept * each).mean(), kept.mean(), probabilities)
         # Where they agree both criteria are 0, with no gradient: an image left out agrees with itself.
         student = torch.where(kept[:, None] > 0, student.float(), target)
-        return Agreement(self.criterion(student, target).total, kept.mean(), probabilities)
+        return Agreement(self.criterion(student, target), kept.mean(), probabilities)

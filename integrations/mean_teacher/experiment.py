@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from wmateacher.integrations import backbones, images, processes, runs
-from wmateacher.integrations.evaluation import Scores, score
+from wmateacher.integrations.engine import processes
+from wmateacher.integrations.engine.results import Results, environment, file_name, write_csv
+from wmateacher.integrations.engine.sampling import generator
 from wmateacher.integrations.mean_teacher.recipes import Recipe
 from wmateacher.integrations.mean_teacher.training import fit
 from wmateacher.integrations.mean_teacher.views import Plain, Weak, WeakAndStrong
-from wmateacher.integrations.sampling import generator
+from wmateacher.integrations.vision import backbones, images
+from wmateacher.integrations.vision.accuracy import Scores, score
 
 COLUMNS = {
     "test": ("accuracy", 1),
@@ -65,12 +67,12 @@ class Experiment:
     ):
         self.recipe, self.output, self.progress = recipe, output, progress
         self.device, self.workers = torch.device(device), workers
-        with processes.in_turn():
+        with processes.main_process_first():
             self.data = images.load(recipe.data, root, download=download)
         self.classes = len(self.data.classes)
         choose_labelled(self.data.labels, self.classes, recipe.labels, 0)
         packages = ("timm", "torchvision", "torchmetrics", "scikit-learn")
-        self._results = runs.Results(output, asdict(recipe), runs.environment(self.device, packages))
+        self._results = Results(output, asdict(recipe), environment(self.device, packages))
         self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     @property
@@ -113,16 +115,16 @@ class Experiment:
         )  # fmt: skip
         fitted = fit(
             student, recipe.method(name), labelled, unlabelled, settings, classes=self.classes,
-            checkpoint=self.output / "checkpoints" / f"{runs.file_name(name)}-{seed}.pt",
+            checkpoint=self.output / "checkpoints" / f"{file_name(name)}-{seed}.pt",
             label=f"{name} (seed {seed})", progress=self.progress, after_step=after_step,
             validate=lambda model: self._score(model, "val").accuracy,
             validate_every=max(1, settings.steps // 10),
         )  # fmt: skip
         curve = fitted.record.series["validation"]
-        if processes.is_first():
-            runs.write_csv(("step", "accuracy"), curve, self.curve_file(name, seed))
+        if processes.is_main():
+            write_csv(("step", "accuracy"), curve, self.curve_file(name, seed))
             if "gap" in fitted.record.series:
-                runs.write_csv(("step", "gap"), fitted.record.series["gap"], self.gap_file(name, seed))
+                write_csv(("step", "gap"), fitted.record.series["gap"], self.gap_file(name, seed))
         of_student = self._score(student, "test")
         teacher = of_student if fitted.teacher is None else self._score(fitted.teacher.module, "test")
         gaps = fitted.record.values("gap")
@@ -141,11 +143,11 @@ class Experiment:
 
     def gap_file(self, method: str, seed: int) -> Path:
         """Where the teacher-student gap after every step is written."""
-        return self.output / "gaps" / f"{runs.file_name(method)}-{seed}.csv"
+        return self.output / "gaps" / f"{file_name(method)}-{seed}.csv"
 
     def curve_file(self, method: str, seed: int) -> Path:
         """Where the validation accuracy over training is written."""
-        return self.output / "curves" / f"{runs.file_name(method)}-{seed}.csv"
+        return self.output / "curves" / f"{file_name(method)}-{seed}.csv"
 
     def _score(self, model: nn.Module, part: str) -> Scores:
         if part not in self._kept:

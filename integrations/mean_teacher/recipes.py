@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from wmateacher.integrations.images import SOURCES
 from wmateacher.integrations.mean_teacher.methods import METHODS, Method
 from wmateacher.integrations.mean_teacher.training import Settings
+from wmateacher.integrations.vision.images import SOURCES
 from wmateacher.spec import nearest
 
 
@@ -16,7 +16,7 @@ class Recipe:
     """Train a classifier from few labels and many images.
 
     Attributes:
-        data: A source of `wmateacher.integrations.images`.
+        data: A source of `wmateacher.integrations.vision.images`.
         labels: Number of labelled images, the same of each class.
         backbone: A spec of `backbones.build`.
         image_size: Height and width, in pixels.

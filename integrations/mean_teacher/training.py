@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
-from wmateacher.integrations import collapse, loop, processes, schedules
+from wmateacher.integrations.engine import collapse, loop, processes, schedules
 from wmateacher.integrations.mean_teacher.consistency import Consistency
 from wmateacher.integrations.mean_teacher.methods import Method
 
@@ -86,7 +86,7 @@ class Fit:
 
     student: nn.Module
     teacher: WMATeacher | None
-    record: loop.Record
+    record: loop.History
     collapsed: str | None
 
 
@@ -177,7 +177,7 @@ class _SemiSupervised:
             student.parameters(), lr=settings.learning_rate, momentum=settings.momentum,
             weight_decay=settings.weight_decay, nesterov=settings.momentum > 0,
         )  # fmt: skip
-        self.labelled, self.unlabelled = loop.Feed(labelled), loop.Feed(unlabelled)
+        self.labelled, self.unlabelled = loop.BatchStream(labelled), loop.BatchStream(unlabelled)
         self.validate: Callable[[nn.Module], float] | None = None
         self.validate_every = 1
 
@@ -185,7 +185,7 @@ class _SemiSupervised:
         """What a step sees."""
         return {"labelled": self.labelled(step), "unlabelled": self.unlabelled(step)}
 
-    def advance(self, step: int) -> dict[str, Tensor | float]:
+    def train_step(self, step: int) -> dict[str, Tensor | float]:
         """One optimizer step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate_at(step)
@@ -230,19 +230,19 @@ class _SemiSupervised:
     def _here(self, tensors: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(t.to(self.device, non_blocking=True) for t in tensors)
 
-    def parts(self) -> dict[str, loop.Part]:
+    def stateful(self) -> dict[str, loop.Part]:
         """All that changes."""
         parts: dict[str, loop.Part] = {
             "student": self.student, "monitor": self.monitor, "optimizer": self.optimizer,
         }  # fmt: skip
         return parts if self.teacher is None else {**parts, "teacher": self.teacher}
 
-    def identity(self) -> Mapping[str, Any]:
+    def run_config(self) -> Mapping[str, Any]:
         """Method and settings."""
         settings, method = asdict(self.settings), asdict(self.method)
         del settings["checkpoint_every"], method["summary"]
         return {**method, **settings}
 
-    def remedy(self) -> str:
+    def nan_hint(self) -> str:
         """The settings that tame a loss."""
         return f"lower learning_rate ({self.settings.learning_rate}) or weight ({self.method.weight})"

@@ -30,9 +30,9 @@ def sweep(*arguments):
     return subprocess.run(command(*arguments), capture_output=True, text=True)
 
 
-def record(kernel, seed, ID, OOD, strength=0.9, gap=0.1):
+def record(kernel, seed, ID, OOD, distill_weight=0.9, gap=0.1):
     return {
-        "kernel": kernel, "strength": strength, "seed": seed, "id": ID, "ood": OOD, "ece": 0.01 * seed,
+        "kernel": kernel, "distill_weight": distill_weight, "seed": seed, "id": ID, "ood": OOD, "ece": 0.01 * seed,
         "final_gap": gap, "gaps": None, "seconds": 1.0,
     }  # fmt: skip
 
@@ -151,7 +151,10 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     [
         (["--kernels", "betta(1,1)"], "--kernels: unknown kernel 'betta'; did you mean 'beta'"),
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["--strengths", "0"], "--strengths must be above 0, got 0.0: --kernels none is no teacher"),
+        (
+            ["--distill-weights", "0"],
+            "--distill-weights must be above 0, got 0.0: --kernels none is no teacher",
+        ),
         (["--task", "gan"], "invalid choice: 'gan'"),
         (
             ["--task", "dino", "--kernels", "none", "uniform"],

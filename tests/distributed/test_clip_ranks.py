@@ -14,17 +14,19 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms.functional import to_tensor
 
-from wmateacher.integrations import digits, processes
-from wmateacher.integrations.clip import cached, imagenet
-from wmateacher.integrations.clip.captioned import Table
+from wmateacher.integrations.clip import micro_batches
+from wmateacher.integrations.clip.data import imagenet
+from wmateacher.integrations.clip.data.batches import Batch, DrawnPairs
+from wmateacher.integrations.clip.data.files import Table
+from wmateacher.integrations.clip.data.imagenet import Photos
+from wmateacher.integrations.clip.data.photos import FilePairs
 from wmateacher.integrations.clip.evaluation import score_set
-from wmateacher.integrations.clip.file_pairs import FilePairs
-from wmateacher.integrations.clip.imagenet import Photos
 from wmateacher.integrations.clip.methods import METHODS
-from wmateacher.integrations.clip.pairs import Batch, DrawnPairs
-from wmateacher.integrations.clip.towers import build
+from wmateacher.integrations.clip.model import build
 from wmateacher.integrations.clip.training import Settings, fit
-from wmateacher.integrations.sampling import mix
+from wmateacher.integrations.engine import processes
+from wmateacher.integrations.engine.sampling import mix
+from wmateacher.integrations.vision import digits
 from wmateacher.losses import PairedEmbeddings, info_nce
 
 COUNT = 11
@@ -105,7 +107,7 @@ def test_every_rank_reads_its_part_of_a_set_and_all_know_the_scores(folder):
 def _reads(index, batch=4):
     """Whether this rank reads an image."""
     first = index // batch * batch
-    part = range(first, min(first + batch, COUNT))[processes.own(min(batch, COUNT - first))]
+    part = range(first, min(first + batch, COUNT))[processes.local_slice(min(batch, COUNT - first))]
     return index in part
 
 
@@ -138,7 +140,7 @@ def test_gradients_in_parts_on_ranks_are_those_of_the_whole_batch(folder):
     own = whole.rows(slice(rank * each, (rank + 1) * each)).to(device())
     for _ in range(2):  # a second step, after the reducer has been used
         model.zero_grad()
-        held = cached.Cached(wrapped, cached.parts_of(own, 2))
+        held = micro_batches.Cached(wrapped, micro_batches.parts_of(own, 2))
         (info_nce(*held.answers) + 0.1 * model.image.weight.norm()).backward()
         held.backward()
         for (name, expected), found in zip(alone.named_parameters(), model.parameters(), strict=True):
@@ -148,7 +150,7 @@ def test_gradients_in_parts_on_ranks_are_those_of_the_whole_batch(folder):
 @on_ranks(1, 2, 4)
 def test_counts_are_of_all_ranks(folder):
     rank, size = dist.get_rank(), dist.get_world_size()
-    assert processes.total(rank + 1, device()).item() == size * (size + 1) / 2
+    assert processes.all_reduce_sum(rank + 1, device()).item() == size * (size + 1) / 2
 
 
 @on_ranks(1, 2)

@@ -40,7 +40,7 @@ def test_memory_and_traffic_of_shards(folder):
 
     student = build()
     model = Model(sum(p.numel() for p in student.parameters()), LAYERS)
-    teacher = WMATeacher(student, "uniform", module=build)
+    teacher = WMATeacher(student, "uniform", module_factory=build)
     expected = cost(model, "fsdp2", size)
     held = sum(p.to_local().nbytes for p in teacher.module.parameters())
     held += sum(t.nbytes for t in teacher._beside.values())

@@ -76,7 +76,7 @@ def pair(kind=Block, dtype=torch.float32, meta=True, kernel="uniform", **options
         with torch.device("meta" if meta else device()):
             return shard(kind().to(dtype), **options)
 
-    teacher = WMATeacher(student, kernel, STEPS, module=build)
+    teacher = WMATeacher(student, kernel, STEPS, module_factory=build)
     return student, teacher, whole, WMATeacher(whole, kernel, STEPS)
 
 
@@ -126,7 +126,7 @@ def test_a_split_average_is_sharded_too(folder):
     whole = Block().to(device(), torch.bfloat16)
     student = shard(copy.deepcopy(whole))
     teacher = WMATeacher(
-        student, "uniform", dtype="split", module=lambda: shard(Block().to(device(), torch.bfloat16))
+        student, "uniform", dtype="split", module_factory=lambda: shard(Block().to(device(), torch.bfloat16))
     )
     single = WMATeacher(whole, "uniform", dtype="split")
     for step in range(STEPS):
@@ -245,7 +245,7 @@ def test_what_runs_in_python_does_not_grow_with_the_number_of_tensors(folder):
         def build(layers=layers):
             return fully_shard(nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))).to(device()))
 
-        teacher = WMATeacher(build(), "ema(0.9)", module=build)
+        teacher = WMATeacher(build(), "ema(0.9)", module_factory=build)
         teacher.update()
         count = 0
 
@@ -274,7 +274,7 @@ def test_frozen_parameters_are_shared_where_shards_are_even(folder):
         return shard(model)
 
     student = build()
-    teacher = WMATeacher(student, "uniform", module=build)
+    teacher = WMATeacher(student, "uniform", module_factory=build)
     student.eval()
     assert teacher.module.layers[0].weight is student.layers[0].weight
     assert not any("layers" in key for key in teacher.state_dict())
@@ -296,8 +296,8 @@ def test_uneven_frozen_parameters_are_not_shared(folder):
     with pytest.raises(
         ValueError, match=r"frozen 'layers.0.weight' of shape \(5, 5\) is sharded .*frozen='copy'"
     ):
-        WMATeacher(student, "uniform", module=build)
-    teacher = WMATeacher(student, "uniform", module=build, frozen="copy")
+        WMATeacher(student, "uniform", module_factory=build)
+    teacher = WMATeacher(student, "uniform", module_factory=build, frozen="copy")
     teacher.update()
     student.eval()
     assert torch.equal(teacher(tokens()), student(tokens()))
@@ -343,7 +343,7 @@ def test_resuming_from_the_sharded_state_is_bit_identical(folder):
             student,
             "uniform",
             STEPS,
-            module=lambda dtype=dtype: shard(Block().to(device(), dtype)),
+            module_factory=lambda dtype=dtype: shard(Block().to(device(), dtype)),
         )
         resumed.load_state_dict(state)
         for step in range(1, 4):
@@ -358,14 +358,15 @@ def test_what_cannot_be_averaged_says_so(folder):
     torch.manual_seed(0)
     student = shard(Block().to(device()))
     with pytest.raises(
-        ValueError, match="sharded by fully_shard, which refuses to be deep-copied: pass module=FACTORY"
+        ValueError,
+        match="sharded by fully_shard, which refuses to be deep-copied: pass module_factory=FACTORY",
     ):
         WMATeacher(student, "uniform")
     with pytest.raises(
         ValueError, match=r"student's 'embed.weight' is sharded \(.*the teacher's is not sharded: shard both"
     ):
-        WMATeacher(student, "uniform", module=lambda: Block().to(device()))
-    teacher = WMATeacher(student, "uniform", module=lambda: shard(Block().to(device())))
+        WMATeacher(student, "uniform", module_factory=lambda: Block().to(device()))
+    teacher = WMATeacher(student, "uniform", module_factory=lambda: shard(Block().to(device())))
     with pytest.raises(ValueError, match="student's 'embed.weight' is not sharded, the teacher's is sharded"):
         teacher.update(Block().to(device()))
     assert teacher.step == 0
@@ -387,9 +388,9 @@ def test_another_placement_is_another_sharding(folder):
         return fully_shard(nn.Linear(4, 4, bias=False).to(device()), shard_placement_fn=lambda p: Shard(dim))
 
     with pytest.raises(ValueError, match=r"'weight' is sharded \(S.*0.*the teacher's is sharded \(S.*1"):
-        WMATeacher(build(0), "uniform", module=lambda: build(1))
+        WMATeacher(build(0), "uniform", module_factory=lambda: build(1))
     student = build(1)
-    teacher = WMATeacher(student, "ema(0.5)", module=lambda: build(1))
+    teacher = WMATeacher(student, "ema(0.5)", module_factory=lambda: build(1))
     with torch.no_grad():
         student.weight.zero_()
     before = teacher.module.weight.full_tensor()

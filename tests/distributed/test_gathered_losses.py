@@ -76,12 +76,12 @@ def check(criterion, make_reference, even):
     student = DistributedDataParallel(towers, find_unused_parameters=True)  # fd has no logit scale
     criterion, reference = criterion.to(device()).double(), make_reference.to(device()).double()
     reference.load_state_dict(criterion.state_dict())
-    output = criterion(student(own), teacher_of(own))
-    expected = reference(alone(whole), teacher_of(whole))
-    close(output.total, expected.total)
-    close(output.terms, expected.terms)
-    output.total.backward()
-    expected.total.backward()
+    loss, terms = criterion(student(own), teacher_of(own), return_terms=True)
+    expected, expected_terms = reference(alone(whole), teacher_of(whole), return_terms=True)
+    close(loss, expected)
+    close(terms, expected_terms)
+    loss.backward()
+    expected.backward()
     close(gradients(towers), {**gradients(alone)})
     if list(criterion.parameters()):
         average_gradients(criterion)
@@ -121,7 +121,7 @@ def test_switched_off_a_rank_is_alone(folder):
     cross_entropy = nn.functional.cross_entropy
     expected = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
     close(losses.info_nce(*student, gather="off"), expected)
-    off, on = (losses.build("crd", gather=g)(student, teacher).total for g in ("off", "full"))
+    off, on = (losses.build("crd", gather=g)(student, teacher) for g in ("off", "full"))
     assert (off == on) == (torch.distributed.get_world_size() == 1)
 
 
@@ -138,9 +138,9 @@ def test_a_group_is_one_batch(folder):
     members = [p for r, p in enumerate(whole.split(ROWS[:size])) if r % 2 == rank % 2]
     towers = Towers().to(device())
     for gather in ("full", "rows"):
-        value = losses.build("crd + icl", gather=gather, group=mine)(towers(own), teacher_of(own)).total
+        value = losses.build("crd + icl", gather=gather, group=mine)(towers(own), teacher_of(own))
         together = torch.cat(members)
-        close(value, losses.build("crd + icl", gather="off")(towers(together), teacher_of(together)).total)
+        close(value, losses.build("crd + icl", gather="off")(towers(together), teacher_of(together)))
 
 
 class Largest(TorchDispatchMode):
@@ -168,7 +168,7 @@ def test_rows_never_make_the_global_logits(folder):
         student, teacher = (losses.PairedEmbeddings(*embeddings[i : i + 2], scale) for i in (0, 2))
         with Largest() as largest:
             spec = "fd + crd + icl + cross_kd + gd + paired_ce"
-            losses.build(spec, gather=gather)(student, teacher).total.backward()
+            losses.build(spec, gather=gather)(student, teacher).backward()
         sizes[gather] = largest.numel
     assert sizes["full"] == (size * own) ** 2
     assert sizes["rows"] == size * own * own
@@ -224,7 +224,7 @@ def test_low_precision_gathers_in_float32(folder):
     with torch.autocast(device().type, torch.bfloat16):
         student = towers(own.float())
         assert student.image.dtype == torch.bfloat16
-        total = losses.build("crd", gather="rows")(student, teacher_of(own.float())).total
+        total = losses.build("crd", gather="rows")(student, teacher_of(own.float()))
     assert total.dtype == torch.float32
     total.backward()
     assert all(torch.isfinite(p.grad).all() for p in towers.parameters())

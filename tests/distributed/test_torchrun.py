@@ -14,8 +14,8 @@ import torch
 from pool import device
 from ranks import on_ranks
 
-from wmateacher.integrations import processes
 from wmateacher.integrations.clip.evaluation import score
+from wmateacher.integrations.engine import processes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_tracer.py"
 OPTIONS = (
@@ -125,16 +125,16 @@ def test_parts_make_the_whole(folder):
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     for rows in (8, 7, 3, 1):
         whole = torch.arange(2 * rows, device=device()).view(rows, 2)
-        mine = processes.part(whole)
-        assert torch.equal(processes.whole(mine), whole)
-    assert processes.of_first(rank) == 0
-    assert processes.is_first() == (rank == 0)
+        mine = processes.shard_rows(whole)
+        assert torch.equal(processes.all_gather_rows(mine), whole)
+    assert processes.broadcast_from_main(rank) == 0
+    assert processes.is_main() == (rank == 0)
     model = torch.nn.BatchNorm1d(2).to(device())
     model.running_mean.fill_(rank)
     processes.same_buffers(model)
     assert model.running_mean.tolist() == [0, 0]
     order = []
-    with processes.in_turn():
+    with processes.main_process_first():
         order.append(time.monotonic())
     moments = [None] * size
     torch.distributed.all_gather_object(moments, order[0])

@@ -110,19 +110,19 @@ def test_options_change_what_they_name(tmp_path):
     }  # fmt: skip
     clip_tracer.main(
         clip_tracer.Arguments(
-            **options, kernel="ema(0.5)", strength=0.25, distillation="3.90625*fd + crd", update_every=3,
+            **options, kernel="ema(0.5)", distill_weight=0.25, distillation="3.90625*fd + crd", update_every=3,
             published_clock=True, set=("finetune.batch_size=16", "methods.l2-sp.l2_sp=0.5"),
         )
     )  # fmt: skip
     config = json.loads((tmp_path / "out/results.json").read_text())["config"]
     assert config["model"] == "tiny-resnet-32"
     assert config["methods"]["tracer"]["kernel"] == "ema(0.5)"
-    assert config["methods"]["tracer"]["strength"] == 0.25
+    assert config["methods"]["tracer"]["distill_weight"] == 0.25
     assert config["methods"]["tracer"]["distillation"] == "3.90625*fd + crd"
     assert config["methods"]["tracer"]["update_every"] == 3
     assert config["methods"]["tracer"]["clock"] == "published"
     assert config["methods"]["ema"]["update_every"] == 1
-    assert config["methods"]["static-sd"]["strength"] == 0.25
+    assert config["methods"]["static-sd"]["distill_weight"] == 0.25
     assert config["methods"]["l2-sp"]["l2_sp"] == 0.5
     assert config["finetune"]["batch_size"] == 16
     assert (config["pretrain"]["steps"], config["finetune"]["steps"]) == (3, 6)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wmateacher.integrations.clip import imagenet
+from wmateacher.integrations.clip.data import imagenet
 from wmateacher.integrations.clip.methods import METHODS
 
 TESTS = Path(__file__).parents[1]
@@ -257,12 +257,12 @@ def test_parts_balanced_batches_and_half_precision_by_the_command_line(sets, tmp
         set=(
             *TINY[TINY.index("--set") + 1 :], "epochs=2", "finetune.micro_batch=3", "sampling=balanced",
             "finetune.grad_checkpointing=True", "finetune.precision=bf16", "evaluate_every=0",
-            "methods.tracer.strength=0.5",
+            "methods.tracer.distill_weight=0.5",
         ),
     )  # fmt: skip
     clip_tracer.main(given)
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["config"]["methods"]["tracer"]["strength"] == 0.5
+    assert results["config"]["methods"]["tracer"]["distill_weight"] == 0.5
     assert results["config"]["sampling"] == "balanced"
     assert not (tmp_path / "out/epochs").exists()
     assert list((tmp_path / "out/tensorboard").glob("tracer*/events*"))

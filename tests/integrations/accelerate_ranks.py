@@ -11,7 +11,7 @@ def main(folder):
     states, teacher = run(folder, accumulated=1)
     assert torch.distributed.get_world_size() == 2
     assert teacher.step == STEPS == len(states) - 1
-    expected = torch.from_numpy(teacher.weights()) @ torch.stack(states).double()
+    expected = torch.from_numpy(teacher.trajectory_weights()) @ torch.stack(states).double()
     torch.testing.assert_close(weights(teacher.module).double(), expected, rtol=1e-5, atol=1e-6)
     both = [torch.empty_like(states[-1]) for _ in range(2)]
     torch.distributed.all_gather(both, weights(teacher.module))

@@ -61,8 +61,8 @@ def fit(kind, folder, epochs, path=None):
     data = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=4)
     sharded = kind == "fsdp2"
     callback = TeacherCallback(
-        student="net", total_steps=20, evaluate="teacher",
-        module=(lambda m: layers(m.device_mesh["data_parallel"])) if sharded else None,
+        student="net", total_steps=20, evaluate_with="teacher",
+        module_factory=(lambda m: layers(m.device_mesh["data_parallel"])) if sharded else None,
     )  # fmt: skip
     saves = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer = L.Trainer(
@@ -79,7 +79,7 @@ def main(kind, folder):
     module = fit(kind, folder / "a", 2)
     teacher = module.teacher
     assert teacher.step == teacher.total_steps == 20, teacher.step
-    expected = torch.from_numpy(teacher.weights()) @ torch.stack(module.states).double()
+    expected = torch.from_numpy(teacher.trajectory_weights()) @ torch.stack(module.states).double()
     average = weights(teacher.module)
     torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(module.seen[0], module.states[0])

@@ -62,7 +62,7 @@ def run(folder, accumulated=2, stop=None, resume=None, attach=True):
 def test_steps_of_a_prepared_optimizer_count(tmp_path, attach):
     states, teacher = run(tmp_path, attach=attach)
     assert teacher.step == STEPS == len(states) - 1
-    expected = torch.from_numpy(teacher.weights()) @ torch.stack(states).double()
+    expected = torch.from_numpy(teacher.trajectory_weights()) @ torch.stack(states).double()
     torch.testing.assert_close(weights(teacher.module).double(), expected, rtol=1e-5, atol=1e-6)
 
 

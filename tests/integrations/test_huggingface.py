@@ -94,7 +94,7 @@ def weights(model):
 
 
 def assert_average(watch, teacher):
-    expected = torch.from_numpy(teacher.weights()) @ torch.stack(watch.states).double()
+    expected = torch.from_numpy(teacher.trajectory_weights()) @ torch.stack(watch.states).double()
     torch.testing.assert_close(weights(teacher.module).double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -139,7 +139,7 @@ def test_steps_that_a_gradient_scaler_skips_do_not_count(tmp_path, optim):
     watch, args = Watch(), arguments(tmp_path, max_grad_norm=0, optim=optim)
     trainer = Scaled(
         classifier(), args, train_dataset=Sentences(), callbacks=[watch], distillation=None,
-        teaching=TeacherCallback(),
+        teacher_callback=TeacherCallback(),
     )  # fmt: skip
     trainer.train()
     assert trainer.state.global_step == 12
@@ -172,7 +172,7 @@ def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, 
     class Fixed(TeacherTrainer):
         teacher = property(lambda self: lambda **inputs: other.eval()(**inputs))
 
-    def gradient(strength):
+    def gradient(distill_weight):
         seen, model = Gradients(), build()
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -182,7 +182,12 @@ def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, 
             gradient_accumulation_steps=accumulated, max_steps=1, max_grad_norm=0,
         )  # fmt: skip
         trainer = Fixed(
-            model, args, train_dataset=data, callbacks=[seen], distillation="mse(logits)", strength=strength
+            model,
+            args,
+            train_dataset=data,
+            callbacks=[seen],
+            distillation="mse(logits)",
+            distill_weight=distill_weight,
         )
         trainer.train()
         return seen.first
@@ -190,7 +195,7 @@ def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, 
     reference, args = build().eval(), arguments(tmp_path, per_device_train_batch_size=12)
     batch = next(iter(Trainer(reference, args, train_dataset=data).get_train_dataloader()))
     targets = other.eval()(**batch).logits.detach()
-    losses.build("mse(logits)")(reference(**batch).logits, targets).total.backward()
+    losses.build("mse(logits)")(reference(**batch).logits, targets).backward()
     expected = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
     torch.testing.assert_close(gradient(2.0) - gradient(0.0), 2.0 * expected, rtol=1e-3, atol=1e-5)
 
@@ -224,7 +229,7 @@ def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path):
         )  # fmt: skip
         return TeacherTrainer(
             language_model(dropout=0.2), args, train_dataset=Sentences(language=True),
-            callbacks=list(callbacks), teaching=TeacherCallback("beta(0.5,0.5)", buffers="average"),
+            callbacks=list(callbacks), teacher_callback=TeacherCallback("beta(0.5,0.5)", buffers="average"),
         )  # fmt: skip
 
     whole = trainer("whole")
@@ -330,14 +335,17 @@ def test_bad_arguments_say_what_to_do(tmp_path):
         ValueError, match="takes paired, models of transformers give logits: choose from .*kl"
     ):
         TeacherTrainer(classifier(), arguments(tmp_path), distillation="fd")
-    with pytest.raises(ValueError, match="strength must be a number of at least 0, got '1'"):
-        TeacherTrainer(classifier(), arguments(tmp_path), strength="1")
+    with pytest.raises(ValueError, match="distill_weight must be a number of at least 0, got '1'"):
+        TeacherTrainer(classifier(), arguments(tmp_path), distill_weight="1")
     with pytest.raises(
-        TypeError, match=r"teaching must be a TeacherCallback, got 'uniform': TeacherCallback\(ker"
+        TypeError, match=r"teacher_callback must be a TeacherCallback, got 'uniform': TeacherCallback\(ker"
     ):
-        TeacherTrainer(classifier(), arguments(tmp_path), teaching="uniform")
+        TeacherTrainer(classifier(), arguments(tmp_path), teacher_callback="uniform")
     trainer = TeacherTrainer(
-        classifier(), arguments(tmp_path), train_dataset=Sentences(), teaching=TeacherCallback(total_steps=0)
+        classifier(),
+        arguments(tmp_path),
+        train_dataset=Sentences(),
+        teacher_callback=TeacherCallback(total_steps=0),
     )
     with pytest.raises(ValueError, match="total_steps must be a whole number of at least 1, got 0"):
         trainer.train()

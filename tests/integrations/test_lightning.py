@@ -115,7 +115,7 @@ def fitted(tmp_path, callback, module=None, *others, validate=False, path=None, 
 def expected(module, teacher):
     """The definition: the kernel's weights times every state that the student passed through."""
     states = torch.stack(module.states).double()
-    return torch.from_numpy(teacher.weights()) @ states
+    return torch.from_numpy(teacher.trajectory_weights()) @ states
 
 
 def assert_average(module, teacher):
@@ -220,7 +220,7 @@ def test_a_second_fit_goes_on_or_starts_anew(tmp_path):
 
 
 def test_evaluation_sees_the_average_and_training_the_student(tmp_path):
-    callback = TeacherCallback(evaluate="teacher")
+    callback = TeacherCallback(evaluate_with="teacher")
     module, run = fitted(tmp_path, callback, validate=True)
     teacher = module.teacher
     start, *epochs = module.seen[::2]  # two batches each
@@ -247,7 +247,7 @@ def test_an_exception_in_validation_leaves_the_student_its_own_weights(tmp_path,
 
     module = Failing()
     with pytest.raises((kind, SystemExit)):
-        fitted(tmp_path, TeacherCallback(evaluate="teacher"), module, validate=True)
+        fitted(tmp_path, TeacherCallback(evaluate_with="teacher"), module, validate=True)
     assert torch.equal(weights(module), module.states[-1])
     module.teacher.update()  # neither lent nor attached any more
 
@@ -259,7 +259,7 @@ def test_an_exception_in_validation_leaves_the_student_its_own_weights(tmp_path,
 def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path, kept):
     def callbacks(folder):
         saves = ModelCheckpoint(tmp_path / folder, save_last=True)
-        return TeacherCallback("beta(0.5,0.5)", evaluate="teacher", checkpoint=kept), saves
+        return TeacherCallback("beta(0.5,0.5)", evaluate_with="teacher", checkpoint=kept), saves
 
     options = {"max_epochs": 4, "accumulate_grad_batches": 2, "validate": True, "enable_checkpointing": True}
     teaching, saves = callbacks("whole")
@@ -297,7 +297,7 @@ def test_a_checkpoint_is_evaluated_without_fit(tmp_path):
     saves = ModelCheckpoint(tmp_path, save_last=True)
     module, _ = fitted(tmp_path, TeacherCallback(), None, saves, enable_checkpointing=True)
     fresh = Network()
-    run = trainer(tmp_path, TeacherCallback(evaluate="teacher"))
+    run = trainer(tmp_path, TeacherCallback(evaluate_with="teacher"))
     run.validate(fresh, data(1), ckpt_path=tmp_path / "last.ckpt", verbose=False)
     assert torch.equal(fresh.seen[-1], weights(module.teacher.module))
     assert torch.equal(weights(fresh), weights(module))
@@ -349,7 +349,10 @@ def test_a_horizon_that_nobody_knows_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evaluate": "teachers"}, "evaluate must be 'student' or 'teacher', got 'teachers'; did you mean"),
+        (
+            {"evaluate_with": "teachers"},
+            "evaluate_with must be 'student' or 'teacher', got 'teachers'; did you mean",
+        ),
         ({"checkpoint": True}, "checkpoint must be 'student' or 'teacher', got True"),
         ({"student": "nett"}, "Network has no submodule 'nett'; did you mean 'net'"),
         ({"name": "net"}, "Network has an attribute 'net' of its own: pass another name"),
@@ -392,7 +395,7 @@ def test_two_processes(tmp_path, strategy):
 def test_a_teacher_is_a_wmateacher(tmp_path):
     module, _ = fitted(tmp_path, TeacherCallback(update_every=2, buffers="average"))
     assert isinstance(module.teacher, WMATeacher)
-    assert module.teacher.weights()[1] == 0
+    assert module.teacher.trajectory_weights()[1] == 0
 
 
 def test_lightnings_own_average_is_gone_on_from(tmp_path):

@@ -1,7 +1,7 @@
 """Digits as pairs, for tests that train a tiny CLIP."""
 
-from wmateacher.integrations.clip.pairs import DrawnPairs
-from wmateacher.integrations.digits import NARROW, load
+from wmateacher.integrations.clip.data.batches import DrawnPairs
+from wmateacher.integrations.vision.digits import NARROW, load
 
 SOURCE = load("digits")
 

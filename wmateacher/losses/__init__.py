@@ -2,11 +2,10 @@
 
 from wmateacher.losses import features, logits, paired
 from wmateacher.losses.paired import PairedEmbeddings, info_nce, similarity_logits
-from wmateacher.losses.registry import Criterion, LossOutput, available, build, register
+from wmateacher.losses.registry import Criterion, available, build, register
 
 __all__ = [
     "Criterion",
-    "LossOutput",
     "PairedEmbeddings",
     "available",
     "build",

@@ -27,7 +27,7 @@ Gather = Literal["full", "rows", "off"]
 
 
 @dataclass(frozen=True)
-class Across:
+class GatherMode:
     """Which processes' batches count as one.
 
     Attributes:
@@ -47,9 +47,9 @@ class Across:
         """Whether there is nothing to gather."""
         return self.gather == "off" or world_size(self.group) == 1
 
-    def ranks(self, rows: Tensor) -> Ranks | None:
+    def ranks(self, rows: Tensor) -> BatchLayout | None:
         """How the batch is spread, for rows [B_r, ...]; None where there is nothing to gather."""
-        return None if self.alone else Ranks(rows, self.group)
+        return None if self.alone else BatchLayout(rows, self.group)
 
     @torch.no_grad()
     def mean(self, rows: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Across:
         return torch.stack(each).logsumexp(0)
 
 
-class Ranks:
+class BatchLayout:
     """How the rows of one batch are spread over the ranks of a group.
 
     Attributes:
@@ -88,13 +88,13 @@ class Ranks:
         self.first, self.total = sum(self.counts[:rank]), sum(self.counts)
         self.own = slice(self.first, self.first + self.counts[rank])
 
-    def whole(self, rows: Tensor) -> Tensor:
+    def gather_replicated(self, rows: Tensor) -> Tensor:
         """All ranks' rows, for a loss that every rank computes as a whole: [B_r, ...] to [B, ...]."""
-        return _Whole.apply(rows, self)
+        return _GatherReplicated.apply(rows, self)
 
-    def columns(self, rows: Tensor) -> Tensor:
+    def gather_columns(self, rows: Tensor) -> Tensor:
         """All ranks' rows, for a loss of which every rank computes a part: [B_r, ...] to [B, ...]."""
-        return _Columns.apply(rows, self)
+        return _GatherColumns.apply(rows, self)
 
     def mean(self, means: Tensor) -> Tensor:
         """Means over this rank's rows to means over all, with the gradient of this rank's part, [n]."""
@@ -104,9 +104,9 @@ class Ranks:
         return part + (value / len(self.counts) - part.detach())
 
 
-class _Whole(torch.autograd.Function):
+class _GatherReplicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, ranks: BatchLayout) -> Tensor:
         ctx.ranks = ranks
         return gather_rows(rows, ranks.counts, ranks.group)
 
@@ -115,9 +115,9 @@ class _Whole(torch.autograd.Function):
         return gradient[ctx.ranks.own] * len(ctx.ranks.counts), None
 
 
-class _Columns(torch.autograd.Function):
+class _GatherColumns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, ranks: BatchLayout) -> Tensor:
         ctx.ranks = ranks
         return gather_rows(rows, ranks.counts, ranks.group)
 

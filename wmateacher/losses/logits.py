@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher.losses import checks
-from wmateacher.losses.gathering import Across
+from wmateacher.losses.gathering import GatherMode
 from wmateacher.losses.numerics import (
     cross_entropy,
     kl_divergence,
@@ -146,7 +146,7 @@ class DINO(nn.Module):
         if centering not in _CENTERINGS:
             raise ValueError(f"dino: unknown centering {centering!r}; {nearest(str(centering), _CENTERINGS)}")
         self.centering = centering
-        self.across = Across()
+        self.across = GatherMode()
         self.dim = checks.width("dino", "dim", dim)
         self.student_temperature = checks.positive("dino", "student_temperature", student_temperature)
         self.teacher_temperature = checks.positive("dino", "teacher_temperature", teacher_temperature)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher.losses import checks
-from wmateacher.losses.gathering import Across, Gather, Ranks
+from wmateacher.losses.gathering import BatchLayout, Gather, GatherMode
 from wmateacher.losses.numerics import (
     diagonal_cross_entropy,
     full_precision,
@@ -65,13 +65,13 @@ def columns(embeddings: PairedEmbeddings) -> tuple[Tensor, Tensor]:
 class _Rows(PairedEmbeddings):
     """The rows that this rank answers for, and all ranks' beside them."""
 
-    ranks: Ranks
+    ranks: BatchLayout
     columns: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, embeddings: PairedEmbeddings, ranks: Ranks) -> _Rows:
+    def of(cls, embeddings: PairedEmbeddings, ranks: BatchLayout) -> _Rows:
         rows = cls(*embeddings)
-        image, text = ranks.columns(torch.cat(embeddings[:2], -1)).chunk(2, -1)
+        image, text = ranks.gather_columns(torch.cat(embeddings[:2], -1)).chunk(2, -1)
         rows.ranks, rows.columns = ranks, (image, text)
         return rows
 
@@ -103,7 +103,7 @@ def info_nce(
         TypeError: An argument is not a floating-point tensor.
         ValueError: Shapes that do not fit, an empty batch, or `gather` is none of the three.
     """
-    across = Across(gather, group)
+    across = GatherMode(gather, group)
     with full_precision(image):
         embeddings = _normalised(_checked("info_nce", PairedEmbeddings(image, text, logit_scale)))
         spread, _, ranks = _spread(embeddings, None, across)
@@ -182,8 +182,8 @@ def _prepare(student: Any, teacher: Any) -> tuple[PairedEmbeddings, PairedEmbedd
     )
 
 
-def _spread(student: Any, teacher: Any, across: Across) -> tuple[Any, Any, Ranks | None]:
-    """Prepared embeddings with those of other ranks; for a loss by rows, its `Ranks`."""
+def _spread(student: Any, teacher: Any, across: GatherMode) -> tuple[Any, Any, BatchLayout | None]:
+    """Prepared embeddings with those of other ranks; for a loss by rows, its `BatchLayout`."""
     ranks = across.ranks(student.image)
     if ranks is None:
         return student, teacher, None
@@ -192,8 +192,8 @@ def _spread(student: Any, teacher: Any, across: Across) -> tuple[Any, Any, Ranks
     return *joined, (ranks if across.gather == "rows" else None)  # type: ignore[return-value]
 
 
-def _joined(embeddings: PairedEmbeddings, ranks: Ranks) -> PairedEmbeddings:
-    image, text = ranks.whole(torch.cat(embeddings[:2], -1)).chunk(2, -1)
+def _joined(embeddings: PairedEmbeddings, ranks: BatchLayout) -> PairedEmbeddings:
+    image, text = ranks.gather_replicated(torch.cat(embeddings[:2], -1)).chunk(2, -1)
     return PairedEmbeddings(image, text, embeddings.logit_scale)
 
 
@@ -283,7 +283,7 @@ def _info_nce_gradients(embeddings: PairedEmbeddings) -> tuple[Tensor, Tensor]:
     first = 0
     if isinstance(embeddings, _Rows):
         first = embeddings.ranks.first
-        both = embeddings.ranks.columns(torch.stack([over_texts, over_images], -1))
+        both = embeddings.ranks.gather_columns(torch.stack([over_texts, over_images], -1))
         over_texts, over_images = both.unbind(-1)
     factor = embeddings.logit_scale / (2 * len(images))
 

@@ -13,29 +13,16 @@ import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from wmateacher.losses.gathering import Across, Gather, Ranks
+from wmateacher.losses.gathering import BatchLayout, Gather, GatherMode
 from wmateacher.losses.numerics import full_precision
 from wmateacher.spec import Call, nearest, parse_call, parse_sum
 
 LossT = TypeVar("LossT", bound=Callable[..., Any])
-
-
-class LossOutput(NamedTuple):
-    """What a criterion returns.
-
-    Attributes:
-        total: 0-d, the weighted sum; carries the student's gradient.
-        terms: Name -> the term *before* its coefficient, 0-d and detached: for logging, without a
-            device sync.
-    """
-
-    total: Tensor
-    terms: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,13 +34,13 @@ class Family:
         takes: What student and teacher must be, in words.
         prepare: (student, teacher) -> both, checked, in float32 or float64, ready for every term.
         spread: (student, teacher, across) -> both with what other ranks hold, and where the terms are
-            then means over this rank's rows only, its `Ranks`. None: batches are never joined.
+            then means over this rank's rows only, its `BatchLayout`. None: batches are never joined.
     """
 
     name: str
     takes: str
     prepare: Callable[[Any, Any], tuple[Any, Any]]
-    spread: Callable[[Any, Any, Across], tuple[Any, Any, Ranks | None]] | None = None
+    spread: Callable[[Any, Any, GatherMode], tuple[Any, Any, BatchLayout | None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +58,7 @@ def add_family(
     name: str,
     takes: str,
     prepare: Callable[[Any, Any], tuple[Any, Any]],
-    spread: Callable[[Any, Any, Across], tuple[Any, Any, Ranks | None]] | None = None,
+    spread: Callable[[Any, Any, GatherMode], tuple[Any, Any, BatchLayout | None]] | None = None,
 ) -> None:
     """Make a family known, so that losses can be registered in it."""
     _FAMILIES[name] = Family(name, takes, prepare, spread)
@@ -86,7 +73,7 @@ def register(
         >>> @register("largest", family="logits", override=True)
         ... def largest(student, teacher):
         ...     return (student.amax(1) - teacher.amax(1)).square().mean()
-        >>> build("2*largest")(torch.zeros(2, 3), torch.ones(2, 3)).total.item()
+        >>> build("2*largest")(torch.zeros(2, 3), torch.ones(2, 3)).item()
         2.0
 
     It decorates a function `(student, teacher, *, parameters) -> 0-d tensor`, or an `nn.Module` class
@@ -149,9 +136,11 @@ def build(
 
     Example:
         >>> criterion = build("kl + 0.5*mse(logits)")
-        >>> output = criterion(torch.zeros(2, 3), torch.zeros(2, 3))
-        >>> output.total.item(), sorted(output.terms)
-        (0.0, ['kl', 'mse'])
+        >>> criterion(torch.zeros(2, 3), torch.zeros(2, 3)).item()
+        0.0
+        >>> loss, terms = criterion(torch.zeros(2, 3), torch.ones(2, 3), return_terms=True)
+        >>> sorted(terms)
+        ['kl', 'mse']
 
     Args:
         spec: "3.90625*fd + crd + temperature_kl(2.0)", or a mapping of term to coefficient such as
@@ -170,7 +159,7 @@ def build(
     """
     if isinstance(spec, Criterion):
         return spec
-    across = Across(gather, group)
+    across = GatherMode(gather, group)
     if isinstance(spec, Mapping):
         return Criterion(((coefficient, parse_call(term)) for term, coefficient in spec.items()), across)
     if isinstance(spec, str):
@@ -197,7 +186,7 @@ class Criterion(nn.Module):
         across: Which processes' batches it takes as one.
     """
 
-    def __init__(self, terms: Iterable[tuple[float, Call]], across: Across | None = None) -> None:
+    def __init__(self, terms: Iterable[tuple[float, Call]], across: GatherMode | None = None) -> None:
         """Build the terms.
 
         Args:
@@ -209,7 +198,7 @@ class Criterion(nn.Module):
             ValueError: As in `build`.
         """
         super().__init__()
-        self.across = across or Across()
+        self.across = across or GatherMode()
         self.coefficients: dict[str, float] = {}
         self.family: str | None = None
         self._calls: dict[str, Call] = {}
@@ -231,7 +220,7 @@ class Criterion(nn.Module):
             self._calls[call.name] = call
             families[call.name] = entry.family
             modules[call.name] = call.build(entry.factory)
-            if isinstance(getattr(modules[call.name], "across", None), Across):
+            if isinstance(getattr(modules[call.name], "across", None), GatherMode):
                 vars(modules[call.name])["across"] = self.across
         if not modules:
             raise ValueError("a criterion needs at least one term, got none; write such as 'fd + crd'")
@@ -255,21 +244,38 @@ class Criterion(nn.Module):
         """The spec, shown in the module's repr."""
         return self.spec
 
-    def forward(self, student: Any, teacher: Any) -> LossOutput:
-        """Compute the weighted sum and its terms.
+    @overload
+    def __call__(self, student: Any, teacher: Any, *, return_terms: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, student: Any, teacher: Any, *, return_terms: Literal[True]
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call `forward`; declared for type checkers, which cannot see through `nn.Module.__call__`."""
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self, student: Any, teacher: Any, *, return_terms: bool = False
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Compute the weighted sum of the terms.
 
         Args:
             student: The student's output, of the kind that the family takes.
-            teacher: The teacher's output; gets no gradient.
+            teacher: The teacher's output, which receives no gradient.
+            return_terms: Also return the value of each term, for logging.
 
         Returns:
-            The total with the student's gradient, and the unweighted, detached terms.
+            The loss, a 0-d tensor with the student's gradient. With `return_terms`, the pair of the
+            loss and a dictionary from name to term: 0-d, detached, *before* its coefficient, and
+            still on the device.
 
         Raises:
             TypeError: An input is not what the family takes, or a registered function does not return
                 a tensor.
-            ValueError: Shapes that do not fit, an empty batch, or a registered function returns more
-                than one number.
+            ValueError: Shapes that do not match, an empty batch, or a registered function that returns
+                more than one number.
         """
         teacher = _detach(teacher)
         values: dict[str, Tensor] = {}
@@ -284,9 +290,11 @@ class Criterion(nn.Module):
                 values |= dict(zip(parts, whole, strict=True))
             weighted = [self.coefficients[name] * value for name, value in values.items()]
             total = torch.stack(weighted).sum()
-        return LossOutput(total, {name: value.detach() for name, value in values.items()})
+        if not return_terms:
+            return total
+        return total, {name: value.detach() for name, value in values.items()}
 
-    def _prepare(self, student: Any, teacher: Any) -> tuple[tuple[Any, Any], Ranks | None]:
+    def _prepare(self, student: Any, teacher: Any) -> tuple[tuple[Any, Any], BatchLayout | None]:
         if self.family is None:
             return (student, teacher), None
         family = _FAMILIES[self.family]
@@ -378,7 +386,7 @@ def _one_family(families: Mapping[str, Family | None]) -> Family | None:
         )
         raise ValueError(
             f"these losses take different inputs: {who}. Build one criterion for each family and add "
-            "their totals"
+            "the losses"
         )
     return next(iter(found.values()), None)
 

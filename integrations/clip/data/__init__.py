@@ -1,0 +1,1 @@
+"""Image-text data for CLIP: drawn digits, class folders, captions, shards, ImageNet and its shifts."""

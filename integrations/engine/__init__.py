@@ -1,0 +1,1 @@
+"""The training loop, its checkpoints and results: nothing here knows images or a teacher's mathematics."""

@@ -1,0 +1,1 @@
+"""Images, networks for them, and their evaluation: what the vision tasks share."""

@@ -1,0 +1,173 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wmateacher.integrations.clip import recipes
+from wmateacher.integrations.clip.data import imagenet
+from wmateacher.integrations.clip.experiment import Experiment
+from wmateacher.integrations.clip.methods import METHODS
+from wmateacher.integrations.vision import digits
+from wmateacher.integrations.vision.digits import Split
+
+
+def test_data_larger_than_the_bundled_is_pretrained_on_for_longer():
+    recipe = recipes.get("digits")
+    assert recipe.with_data("digits") == recipe
+    assert recipe.with_data("mnist").data == "mnist"
+    assert recipe.with_data("mnist").pretrain.steps == 3000
+    assert recipe.with_data("mnist").finetune == recipe.finetune
+
+
+def test_other_steps_shorten_the_warm_up_in_proportion():
+    recipe = recipes.DIGITS.with_pretraining(100).with_steps(20)
+    assert (recipe.pretrain.steps, recipe.pretrain.warmup) == (100, 10)
+    assert (recipe.finetune.steps, recipe.finetune.warmup) == (20, 2)
+    assert recipes.DIGITS.with_pretraining(None).with_steps(None) == recipes.get("digits")
+
+
+def test_the_toy_experiment_is_the_papers():
+    recipe = recipes.get("colored-mnist")
+    epochs = recipe.finetune.steps * recipe.finetune.batch_size / recipe.train_images
+    assert epochs == pytest.approx(10)
+    assert recipe.pretrain.steps == recipe.finetune.steps
+    assert recipe.finetune.freeze_text
+    static, wma = recipe.method("static-sd"), recipe.method("tracer")
+    assert replace(static, name="", summary="", kernel="static") == replace(
+        wma, name="", summary="", kernel="static"
+    )
+    assert wma.kernel == "beta(0.5,0.5)"
+
+
+def test_toy_colours_multiply_normalised_pixels():
+    """Channel factors .8/.2/.2 on pixels normalised with MNIST's mean and deviation."""
+    grey = torch.rand(64, 1, 28, 28)
+    narrow = replace(recipes.get("colored-mnist").narrow, agreement=1.0)
+    drawn = narrow.draw(Split(grey, torch.zeros(64, dtype=torch.int64)), 28, torch.Generator())
+    mean, std = 0.1307, 0.3081
+    factors = torch.tensor([0.8, 0.2, 0.2])[None, :, None, None]
+    torch.testing.assert_close((drawn - mean) / std, (grey - mean) / std * factors, rtol=1e-4, atol=1e-5)
+
+
+# --- the paper's main experiment ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "rate", "decay", "batch", "steps", "fd", "distill_weight", "c_f"),
+    [
+        ("imagenet-vit-b-16", "ViT-B-16-quickgelu", 1e-5, 0.1, 512, 25_030, 2000 / 512, 0.9, 0.05),
+        ("imagenet-vit-l-14", "ViT-L-14-quickgelu", 1e-5, 0.1, 224, 57_200, 2000 / 768, 0.9, 0.05),
+        ("imagenet-rn50", "RN50-quickgelu", 9e-6, 0.02, 512, 25_030, 200 / 1024, 0.01, 0.01),
+    ],
+)
+def test_the_imagenet_recipes_are_the_published_ones(
+    name, model, rate, decay, batch, steps, fd, distill_weight, c_f
+):
+    recipe = recipes.get(name)
+    s = recipe.finetune
+    assert (recipe.model, recipe.pretrained, recipe.epochs) == (model, "openai", 10)
+    assert (s.learning_rate, s.weight_decay, s.batch_size, s.steps) == (rate, decay, batch, steps)
+    assert (s.warmup, s.precision, s.clip_norm) == (500, "bf16", None)
+    assert recipe.on(1_281_167).finetune == s
+    assert recipe.on(1_281_167).evaluate_every == steps // 10
+    assert [s.learning_rate_at(step) for step in (0, 499, 500)] == pytest.approx([rate / 500, rate, rate])
+    last = rate / 2 * (1 + math.cos(math.pi * (steps - 501) / (steps - 500)))
+    assert s.learning_rate_at(steps - 1) == pytest.approx(last)
+    assert recipe.scale == (0.9, 1.0)
+    assert len(recipe.templates) == 80
+    assert recipe.tests == ("imagenet", *imagenet.SHIFTS)
+    tracer = recipe.method("tracer")
+    assert tracer.distillation == f"{fd!r}*fd + crd + icl + cross_kd"
+    assert (tracer.kernel, tracer.update_every, tracer.orthogonality) == ("beta(0.5,0.5)", 1, 0.0)
+    assert (tracer.distill_weight, tracer.cross_frobenius) == (distill_weight, c_f)
+    ema, carot, flyp, ft = (recipe.method(m) for m in ("ema", "carot", "flyp", "ft"))
+    same = {"name": "", "summary": "", "kernel": "static", "orthogonality": 0.0}
+    assert replace(ema, **same) == replace(tracer, **same)
+    assert (ema.orthogonality, carot.orthogonality, carot.distill_weight) == (0.2, 0.2, 1.5)
+    assert (carot.cross_frobenius, carot.update_every, carot.distillation) == (c_f, 500, "paired_ce")
+    assert flyp.settings() == {"name": "flyp"}
+    assert ft.rate * 1e-5 == pytest.approx(3e-5)
+    assert ft.clip_norm == 1.0
+    assert set(recipe.methods) == set(METHODS)
+
+
+def test_other_pairs_make_other_steps():
+    recipe = recipes.get("imagenet-vit-b-16")
+    with pytest.raises(
+        ValueError, match=r"got 500 of 100 steps \(5,000 pairs in batches of 512\): pass --set fine"
+    ):
+        recipe.on(5_000)
+    assert recipe.on(500_000).finetune.warmup == 500
+    recipe = recipe.changed("finetune.warmup=9")
+    other = recipe.on(5_000)
+    assert (other.finetune.steps, other.finetune.warmup, other.evaluate_every) == (100, 9, 10)
+    assert recipe.changed("evaluate_every=7").on(5_000).evaluate_every == 7
+    assert recipe.changed("epochs=1").on(5_000).finetune.steps == 10
+    for fixed in (recipe.changed("finetune.steps=77"), recipe.with_steps(77)):
+        assert fixed.on(5_000).finetune.steps == 77
+        assert fixed.on(5_000).evaluate_every == 10
+    assert recipe.with_steps(None) == recipe
+    assert recipes.get("imagenet-vit-b-16").with_steps(2503).on(5_000).finetune.warmup == 50
+    assert recipe.changed("finetune.batch_size=256").on(1_281_167).finetune.steps == 10 * 5005
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("epochs=0", "epochs must be at least 1, got 0"),
+        ("tests=('imagenet-v3',)", "unknown data set 'imagenet-v3' in tests; did you mean 'imagenet-v2'"),
+        ("tests=()", "tests must have at least one data set: the first is in-distribution"),
+        (
+            "templates=('a photo',)",
+            r"templates must be captions with one {} for the class, got \['a photo'\]",
+        ),
+        ("scale=(0.9,)", r"scale must be two shares of an image such as \(0.9, 1.0\), got \(0.9,\)"),
+        ("templates=('a {} {place}',)", r"templates must be captions with one {} for the class, got"),
+        ("published=vit-b", "unknown published 'vit-b'; did you mean 'vit-b-16'"),
+        ("evaluation_batch=0", "evaluation_batch must be at least 1, got 0"),
+        ("finetune.clip_norm=-1", "clip_norm must be above 0, or None for no clipping, got -1.0"),
+        ("methods.ft.clip_norm=0", "clip_norm must be above 0, or None for no clipping, got 0"),
+        ("methods.tracer.kernel=betta(0.5,0.5)", "unknown kernel 'betta'; did you mean 'beta'"),
+        ("flip=2", "flip must be a probability, got 2.0"),
+        ("evaluate_every=-1", "evaluate_every must be at least 0, got -1: 0 is at the end only"),
+        ("methods.tracer.kernel=None", "kernel=None and distillation=.*: give both or neither"),
+        ("finetune.precision=fp8", "finetune.precision must be 'fp32' or 'bf16' or 'fp16', got 'fp8'"),
+    ],
+)
+def test_bad_values_of_photo_recipes(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        recipes.get("imagenet-vit-b-16").changed(assignment)
+
+
+def test_unknown_names_list_what_there_is():
+    with pytest.raises(ValueError, match="unknown recipe 'mnist-colored'; did you mean 'colored-mnist'"):
+        recipes.get("mnist-colored")
+    with pytest.raises(ValueError, match="unknown method 'ema'; .*available: flyp, l2-sp, static-sd"):
+        recipes.get("colored-mnist").method("ema")
+
+
+def test_without_names_a_recipe_runs_its_short_list_and_all_runs_everything():
+    recipe = recipes.get("digits")
+    assert recipe.chosen(()) == list(recipe.default)
+    assert recipe.chosen(("all",)) == list(recipe.methods)
+    assert recipe.chosen(("flyp", "arf")) == ["flyp", "arf"]
+    toy = recipes.get("colored-mnist")
+    assert toy.chosen(()) == list(toy.methods)
+    with pytest.raises(ValueError, match="unknown method 'flip'; did you mean 'flyp'"):
+        recipe.chosen(("flip",))
+
+
+def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):
+    recipe = replace(recipes.DIGITS.with_pretraining(4).with_steps(4), model="tiny-vit-16")
+    experiment = Experiment(recipe, tmp_path / "out", cache=tmp_path / "cache", progress=False)
+    experiment.pretrain()
+    for seed in (0, 1):
+        experiment.run("zero-shot", seed)
+        experiment.run("tracer", seed)
+    gaps = [experiment.gap_file("tracer", seed).read_text() for seed in (0, 1)]
+    assert gaps[0] != gaps[1]
+    assert experiment.results["methods"]["zero-shot"]["std"]["id"] == 0
+    once, again = (experiment.evaluate(experiment.towers) for _ in "ab")
+    assert set(once) == {"id", *digits.SHIFTS}
+    assert once == again
