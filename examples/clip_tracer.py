@@ -17,12 +17,12 @@ from typing import Any
 
 import tyro
 
+from wmateacher.checks import nearest
 from wmateacher.integrations.clip import ablations, plan, plots, recipes
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.paper import compare
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
 from wmateacher.integrations.engine import console, processes, tracking
-from wmateacher.spec import nearest
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from wmateacher import WMATeacher, losses
 from wmateacher.attachment import Attachment
+from wmateacher.checks import nearest
 from wmateacher.integrations import resuming
 from wmateacher.integrations.engine.loop import write_atomically
-from wmateacher.kernels import Kernel
+from wmateacher.kernels import KernelLike
 from wmateacher.losses import Criterion
-from wmateacher.spec import nearest
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -51,7 +50,7 @@ class TeacherCallback(TrainerCallback):
 
     def __init__(
         self,
-        kernel: str | Kernel | Callable[..., Any] = "beta(0.5,0.5)",
+        kernel: KernelLike = "beta(0.5,0.5)",
         total_steps: int | None = None,
         *,
         resume_from: str | Path | None = None,

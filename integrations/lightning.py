@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from wmateacher import WMATeacher, kernels
 from wmateacher.attachment import Attachment
+from wmateacher.checks import nearest
 from wmateacher.integrations import resuming
-from wmateacher.kernels import Kernel
-from wmateacher.spec import nearest
+from wmateacher.kernels import KernelLike
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -48,7 +48,7 @@ class TeacherCallback(Callback):
 
     def __init__(
         self,
-        kernel: str | Kernel | Callable[..., Any] = "beta(0.5,0.5)",
+        kernel: KernelLike = "beta(0.5,0.5)",
         total_steps: int | None = None,
         *,
         student: str | None = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from wmateacher import WMATeacher, pairing
-from wmateacher.kernels import Kernel
+from wmateacher.kernels import KernelLike
 
 
 class ModelWma(WMATeacher):
@@ -30,7 +29,7 @@ class ModelWma(WMATeacher):
     def __init__(
         self,
         model: nn.Module,
-        kernel: str | Kernel | Callable[..., Any] = "beta(0.5,0.5)",
+        kernel: KernelLike = "beta(0.5,0.5)",
         total_steps: int | None = None,
         *,
         device: torch.device | str | None = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wmateacher import cost, kernels, posthoc, theory
+from wmateacher import checks, cost, kernels, posthoc, theory
 from wmateacher.kernels import Array, Kernel
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -44,7 +44,7 @@ def _kernel(arguments: argparse.Namespace) -> None:
     built = [kernels.build(spec) for spec in arguments.kernels]
     if arguments.plot is not None:
         _refuse_existing(arguments.plot, arguments.force)
-    total = kernels.positive_int("--total-steps", arguments.total_steps)
+    total = checks.positive_int("--total-steps", arguments.total_steps)
     print(_table(built, total, arguments.lam))
     for kernel in built:
         print(f"\n{kernel}\n{terminal_plot(kernel.profile(total))}")

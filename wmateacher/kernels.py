@@ -12,7 +12,6 @@ takes `1 - r_j` of the new student. Density kernels derive it from a density ove
 from __future__ import annotations
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
@@ -23,7 +22,7 @@ import scipy.optimize
 import scipy.stats
 from numpy.typing import NDArray
 
-from wmateacher import spec
+from wmateacher import checks, spec
 
 Array = NDArray[np.float64]
 
@@ -63,7 +62,7 @@ class Kernel(ABC):
         Returns:
             float64 `[T + 1]`, summing to 1; entry 0 is the pretrained state `W^0`.
         """
-        total_steps = positive_int("total_steps", total_steps)
+        total_steps = checks.positive_int("total_steps", total_steps)
         return realised_weights(1.0 - self.retention(np.arange(total_steps + 1), total_steps))
 
     def summary(self, total_steps: int) -> Summary:
@@ -142,17 +141,6 @@ def realised_weights(omegas: Array) -> Array:
     return omegas * np.cumprod(kept[::-1])[::-1]
 
 
-def positive_int(argument: str, value: Any) -> int:
-    """`value` as an int of at least 1, or an error that names the argument."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
-    return number
-
-
 # --- registry ---------------------------------------------------------------------------------------
 
 Factory = Callable[..., Kernel]
@@ -198,7 +186,12 @@ def available() -> list[str]:
     return sorted(_FACTORIES)
 
 
-def build(kernel: str | Kernel | Callable[..., Any] | Any) -> Kernel:
+KernelLike = str | Kernel | Callable[..., Any]
+"""What `build` makes a kernel of, and every argument called `kernel` accepts: a string, a `Kernel`, a frozen
+`scipy.stats` distribution, or a callable density."""
+
+
+def build(kernel: KernelLike) -> Kernel:
     """Make a kernel of what a user may write.
 
     Example:
@@ -224,7 +217,7 @@ def build(kernel: str | Kernel | Callable[..., Any] | Any) -> Kernel:
             return ScipyDensity.from_call(call)
         if call.name not in _FACTORIES:
             raise ValueError(
-                f"unknown kernel {call.name!r}; {spec.nearest(call.name, _FACTORIES)}, "
+                f"unknown kernel {call.name!r}; {checks.nearest(call.name, _FACTORIES)}, "
                 "scipy.stats.NAME(...), or a callable density"
             )
         return call.build(_FACTORIES[call.name])
@@ -275,16 +268,6 @@ class Density(Kernel):
         return np.divide(earlier, mass, out=np.zeros_like(mass), where=mass > 0)[steps]
 
 
-def _number(kernel: str, argument: str, value: Any, ok: Callable[[float], bool], rule: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not (math.isfinite(number) and ok(number)):
-        raise ValueError(f"{kernel}: {argument} must be {rule}, got {value!r}")
-    return number
-
-
 def _set(obj: Any, **values: Any) -> None:
     for key, value in values.items():
         object.__setattr__(obj, key, value)
@@ -303,8 +286,8 @@ class Beta(Density):
 
     def __post_init__(self) -> None:
         rule = "a finite number above 0"
-        _set(self, a=_number("beta", "a", self.a, lambda x: x > 0, rule))
-        _set(self, b=_number("beta", "b", self.b, lambda x: x > 0, rule))
+        _set(self, a=checks.number("beta", "a", self.a, lambda x: x > 0, rule))
+        _set(self, b=checks.number("beta", "b", self.b, lambda x: x > 0, rule))
 
     def density(self, tau: Array) -> Array:  # noqa: D102
         return scipy.stats.beta.pdf(tau, self.a, self.b)
@@ -331,7 +314,7 @@ class Tail(Density):
 
     def __post_init__(self) -> None:
         rule = "a fraction of the run in (0, 1]"
-        _set(self, fraction=_number("tail", "fraction", self.fraction, lambda x: 0 < x <= 1, rule))
+        _set(self, fraction=checks.number("tail", "fraction", self.fraction, lambda x: 0 < x <= 1, rule))
 
     def density(self, tau: Array) -> Array:  # noqa: D102
         return (tau >= 1.0 - self.fraction).astype(np.float64)
@@ -358,7 +341,7 @@ class ScipyDensity(Density):
         name = call.name.removeprefix("scipy.stats.")
         known = {k for k, v in vars(scipy.stats).items() if isinstance(v, scipy.stats.rv_continuous)}
         if name not in known:
-            raise ValueError(f"unknown distribution {call.name!r}; {spec.nearest(name, known)}")
+            raise ValueError(f"unknown distribution {call.name!r}; {checks.nearest(name, known)}")
         try:
             return cls(getattr(scipy.stats, name)(*call.args, **call.kwargs))
         except TypeError as error:
@@ -439,7 +422,7 @@ class Power(Kernel):
     def __post_init__(self) -> None:
         limit = 1 / math.sqrt(12)
         rule = f"in (0, {limit:.4f}] (1/sqrt(12), which is the running mean)"
-        checked = _number("power", "sigma_rel", self.sigma_rel, lambda x: 0 < x <= limit, rule)
+        checked = checks.number("power", "sigma_rel", self.sigma_rel, lambda x: 0 < x <= limit, rule)
         _set(self, sigma_rel=checked)
 
     @property
@@ -495,7 +478,7 @@ class Ema(Kernel):
             return 0 <= x <= 1
 
         rule = "a retention in [0, 1] (0.999 keeps 99.9% of the average at every step)"
-        _set(self, decay=_number("ema", "decay", self.decay, share, rule))
+        _set(self, decay=checks.number("ema", "decay", self.decay, share, rule))
         if self.final_decay is None:
             if self.schedule is not None or self.warmup != 1.0:
                 raise ValueError(
@@ -503,14 +486,14 @@ class Ema(Kernel):
                     f"ema({self.decay},1.0,schedule={self.schedule or 'cosine'})"
                 )
             return
-        _set(self, final_decay=_number("ema", "final_decay", self.final_decay, share, rule))
+        _set(self, final_decay=checks.number("ema", "final_decay", self.final_decay, share, rule))
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(
                 f"ema: schedule must be linear or cosine where final_decay is given, got {self.schedule!r}; "
                 f"write ema({self.decay},{self.final_decay},schedule=cosine)"
             )
         rule = "a fraction of the run in (0, 1]"
-        warmup = _number("ema", "warmup", self.warmup, lambda x: 0 < x <= 1, rule)
+        warmup = checks.number("ema", "warmup", self.warmup, lambda x: 0 < x <= 1, rule)
         _set(self, warmup=warmup)
 
     @property

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmateacher.kernels import Array, Kernel, positive_int
-from wmateacher.spec import nearest
+from wmateacher.checks import nearest, positive_int
+from wmateacher.kernels import Array, Kernel
 
 _RULES = ("constant", "inverse_gamma", "ratio")
 

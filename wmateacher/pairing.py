@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import sharding, spec
+from wmateacher import checks, sharding
 
 Buffers = Literal["copy", "average", "keep"]
 Frozen = Literal["share", "copy"]
@@ -325,7 +325,7 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
         hits = fnmatch.filter(names, pattern)
         if not hits:
             raise ValueError(
-                f"exclude: pattern {pattern!r} matches no tensor; {spec.nearest(pattern, names)}"
+                f"exclude: pattern {pattern!r} matches no tensor; {checks.nearest(pattern, names)}"
             )
         matched.update(hits)
     return matched

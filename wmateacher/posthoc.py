@@ -14,9 +14,8 @@ whatever else a state dict holds) is the last input's.
 from __future__ import annotations
 
 import json
-import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from wmateacher import kernels, pairing
+from wmateacher.checks import increasing, positive_int
 from wmateacher.files import (
     METADATA,
     Checkpoint,
@@ -46,11 +46,9 @@ from wmateacher.files import (
     wide,
     write,
 )
-from wmateacher.kernels import Array, Kernel, positive_int
+from wmateacher.kernels import Array, KernelLike
 from wmateacher.schedule import Clock
 from wmateacher.teacher import WMATeacher
-
-AnyKernel = str | Kernel | Callable[..., Any]
 
 _FORMAT = 1
 
@@ -131,7 +129,7 @@ class Recorder:
         if not sigma_rels or len(set(sigma_rels)) < len(sigma_rels):
             raise ValueError(f"sigma_rels must be one or more different widths, got {sigma_rels!r}")
         self._every = None if every is None else positive_int("every", every)
-        self._steps = None if steps is None else _increasing("steps", steps)
+        self._steps = None if steps is None else increasing("steps", steps)
         self._check_plan(total_steps)
         self.folder = Path(folder)
         self.keep = keep
@@ -340,7 +338,7 @@ class Synthesis:
 
 def synthesise(
     snapshots: File | Sequence[File],
-    kernel: AnyKernel,
+    kernel: KernelLike,
     total_steps: int | None = None,
     *,
     step: int | None = None,
@@ -450,7 +448,7 @@ def solve(profiles: Array, target: Array, ridge: float = 0.0) -> Array:
 
 def average_checkpoints(
     checkpoints: Sequence[Checkpoint],
-    kernel: AnyKernel = "uniform",
+    kernel: KernelLike = "uniform",
     steps: Sequence[int] | None = None,
     total_steps: int | None = None,
     output: File | None = None,
@@ -486,7 +484,7 @@ def average_checkpoints(
 
 
 def checkpoint_weights(
-    kernel: AnyKernel, count: int, steps: Sequence[int] | None = None, total_steps: int | None = None
+    kernel: KernelLike, count: int, steps: Sequence[int] | None = None, total_steps: int | None = None
 ) -> Array:
     """What each of `count` checkpoints counts in `average_checkpoints`.
 
@@ -503,7 +501,7 @@ def checkpoint_weights(
                 f"total_steps={total_steps} needs the step of each checkpoint: pass steps=[...] too"
             )
         steps = range(count)
-    at = np.array(_increasing("steps", steps))
+    at = np.array(increasing("steps", steps))
     if len(at) != count:
         raise ValueError(f"steps must be one for each of the {count} checkpoints, got {len(at)}")
     total_steps = int(at[-1]) if total_steps is None else positive_int("total_steps", total_steps)
@@ -693,19 +691,6 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _is_writer() -> bool:
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
-
-
-def _increasing(argument: str, values: Sequence[int]) -> list[int]:
-    try:
-        numbers = [int(v) for v in values]
-        whole = all(n == v for n, v in zip(numbers, values, strict=True))
-    except (TypeError, ValueError):
-        numbers, whole = [], False
-    if not whole or not numbers or numbers[0] < 0 or not all(map(operator.lt, numbers, numbers[1:])):
-        raise ValueError(
-            f"{argument} must be rising whole numbers of optimizer steps, from 0 on, got {values!r}"
-        )
-    return numbers
 
 
 def _check_several(argument: str, values: Any, least: int) -> None:

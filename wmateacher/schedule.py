@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmateacher.kernels import Array, Kernel, positive_int, realised_weights
+from wmateacher.checks import positive_int
+from wmateacher.kernels import Array, Kernel, realised_weights
 
 
 class Clock:

@@ -7,9 +7,8 @@ numbers, and (for sums) `number * call + ...`. Nothing is ever evaluated.
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -80,14 +79,6 @@ def canonical(obj: Any, name: str) -> Call:
         else:
             kwargs[f.name] = value
     return Call(name, tuple(args), kwargs)
-
-
-def nearest(name: str, options: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the close ones first, then all if they are few."""
-    known = sorted(options)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    return hint + (f"available: {', '.join(known)}" if len(known) <= 50 else f"{len(known)} are available")
 
 
 def _usage(parameter: inspect.Parameter) -> str:

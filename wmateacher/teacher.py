@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from wmateacher import averaging, kernels, pairing, sharding, swapping
 from wmateacher.attachment import Attachment
 from wmateacher.averaging import Average
-from wmateacher.kernels import Array, Kernel
+from wmateacher.kernels import Array, Kernel, KernelLike
 from wmateacher.pairing import Binding
 from wmateacher.schedule import Clock
 
@@ -60,7 +60,7 @@ class WMATeacher(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        kernel: str | Kernel | Callable[..., Any] = "beta(0.5,0.5)",
+        kernel: KernelLike = "beta(0.5,0.5)",
         total_steps: int | None = None,
         *,
         update_every: int = 1,

@@ -32,7 +32,6 @@ What the algebra does not say, though it is easily read into it:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,10 +39,8 @@ from typing import Any
 import numpy as np
 
 from wmateacher import kernels
-from wmateacher.kernels import Array, Kernel
+from wmateacher.kernels import Array, Kernel, KernelLike
 from wmateacher.schedule import Clock
-
-AnyKernel = str | Kernel | Callable[..., Any]
 
 # Singular values up to this share of the largest count as 0.
 _RANK = 1e-10
@@ -184,7 +181,7 @@ class Distillation:
 
 
 def distil(
-    world: LinearWorld, kernel: AnyKernel, total_steps: int, lam: float, update_every: int = 1
+    world: LinearWorld, kernel: KernelLike, total_steps: int, lam: float, update_every: int = 1
 ) -> Distillation:
     r"""Distil from a weighted average, solving each step exactly.
 
@@ -249,7 +246,7 @@ class Prediction:
         )
 
 
-def predict(kernel: AnyKernel, total_steps: int, lam: float = 0.9, update_every: int = 1) -> Prediction:
+def predict(kernel: KernelLike, total_steps: int, lam: float = 0.9, update_every: int = 1) -> Prediction:
     r"""What a kernel leaves of the start's bias in the linear world, before any training.
 
     The teacher's share is $e_T = \prod_t (1 - \omega_t / (1 + \lambda))$, the student's
@@ -283,7 +280,7 @@ def predict(kernel: AnyKernel, total_steps: int, lam: float = 0.9, update_every:
     )
 
 
-def persistence_bound(kernel: AnyKernel, total_steps: int, update_every: int = 1) -> float:
+def persistence_bound(kernel: KernelLike, total_steps: int, update_every: int = 1) -> float:
     r"""The least share of the way gone that a teacher stays behind: $w_{0|T}$.
 
     If no state lies beyond the last along the way gone, $\langle W^T - W^k, W^T - W^0 \rangle \ge 0$ for

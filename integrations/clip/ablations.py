@@ -8,12 +8,13 @@ from pathlib import Path
 
 from scipy.stats import spearmanr
 
+from wmateacher.checks import nearest
 from wmateacher.integrations.clip import clocks
 from wmateacher.integrations.clip.methods import Merge, Method
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.tables import Results
 from wmateacher.posthoc import checkpoint_weights
-from wmateacher.spec import nearest, parse_sum
+from wmateacher.spec import parse_sum
 
 Published = tuple[float | None, float, float]
 """ImageNet, mean of the shifts, their ECE: ViT-B/16, three seeds."""

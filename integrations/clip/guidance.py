@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from wmateacher.checks import nearest
 from wmateacher.integrations.clip.heads import Prompts
 from wmateacher.integrations.clip.model import Towers
 from wmateacher.integrations.engine.sampling import generator
-from wmateacher.spec import nearest, parse_call
+from wmateacher.spec import parse_call
 
 Guide = Callable[[int], Tensor]
 """The step with this index -> the features of its texts, `[M, d]`, of length 1."""

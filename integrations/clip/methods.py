@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from wmateacher import kernels, losses
+from wmateacher import checks, kernels, losses
+from wmateacher.checks import nearest
 from wmateacher.integrations.clip import clocks
 from wmateacher.integrations.clip.guidance import check as check_guidance
-from wmateacher.spec import nearest
 
 
 def tracer_terms(width: int, elementwise: float = 2000.0) -> str:
@@ -129,7 +129,7 @@ class Method:
             raise ValueError(
                 f"unknown clock {self.clock!r}; {nearest(self.clock, ('steps', 'once', 'published'))}"
             )
-        kernels.positive_int("update_every", self.update_every)
+        checks.positive_int("update_every", self.update_every)
         check_clip_norm(self.clip_norm)
         if self.kernel is not None:
             kernels.build(self.kernel)

@@ -13,8 +13,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from wmateacher.checks import nearest
 from wmateacher.losses import PairedEmbeddings
-from wmateacher.spec import nearest
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 

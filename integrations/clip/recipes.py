@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
+from wmateacher.checks import nearest
 from wmateacher.integrations.clip.data import imagenet
 from wmateacher.integrations.clip.data.photos import Sampling
 from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
@@ -15,7 +16,6 @@ from wmateacher.integrations.engine import overrides
 from wmateacher.integrations.engine.sampling import steps_per_epoch
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
-from wmateacher.spec import nearest
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
-from wmateacher.spec import nearest
+from wmateacher.checks import nearest
 
 ConfigT = TypeVar("ConfigT")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from wmateacher.distributed import gather_rows, row_counts, world_size
+from wmateacher.collectives import gather_rows, row_counts, world_size
 
 ValueT = TypeVar("ValueT")
 

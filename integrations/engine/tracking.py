@@ -13,8 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from wmateacher.checks import nearest
 from wmateacher.integrations.engine import processes
-from wmateacher.spec import nearest
 
 Tool = Literal["tensorboard", "wandb"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wmateacher.spec import nearest
+from wmateacher.checks import nearest
 
 CONSISTENCIES = ("mse", "kl", "pseudo")
 

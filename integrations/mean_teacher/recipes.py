@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from wmateacher.checks import nearest
 from wmateacher.integrations.mean_teacher.methods import METHODS, Method
 from wmateacher.integrations.mean_teacher.training import Settings
 from wmateacher.integrations.vision.images import SOURCES
-from wmateacher.spec import nearest
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import Any
 import timm
 from torch import nn
 
-from wmateacher.spec import nearest, parse_call
+from wmateacher.checks import nearest
+from wmateacher.spec import parse_call
 
 
 def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wmateacher.spec import nearest
+from wmateacher.checks import nearest
 
 Colour = tuple[float, float, float]
 Range = tuple[float, float]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
+from wmateacher.checks import nearest
 from wmateacher.integrations.engine import processes, signals
 from wmateacher.integrations.engine.sampling import Epochs, mix
 from wmateacher.integrations.vision import digits
-from wmateacher.spec import nearest
 
 SOURCES = (*digits.SOURCES, "cifar10")
 

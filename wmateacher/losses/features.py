@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from wmateacher.losses import checks
+from wmateacher import checks
 from wmateacher.losses.numerics import upcast
 from wmateacher.losses.registry import add_family, register
 

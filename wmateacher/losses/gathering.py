@@ -21,7 +21,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from wmateacher.distributed import gather_rows, row_counts, world_size
+from wmateacher.collectives import gather_rows, row_counts, world_size
 
 Gather = Literal["full", "rows", "off"]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wmateacher.losses import checks
+from wmateacher import checks
+from wmateacher.checks import nearest
 from wmateacher.losses.gathering import GatherMode
 from wmateacher.losses.numerics import (
     cross_entropy,
@@ -22,7 +23,6 @@ from wmateacher.losses.numerics import (
     upcast,
 )
 from wmateacher.losses.registry import add_family, register
-from wmateacher.spec import nearest
 
 _TAKES = "a tensor of logits [..., C]"
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wmateacher.losses import checks
+from wmateacher import checks
 from wmateacher.losses.gathering import BatchLayout, Gather, GatherMode
 from wmateacher.losses.numerics import (
     diagonal_cross_entropy,

@@ -18,9 +18,10 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from wmateacher.checks import nearest
 from wmateacher.losses.gathering import BatchLayout, Gather, GatherMode
 from wmateacher.losses.numerics import full_precision
-from wmateacher.spec import Call, nearest, parse_call, parse_sum
+from wmateacher.spec import Call, parse_call, parse_sum
 
 LossT = TypeVar("LossT", bound=Callable[..., Any])
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from wmateacher.spec import nearest
+from wmateacher.checks import nearest
 
 CLASSES: tuple[str, ...] = tuple(open_clip.IMAGENET_CLASSNAMES)
 """OpenAI's names of the 1,000 classes."""

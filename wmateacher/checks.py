@@ -1,0 +1,222 @@
+"""Argument checks: each returns the value, or raises an error that names argument, value and fix."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+
+_FIX_SHAPES = "give both the same inputs, and project one where only the widths differ"
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return the end of an error message about an unknown name: close matches, then all if they are few."""
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    return hint + (f"available: {', '.join(known)}" if len(known) <= 50 else f"{len(known)} are available")
+
+
+def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
+    """Return `registry[name]`.
+
+    Args:
+        kind: What the registry holds, for the error: "kernel", "loss", "recipe".
+        name: The name to look up.
+        registry: Everything that there is, by name.
+
+    Raises:
+        ValueError: The name is unknown; the message lists the nearest ones.
+    """
+    if name not in registry:
+        raise ValueError(f"unknown {kind} {name!r}; {nearest(str(name), registry)}")
+    return registry[name]
+
+
+def one_of(kind: str, value: T, options: Iterable[str]) -> T:
+    """Return `value` if it is one of a few strings.
+
+    Raises:
+        ValueError: It is not; the message lists the nearest ones.
+    """
+    options = tuple(options)
+    if value not in options:
+        raise ValueError(f"unknown {kind} {value!r}; {nearest(str(value), options)}")
+    return value
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def positive_int(argument: str, value: Any) -> int:
+    """Return `value` as an int of at least 1.
+
+    Raises:
+        ValueError: It is not a whole number, or less than 1.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1 or isinstance(value, bool):
+        raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
+    return number
+
+
+def number(owner: str, argument: str, value: Any, ok: Callable[[float], bool], rule: str) -> float:
+    """Return `value` as a finite float that satisfies `ok`.
+
+    Args:
+        owner: Whose argument it is, such as "beta"; begins the error.
+        argument: The argument's name.
+        value: What the user passed.
+        ok: The condition.
+        rule: The condition in words: "beta: a must be {rule}, got ...".
+
+    Raises:
+        ValueError: It is not a number, not finite, or does not satisfy `ok`.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not (math.isfinite(found) and ok(found)):
+        raise ValueError(f"{owner}: {argument} must be {rule}, got {value!r}")
+    return found
+
+
+def increasing(argument: str, values: Sequence[int]) -> list[int]:
+    """Return optimizer steps as a list of ints.
+
+    Raises:
+        ValueError: They are not rising whole numbers from 0 on, or there are none.
+    """
+    try:
+        numbers = [int(v) for v in values]
+        whole = all(n == v for n, v in zip(numbers, values, strict=True))
+    except (TypeError, ValueError):
+        numbers, whole = [], False
+    if not whole or not numbers or numbers[0] < 0 or not all(map(operator.lt, numbers, numbers[1:])):
+        raise ValueError(
+            f"{argument} must be rising whole numbers of optimizer steps, from 0 on, got {values!r}"
+        )
+    return numbers
+
+
+def positive(loss: str, argument: str, value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: It is not a finite number above 0.
+    """
+    if _is_number(value) and math.isfinite(value) and value > 0:
+        return float(value)
+    raise ValueError(f"{loss}: {argument} must be a finite number > 0, got {value!r}")
+
+
+def fraction(loss: str, argument: str, value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        ValueError: It is not in [0, 1).
+    """
+    if _is_number(value) and 0 <= value < 1:
+        return float(value)
+    raise ValueError(f"{loss}: {argument} must be a number in [0, 1), got {value!r}")
+
+
+def width(loss: str, argument: str, value: Any) -> int:
+    """`value` as an int.
+
+    Raises:
+        ValueError: It is not an integer of at least 1.
+    """
+    if isinstance(value, int | Integral) and not isinstance(value, bool) and int(value) >= 1:
+        return int(value)
+    raise ValueError(
+        f"{loss}: {argument} must be an integer >= 1, got {value!r}; "
+        f"give the size of the last dimension, as in {loss}(512)"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+def floating_tensor(who: str, value: Any, takes: str) -> Tensor:
+    """`value`, a floating-point tensor that is not empty.
+
+    Args:
+        who: The argument's name in the error, such as "student".
+        value: What the user passed.
+        takes: What the loss takes, in words.
+
+    Raises:
+        TypeError: Not a tensor, or not a floating-point one.
+        ValueError: A tensor without elements.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{who} must be {takes}, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{who} must be {takes}, of a floating-point dtype, got {value.dtype}; "
+            "class indices are targets for the task loss, not a teacher's output"
+        )
+    if value.numel() == 0:
+        raise ValueError(
+            f"{who} must have a batch of at least 1, got shape {list(value.shape)}; "
+            "skip the loss where a batch is empty"
+        )
+    return value
+
+
+def same_shape(loss: str, student: Tensor, teacher: Tensor) -> None:
+    """Refuse tensors of different shapes.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"{loss} needs student and teacher of equal shape, got student "
+            f"{list(student.shape)} and teacher {list(teacher.shape)}; {_FIX_SHAPES}"
+        )
+
+
+def same_batch(loss: str, student: Tensor, teacher: Tensor) -> None:
+    """Refuse tensors whose first dimensions differ.
+
+    Raises:
+        ValueError: The batch sizes differ.
+    """
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(
+            f"{loss} needs student and teacher of the same batch, got student "
+            f"{list(student.shape)} and teacher {list(teacher.shape)}; {_FIX_SHAPES}"
+        )
+
+
+def last_dimension(loss: str, argument: str, size: int, tensor: Tensor) -> None:
+    """Refuse a tensor whose last dimension is not the one that the loss was built for.
+
+    Raises:
+        ValueError: It is another.
+    """
+    if tensor.shape[-1] != size:
+        raise ValueError(
+            f"{loss} was built with {argument}={size}, got inputs of shape {list(tensor.shape)}; "
+            f"write {loss}({tensor.shape[-1]})"
+        )
