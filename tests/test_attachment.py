@@ -88,7 +88,7 @@ def test_one_of_several_optimizers_counts():
     student, first, teacher = start()
     second = torch.optim.Adam([student.bias])
     teacher.attach(first)
-    with pytest.raises(RuntimeError, match="already attached to SGD: of several .* remove\\(\\) the other"):
+    with pytest.raises(RuntimeError, match="already attached to SGD: if several .* remove\\(\\) the other"):
         teacher.attach(second)
     for _ in range(3):
         backward(student)
@@ -122,7 +122,7 @@ def test_removed_it_counts_no_more_and_update_is_the_callers_again():
 def test_attaching_to_the_wrong_thing():
     _, optimizer, teacher = start()
     with pytest.raises(
-        TypeError, match="must be a torch.optim.Optimizer, got list: of several .* name the one"
+        TypeError, match="must be a torch.optim.Optimizer, got list: if several .* attach the teacher to the one"
     ):
         teacher.attach([optimizer])
     other = torch.optim.SGD(nn.Linear(4, 3).parameters(), lr=0.1)

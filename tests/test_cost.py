@@ -33,7 +33,7 @@ def test_memory_and_checkpoint_are_what_a_teacher_holds(student, average):
     expected = cost(Model(sum(p.numel() for p in model.parameters())), student=student, average=average)
     teacher = WMATeacher(model, "uniform", dtype=average)
     held = sum(p.nbytes for p in teacher.module.parameters())
-    held += sum(t.nbytes for t in teacher._beside.values())
+    held += sum(t.nbytes for t in teacher._shadow._beside.values())
     assert held == expected.device
     state = [t for t in teacher.state_dict().values() if isinstance(t, torch.Tensor)]
     assert sum(t.nbytes for t in state) == expected.checkpoint

@@ -58,7 +58,7 @@ def test_a_restore_that_consumes_nothing_passes_unnoticed():
     teacher = WMATeacher(student(), "uniform")
     for state in ({}, student().state_dict(), {"_orig_mod.module.0.weight": torch.zeros(8, 4)}):
         for strict in (True, False):
-            with pytest.raises(ValueError, match="no teacher's state under '': it holds no clock"):
+            with pytest.raises(ValueError, match="no teacher state under the prefix '': it holds no clock"):
                 teacher.load_state_dict(state, strict=strict)
 
 

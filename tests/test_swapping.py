@@ -93,7 +93,7 @@ def test_what_is_refused_inside():
     other = WMATeacher(student, "uniform")
     step = teacher.step
     holder = nn.ModuleDict({"student": student, "teacher": other})
-    outside = r"inside swap\(\): .* Do it after the with block; the averaged weights are teacher.averaged"
+    outside = r"inside swap\(\): .* Do it after the with block; teacher.averaged_state_dict"
     for action, message in [
         (teacher.update, r"^update\(\) " + outside),
         (other.update, r"^update\(\) " + outside),
@@ -128,7 +128,7 @@ def test_training_on_inside_is_an_error_and_the_student_comes_back(how):
     student, teacher = trained()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     before = bits(student)
-    message = "parameters were written inside swap.* Train and load after the with"
+    message = "parameters were written inside swap.* train and load weights after the with"
 
     def train():
         student(torch.randn(8, 4)).sum().backward()

@@ -396,7 +396,7 @@ def test_a_refused_state_changes_nothing():
         (without, "another architecture: missing 'module.norm.bias'"),
         (reshaped, r"'module.norm.bias' has shape \(9,\) there and \(8,\) here"),
         (extra, "another architecture: unexpected 'module.tail.bias'"),
-        (newer, "has format 99, this version reads format 1"),
+        (newer, "has format 99, but this version reads format 1"),
         (WMATeacher(student, "uniform", 11).state_dict(), "total_steps=11, this teacher has total_steps=10"),
         (
             WMATeacher(student, "static", 10).state_dict(),

@@ -1,4 +1,4 @@
-"""Counting a step after each `optimizer.step()`, from the optimizer's own hook."""
+"""Counting optimizer steps from a hook of the optimizer, for `WMATeacher.attach`."""
 
 from __future__ import annotations
 
@@ -9,29 +9,38 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+__all__ = ["Attachment"]
+
 
 class Attachment:
-    """What `WMATeacher.attach` returns; also a context manager that removes itself at the end.
+    """The handle that `WMATeacher.attach` returns.
+
+    It is also a context manager, which stops counting at the end of its block.
 
     Attributes:
         optimizer: The optimizer whose steps count.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Iterable[Tensor], advance: Callable[[], None]):
-        """Have `advance` called after each step that the optimizer takes.
+        """Call `advance` after each step that the optimizer takes.
+
+        Args:
+            optimizer: The optimizer whose steps count.
+            parameters: The student's parameters.
+            advance: The function that counts a step.
 
         Raises:
-            TypeError: `optimizer` is not one optimizer.
-            ValueError: It trains none of `parameters`.
+            TypeError: If `optimizer` is not a single optimizer, or runs no hooks.
+            ValueError: If it trains none of `parameters`.
         """
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: of several "
-                "optimizers, name the one whose steps count"
+                f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: if "
+                "several optimizers train the student, attach the teacher to the one whose steps count"
             )
         inner = getattr(optimizer, "optimizer", None)
         if not _runs_hooks(optimizer) and isinstance(inner, Optimizer):
-            optimizer = inner  # Accelerate's, which steps it
+            optimizer = inner  # Accelerate wraps the optimizer without running its hooks
         if not _runs_hooks(optimizer):
             raise TypeError(
                 f"the steps of this {type(optimizer).__name__} cannot be counted: it wraps another optimizer "
@@ -49,11 +58,11 @@ class Attachment:
 
     @property
     def active(self) -> bool:
-        """Whether it still counts."""
+        """Whether steps are still counted."""
         return self._handle is not None
 
     def remove(self) -> None:
-        """Stop counting; `WMATeacher.update` is the caller's again."""
+        """Stop counting; from here on, call `WMATeacher.update` again."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -65,8 +74,8 @@ class Attachment:
         self.remove()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # Fused optimizers skip an overflowing step inside their kernel: only this tensor of the
-        # GradScaler's tells, so that reading it waits for the device. Others are not stepped at all.
+        # A GradScaler does not call step() on overflow, except for fused optimizers: these skip the step in
+        # their CUDA kernel, and only this tensor of the scaler tells. Reading it waits for the device.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is None or not overflow.item():
             self._advance()
@@ -74,3 +83,7 @@ class Attachment:
 
 def _runs_hooks(optimizer: Optimizer) -> bool:
     return getattr(type(optimizer).step, "hooked", False)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,16 +1,17 @@
-"""The only file that writes averaged tensors: `average <- average + omega (value - average)`.
+"""Averages of tensors and their update, `average <- average + omega (value - average)`.
 
-An average is held in one of three ways:
+No other module writes averaged tensors. An average is held in one of three ways:
 
 - *direct*: in the averaged module's own tensor;
-- *wide*: in a tensor of higher precision beside it, rounded into the module at each update;
-- *split*: in float32, its upper half being the module's own bfloat16 tensor (rounded to nearest) and
-  its lower half 16 bits beside it: float32's exact values for half of *wide*'s extra memory.
+- *wide*: in a tensor of higher precision beside it, which is rounded into the module at each update;
+- *split*: in float32, whose upper half is the module's own bfloat16 tensor (rounded to nearest) and whose
+  lower half is a 16-bit tensor beside it. The values are exactly float32's, for half the extra memory of
+  *wide*.
 
-An `Update` is prepared once for tensors that stay the same and applied at every snapshot. Values of
-another dtype or device go through a scratch that stays in the cache, many small tensors or a piece of a
-large one at a time: there is no temporary per tensor, and what runs in Python does not grow with the
-number of tensors.
+An `Update` is prepared once and applied at every snapshot, for as long as the tensors stay the same. Values
+of another dtype or device pass through a scratch buffer that fits in the cache, several small tensors or one
+piece of a large tensor at a time. There is no temporary per tensor, and the number of Python calls does not
+grow with the number of tensors.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Row = tuple[Tensor, ...]
+__all__ = ["Average", "Update", "copy_"]
 
-# What a CPU core keeps in its cache between a cast and its use; a GPU's is larger, its launches dearer.
+_Row = tuple[Tensor, ...]  # held, value and, where the average is rounded into the module, its own tensor
+
+# What a CPU core keeps in its cache between a cast and its use. A GPU has a larger cache and costlier launches.
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
 
 
 @dataclass(frozen=True)
 class Average:
-    """One tensor's average.
+    """The average of one tensor, and where it is held.
 
     Attributes:
-        own: The averaged module's tensor, in the dtype of its forward.
+        own: The averaged module's tensor, in the dtype of its forward pass.
         beside: None (direct), a tensor of higher precision (wide), or int16 (split).
     """
 
@@ -41,7 +44,7 @@ class Average:
 
     @classmethod
     def of(cls, value: Tensor, own: Tensor, *, split: bool = False) -> Average:
-        """Begin at `value`, averaging in its dtype, on the device of `own`."""
+        """Return an average that starts at `value` and has its dtype, on the device of `own`."""
         if own.dtype == value.dtype:
             average = cls(own)
         else:
@@ -51,24 +54,24 @@ class Average:
 
     @property
     def held(self) -> Tensor:
-        """The tensor beside the module's own, or that one where there is none."""
+        """The tensor beside the module's own, or the module's own if there is none."""
         return self.own.detach() if self.beside is None else self.beside
 
     @property
     def split(self) -> bool:
-        """Whether `held` is but the lower half of the average."""
+        """Whether `held` is only the lower half of the average."""
         return self.held.dtype == torch.int16
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """The average at full precision: the tensor that holds it, or a new one where it is split."""
+        """Return the average at full precision: the tensor that holds it, or a new one if it is split."""
         if not self.split:
             return self.held
         return self.own.view(torch.int16).int().mul_(2**16).add_(self.held).view(torch.float32)
 
     @torch.no_grad()
     def write(self, value: Tensor) -> None:
-        """Set the average, from any dtype and device."""
+        """Set the average to a value of any dtype and device."""
         if self.split:
             bits = value.to(self.own.device, torch.float32, copy=True).view(torch.int32)
             self.held.copy_(bits)
@@ -80,14 +83,14 @@ class Average:
 
 
 class Update:
-    """`average <- average + omega (value - average)`, prepared for tensors that stay the same."""
+    """The step `average <- average + omega (value - average)`, prepared for a fixed set of tensors."""
 
     def __init__(self, averages: Sequence[Average], values: Sequence[Tensor]):
-        """Sort the tensors into groups that are alike, cut them to size and lay out the scratch.
+        """Group the tensors by dtype and device, cut them into batches and lay out the scratch buffers.
 
         Args:
-            averages: Where the averages are held.
-            values: What they move towards, of the same shapes; any dtypes and devices.
+            averages: The averages to move.
+            values: The tensors to move them towards, of the same shapes and of any dtype and device.
         """
         groups: dict[tuple[object, ...], list[tuple[Average, Tensor]]] = {}
         for average, value in zip(averages, values, strict=True):
@@ -99,6 +102,7 @@ class Update:
     @torch.no_grad()
     def __call__(self, omega: float) -> None:
         """Move every average towards its value by the share `omega` in (0, 1]; 1 copies exactly."""
+        # The next batch is on its way from its device while this one moves.
         for i, step in enumerate(self._steps):
             if i == 0:
                 step.fetch()
@@ -114,15 +118,15 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 class _Step:
-    """A batch of averages: its values are fetched one step ahead, then it moves."""
+    """One batch of averages, which moves after its values have been fetched."""
 
-    def __init__(self, batch: list[Row], relay: Tensor | None, scratch: Tensor | None):
+    def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
         """Lay the batch out.
 
         Args:
-            batch: Held, value, and own where it is rounded into, all of one shape.
-            relay: Where values of another device arrive; None: they are here.
-            scratch: Where they are cast; None: they need no cast.
+            batch: The batch's rows.
+            relay: The buffer in which values from another device arrive; None if they are on this one.
+            scratch: The buffer in which values are cast; None if they need no cast.
         """
         columns = [list(column) for column in zip(*batch, strict=True)]
         self.held, self.values, self.own = columns[0], columns[1], columns[2] if len(columns) > 2 else []
@@ -131,7 +135,7 @@ class _Step:
         self.arrived: torch.Event | None = None
 
     def fetch(self) -> None:
-        """Start the transfer of values that live on another device."""
+        """Start the transfer of values from another device."""
         if self.here is not self.values:
             torch._foreach_copy_(self.here, self.values, non_blocking=True)
             if self.values[0].device.type != "cpu":
@@ -139,7 +143,7 @@ class _Step:
                 self.arrived.record()
 
     def move(self, omega: float) -> None:
-        """Cast the values, move the averages, round them into the module."""
+        """Cast the values, move the averages and round them into the module."""
         if self.arrived is not None:
             self.arrived.synchronize()
         if self.cast is not self.here:
@@ -149,9 +153,9 @@ class _Step:
 
 
 class _SplitStep(_Step):
-    """The same for averages that are split: joined in the scratch, moved there, and split again."""
+    """One batch of split averages, which are joined in the scratch buffer, moved there and split again."""
 
-    def __init__(self, batch: list[Row], relay: Tensor | None, scratch: Tensor | None):
+    def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
         assert scratch is not None
         numel = sum(row[0].numel() for row in batch)
         self.average, self.value = (half[:numel] for half in scratch.chunk(2))
@@ -159,27 +163,33 @@ class _SplitStep(_Step):
         self.upper = [own.view(torch.int16) for own in self.own]
         self.bits = self.average.view(torch.int32)
         self.bits_views = _views(self.bits, self.held)
-        self.lower = self.value.view(torch.int32)  # in the values' place, before they are cast
+        # The lower halves borrow the values' half of the scratch, before the values are cast into it.
+        self.lower = self.value.view(torch.int32)
         self.lower_views = _views(self.lower, self.held)
 
     def move(self, omega: float) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
+        # Join: float32's bits are the upper half times 2^16 plus the lower half as a signed number, because
+        # the upper half was rounded to nearest and lies above the average where the lower half is negative.
         _copy_(self.bits_views, self.upper)
         _copy_(self.lower_views, self.held)
         self.bits.mul_(2**16).add_(self.lower)
+        # Move. From here on the values take the place of the lower halves.
         _copy_(self.cast, self.here)
         _lerp_([self.average], [self.value], omega)
+        # Split: the copy to int16 keeps the lower 16 bits. It must come first, as rounding to the upper half
+        # overwrites the bits.
         _copy_(self.held, self.bits_views)
         _upper_half_(self.bits)
         _copy_(self.upper, self.bits_views)
 
 
 def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
-    """The steps for averages that are alike in everything but shape."""
+    """Return the steps for averages that differ only in shape."""
     average, value = group[0]
     held = average.held
-    rows: list[Row] = [
+    rows: list[_Row] = [
         (a.held, v) if a.beside is None else (a.held, v, a.own.detach()) for a, v in group if v.numel()
     ]
     elsewhere = value.device != held.device
@@ -193,7 +203,7 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
     batches = list(_batches(rows, room))
     room = max(sum(row[0].numel() for row in batch) for batch in batches)
     scratch = torch.empty(halves * room, dtype=dtype, device=held.device) if cast else None
-    # Two relays take turns: one is filled while the other is read.
+    # Two relays alternate: one is filled while the other is read.
     relays = [_relay(value, room) for _ in range(2)] if away else [None]
     make = _SplitStep if average.split else _Step
     return [make(batch, relays[i % len(relays)], scratch) for i, batch in enumerate(batches)]
@@ -203,9 +213,9 @@ def _relay(value: Tensor, numel: int) -> Tensor:
     return torch.empty(numel, dtype=value.dtype, device="cpu", pin_memory=value.device.type == "cuda")
 
 
-def _batches(rows: Sequence[Row], room: int) -> Iterator[list[Row]]:
-    """Rows, or pieces of them, that together have at most `room` elements."""
-    batch: list[Row] = []
+def _batches(rows: Sequence[_Row], room: int) -> Iterator[list[_Row]]:
+    """Yield batches of rows, or pieces of rows, with at most `room` elements in total."""
+    batch: list[_Row] = []
     free = room
     for row in rows:
         for piece in _pieces(row, room):
@@ -219,8 +229,8 @@ def _batches(rows: Sequence[Row], room: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _pieces(row: Row, room: int) -> Iterator[Row]:
-    """The row in pieces of at most `room` elements, cut across its outermost dimension in memory."""
+def _pieces(row: _Row, room: int) -> Iterator[_Row]:
+    """Yield a row in pieces of at most `room` elements, cut along the dimension that is outermost in memory."""
     held = row[0]
     if held.numel() <= room:
         yield row
@@ -232,7 +242,7 @@ def _pieces(row: Row, room: int) -> Iterator[Row]:
 
 
 def _views(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Consecutive parts of a flat buffer with the shapes of `like`, laid out as they are."""
+    """Return consecutive parts of a flat buffer with the shapes and memory layouts of `like`."""
     views, offset = [], buffer.storage_offset()
     for tensor in like:
         strides = torch.empty_like(tensor, device="meta").stride()
@@ -248,12 +258,16 @@ def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 def _lerp_(averages: list[Tensor], values: list[Tensor], omega: float) -> None:
     if omega == 1.0:
-        _copy_(averages, values)  # exactly, and also from infinity
+        _copy_(averages, values)  # lerp is not exact at 1, and gives NaN from infinity
     else:
         torch._foreach_lerp_(averages, values, omega)
 
 
 def _upper_half_(bits: Tensor) -> Tensor:
-    """The bfloat16 nearest to each float32, both as bits: what int16 lower halves leave over."""
-    # A NaN with all bits set (a GPU's) would overflow into a zero.
+    """Round float32 to the nearest bfloat16, both as bits; the signed lower half is the rest."""
+    # Rounding a NaN whose bits are all set, as GPUs make them, would overflow into a zero.
     return bits.clamp_(max=0x7FFF7FFF).add_(2**15).bitwise_right_shift_(16)
+
+
+def __dir__() -> list[str]:
+    return __all__

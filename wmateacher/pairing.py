@@ -347,6 +347,15 @@ def _few(names: Sequence[str]) -> str:
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
+def check_precision(dtype: object) -> None:
+    """Raise a ValueError if `dtype` is not one that averages may have."""
+    wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
+    if dtype not in ("auto", "split") and not wide:
+        raise ValueError(
+            f"dtype must be 'auto', 'split' or a floating-point torch.dtype of at least 16 bits, got {dtype!r}"
+        )
+
+
 def accumulator_dtype(tensor: Tensor, dtype: Precision) -> torch.dtype:
     """The dtype in which a tensor is averaged.
 

@@ -251,7 +251,7 @@ class Recorder:
         }
         named = {id(t): n for n, t in pairing.tensors(teacher.module).items()}
         kept = teacher.module.state_dict(keep_vars=True)
-        averaged = [n for n in state if named.get(id(kept[n])) in teacher._roles.averaged]
+        averaged = [n for n in state if named.get(id(kept[n])) in teacher.roles.averaged]
         clock = {k: v for k, v in teacher.get_extra_state().items() if k not in ("format", "omega")}
         about = {"format": _FORMAT, "clock": clock, "averaged": averaged}
         kernel = teacher.kernel

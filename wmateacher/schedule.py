@@ -1,12 +1,12 @@
-"""Kernel + horizon + update interval -> the weight of each update. The only file that knows time.
+"""The clock: it turns a kernel, a horizon and an update interval into the weight of each update.
 
-The clock counts optimizer steps. With `update_every=n` the student is looked at at steps 0, n, 2n, ...
-and T, and each step's mass goes to the nearest of these snapshots (ties to the later):
+No other module counts steps. With `update_every=n`, snapshots of the student are taken at steps 0, n, 2n, ...
+and T. The mass of each step goes to the nearest snapshot, and to the later one at a tie:
 
-    omega = 1 - prod_j r_j   over the steps j that the snapshot stands for
+    omega = 1 - prod_j r_j   over the steps j that belong to the snapshot
 
-so n = 1 is the paper exactly, an EMA at interval n has omega = 1 - rho^n, and for any n the window,
-measured in steps, stays the same. All of it is float64 on the host.
+With n = 1 this is TRACER's recursion, an EMA at interval n has omega = 1 - rho^n, and for every n the window,
+measured in steps, stays the same. All numbers are float64 on the host.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from numpy.typing import NDArray
 from wmateacher.checks import positive_int
 from wmateacher.kernels import Array, Kernel, realised_weights
 
+__all__ = ["Clock"]
+
 
 class Clock:
-    """Counts optimizer steps and says what weight each snapshot gets.
+    """Counts optimizer steps and returns the weight of each snapshot.
 
     Args:
-        kernel: How much each step counts.
-        total_steps: The horizon T in optimizer steps; None where the kernel needs none.
-        update_every: Snapshot interval n in optimizer steps.
+        kernel: The weighting of the steps.
+        total_steps: The horizon T in optimizer steps; None for kernels that need none.
+        update_every: The snapshot interval n in optimizer steps.
 
     Raises:
-        ValueError: A number out of range, a kernel that needs a horizon without one, or a kernel that
-            has no mass within it.
+        ValueError: If a number is out of range, the kernel needs a horizon and there is none, or the kernel
+            has no mass within the horizon.
     """
 
     def __init__(self, kernel: Kernel, total_steps: int | None = None, update_every: int = 1):
@@ -40,31 +42,31 @@ class Clock:
         self.step = 0
         self.snapshot = 0
         """The step of the last snapshot."""
-        self._horizons: list[tuple[int, int | None]] = []
-        self._held = False
+        self._horizons: list[tuple[int, int | None]] = []  # (step since which it holds, horizon)
+        self._warned = False
         self._set_horizon(None if total_steps is None else positive_int("total_steps", total_steps))
 
     @property
     def total_steps(self) -> int | None:
-        """The horizon T now in force."""
+        """The current horizon T."""
         return self._horizons[-1][1]
 
     def tick(self) -> float | None:
         """Count one optimizer step.
 
         Returns:
-            The weight omega of the student in the average, or None where no snapshot is due. Past the
-            horizon the clock holds at T, with one warning, and nothing is due.
+            The weight omega of the student in the average, or None if no snapshot is due. Past the horizon
+                the clock stays at T, warns once, and no snapshot is due.
         """
         total = self.total_steps
         if total is not None and self.step >= total:
-            if not self._held:
+            if not self._warned:
                 warnings.warn(
                     f"update() was called after step {total} of total_steps={total}: the teacher is "
-                    "finished and stays as it is; if the run is longer, call set_total_steps first",
-                    stacklevel=4,
+                    "finished and does not change any more; if the run is longer, call set_total_steps first",
+                    stacklevel=4,  # the caller of WMATeacher.update
                 )
-                self._held = True
+                self._warned = True
             return None
         self.step += 1
         if self.step % self.update_every and self.step != total:
@@ -74,10 +76,10 @@ class Clock:
         return omega
 
     def trajectory_weights(self) -> Array:
-        """The realised weight of every student state so far.
+        """Return the weight of every student state in the current average.
 
         Returns:
-            float64 `[step + 1]`, summing to 1; steps without a snapshot have weight 0.
+            A float64 array of shape `[step + 1]` that sums to 1. Steps without a snapshot have weight 0.
         """
         snapshots, omegas = [np.array([0])], [np.array([1.0])]
         ends = [since for since, _ in self._horizons[1:]] + [self.step]
@@ -94,13 +96,10 @@ class Clock:
         return weights
 
     def set_total_steps(self, total_steps: int) -> None:
-        """Change the horizon from here on.
-
-        What is already averaged keeps its proportions, and together it gets the mass that the kernel
-        over the new horizon gives to those steps; every later step gets exactly its new weight.
+        """Change the horizon from here on, as described at `WMATeacher.set_total_steps`.
 
         Raises:
-            ValueError: `total_steps` is not a whole number, or the run is already past it.
+            ValueError: If `total_steps` is not a whole number, or the run is already past it.
         """
         total_steps = positive_int("total_steps", total_steps)
         if total_steps < self.step:
@@ -110,10 +109,10 @@ class Clock:
         self._set_horizon(total_steps)
 
     def jump(self, step: int) -> None:
-        """Stand after `step` steps, as if they had been counted under the horizon now in force.
+        """Set the step count, as if all steps had been counted under the current horizon.
 
         Raises:
-            ValueError: `step` is not a whole number in [0, total_steps].
+            ValueError: If `step` is not a whole number in [0, total_steps].
         """
         total = self.total_steps
         if step:
@@ -122,10 +121,10 @@ class Clock:
             raise ValueError(f"step must be at most total_steps={total}, got {step}")
         self.step = step
         self.snapshot = step if step == total else step - step % self.update_every
-        self._horizons, self._held = [(0, total)], False
+        self._horizons, self._warned = [(0, total)], False
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to go on exactly, in plain Python types."""
+        """Return everything that an exact resume needs, in plain Python types."""
         return {
             "kernel": str(self.kernel),
             "update_every": self.update_every,
@@ -136,10 +135,10 @@ class Clock:
         }
 
     def check(self, state: dict[str, Any]) -> None:
-        """Refuse a state that another kernel, horizon or interval wrote.
+        """Check that a state was written with this kernel, horizon and interval.
 
         Raises:
-            ValueError: It names the checkpoint's value and this clock's.
+            ValueError: If one of them differs; the message names both values.
         """
         for name, theirs, ours in (
             ("kernel", state["kernel"], str(self.kernel)),
@@ -152,6 +151,7 @@ class Clock:
                     f"{name}={ours!r}: build the teacher with {name}={theirs!r} to resume that run"
                     + (", then call set_total_steps to change its horizon" if name == "total_steps" else "")
                 )
+        # A callable density has only its name in the state. Its running mass tells whether it has changed.
         mass = self._mass(state["snapshot"])
         if not np.isclose(state["mass"], mass, rtol=1e-9, atol=0):
             raise ValueError(
@@ -160,18 +160,18 @@ class Clock:
             )
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state that `state` returned; call `check` before."""
+        """Restore what `state` returned, after `check` has accepted it."""
         self.step, self.snapshot = state["step"], state["snapshot"]
         self._horizons = [(since, total) for since, total in state["horizons"]]
-        self._held = False
+        self._warned = False
 
     def _set_horizon(self, total_steps: int | None) -> None:
         if total_steps is None and self.kernel.needs_horizon:
-            self.kernel.retention(np.arange(1), None)  # raises, and says what to do
+            self.kernel.retention(np.arange(1), None)  # raises the kernel's own error
         self._retention = self._look_up(total_steps)
         self._horizons = [h for h in self._horizons if h[0] < self.step]
         self._horizons.append((self.step, total_steps))
-        self._held = False
+        self._warned = False
 
     def _look_up(self, total_steps: int | None) -> Array | None:
         if total_steps is None:
@@ -179,19 +179,30 @@ class Clock:
         return self.kernel.retention(np.arange(total_steps + 1), total_steps)
 
     def _omegas(self, chain: NDArray[np.int64], retention: Array | None, total_steps: int | None) -> Array:
-        """The weights of the snapshots `chain[1:]`, `chain[0]` being the one before them."""
+        """Return the weights of the snapshots at steps `chain[1:]`; `chain[0]` is the snapshot before them.
+
+        A snapshot's steps are one interval: they begin halfway to the snapshot before it and end halfway to
+        the one that follows. The step exactly in the middle belongs to the later snapshot, hence the `- 1`
+        below. A snapshot's weight so depends on where the next one will be, but not on anything that happens
+        in between, and it can be applied at once.
+        """
         following = (chain[1:] // self.update_every + 1) * self.update_every
         if total_steps is not None:
             following = np.minimum(following, total_steps)
-        # The last step nearer to a snapshot than to the one that follows it; T itself ends the run.
+        # At T no snapshot follows: `following` is T itself, and the maximum keeps the interval's end there.
         last = np.maximum((chain[1:] + following - 1) // 2, chain[1:])
         first = np.append((chain[0] + chain[1] - 1) // 2, last[:-1]) + 1
         steps = np.arange(first[0], last[-1] + 1)
         kept = self.kernel.retention(steps, None) if retention is None else retention[steps]
+        # The intervals adjoin, so that reduceat multiplies from the start of each to the start of the next.
         return 1.0 - np.multiply.reduceat(kept, first - first[0])
 
     def _mass(self, snapshot: int) -> float:
-        """The share of the finished run's average that states up to `snapshot` will hold."""
+        """Return the share that states up to `snapshot` will have in the average at the end of the run."""
         if self._retention is None:
             return 1.0
         return float(np.prod(self._retention[snapshot + 1 :]))
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""Lending a model another's weights for a while, and nothing but its own getting out of it."""
+"""Lending a model other weights for a while, without its own getting lost or the lent ones getting saved."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from torch import Tensor, nn
 
 from wmateacher import averaging, sharding
 
+__all__ = ["lend", "owner", "refuse"]
+
 _VERSION = attrgetter("_version")
 
-# Models that hold borrowed weights now, and their submodules, each with whose they are.
+# Every module that holds lent weights now, submodules included, with the lender.
 _lent: WeakKeyDictionary[nn.Module, object] = WeakKeyDictionary()
 
 
 def owner(model: nn.Module) -> object | None:
-    """Whose weights an unwrapped model holds now; None: its own."""
+    """Return the lender of the weights that an unwrapped model holds, or None if they are its own."""
     return _lent.get(model)
 
 
 def refuse(model: nn.Module, action: str) -> None:
-    """Raise a RuntimeError if an unwrapped model holds borrowed weights."""
+    """Raise a RuntimeError that names `action` if an unwrapped model holds lent weights."""
     if model in _lent:
         raise RuntimeError(
             f"{action} inside swap(): the student holds a teacher's averaged weights there, not its own. "
-            "Do it after the with block; the averaged weights are teacher.averaged_state_dict()"
+            "Do it after the with block; teacher.averaged_state_dict() returns the averaged weights"
         )
 
 
@@ -36,16 +38,21 @@ def refuse(model: nn.Module, action: str) -> None:
 def lend(
     model: nn.Module, lender: object, targets: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> Iterator[None]:
-    """`targets`, tensors of an unwrapped model, hold the values of `sources` inside, local where sharded.
+    """Give an unwrapped model other values inside a `with` block, and its own back afterwards, bit for bit.
 
-    They hold their own again after, bit for bit, on whatever way out.
+    Args:
+        model: The model.
+        lender: The owner of the values, which `owner` returns.
+        targets: The model's tensors to write.
+        sources: Their values inside the block; shards for sharded targets.
 
     Raises:
-        RuntimeError: Inside, at the model's `state_dict`; at the end, if a parameter was written inside.
+        RuntimeError: If the model's `state_dict` is called inside, and at the end of the block if a
+            parameter was written inside.
     """
     memory = [sharding.local(target) for target in targets]
     own = [tensor.detach().clone() for tensor in memory]
-    # A write to a DTensor counts in itself, one to its shard in the shard.
+    # A write to a DTensor raises its own version counter, a write to its shard that of the shard: watch both.
     watched = [
         t for pair in zip(targets, memory, strict=True) for t in pair if isinstance(pair[0], nn.Parameter)
     ]
@@ -61,7 +68,7 @@ def lend(
         yield
         written = lent != list(map(_VERSION, watched))
     finally:
-        sharding.reshard(fully_sharded)  # a forward inside may have left the borrowed weights gathered
+        sharding.reshard(fully_sharded)  # a forward pass inside may have left the lent weights gathered
         for table, key, tensor in slots:
             if table.get(key) is not tensor:
                 written = written or isinstance(tensor, nn.Parameter)
@@ -74,10 +81,14 @@ def lend(
     if written:
         raise RuntimeError(
             "the student's parameters were written inside swap(), by an optimizer step or by loading "
-            "weights: what was written is lost, the student has its own weights again. Train and load "
-            "after the with block"
+            "weights. The student has its own weights again and what was written is lost: train and load "
+            "weights after the with block"
         )
 
 
 def _refuse_state(model: nn.Module, *unused: Any) -> None:
     refuse(model, "state_dict() of the student")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -43,7 +43,7 @@ def test_memory_and_traffic_of_shards(folder):
     teacher = WMATeacher(student, "uniform", module_factory=build)
     expected = cost(model, "fsdp2", size)
     held = sum(p.to_local().nbytes for p in teacher.module.parameters())
-    held += sum(t.nbytes for t in teacher._beside.values())
+    held += sum(t.nbytes for t in teacher._shadow._beside.values())
     assert held == expected.device
     x = torch.ones(2, 16, device=device(), dtype=torch.bfloat16)
     teacher(x)

@@ -359,7 +359,7 @@ def test_what_cannot_be_averaged_says_so(folder):
     student = shard(Block().to(device()))
     with pytest.raises(
         ValueError,
-        match="sharded by fully_shard, which refuses to be deep-copied: pass module_factory=FACTORY",
+        match="sharded by fully_shard, which prevents deep copies: pass module_factory=FACTORY",
     ):
         WMATeacher(student, "uniform")
     with pytest.raises(
