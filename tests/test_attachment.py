@@ -103,7 +103,7 @@ def test_removed_it_counts_no_more_and_update_is_the_callers_again():
     backward(student)
     optimizer.step()
     with pytest.raises(
-        RuntimeError, match="attached to SGD .* would count them twice: drop the call, or remove"
+        RuntimeError, match="attached to SGD, .* would count them twice: drop the call, or remove"
     ):
         teacher.update()
     assert teacher.step == 1
@@ -122,7 +122,8 @@ def test_removed_it_counts_no_more_and_update_is_the_callers_again():
 def test_attaching_to_the_wrong_thing():
     _, optimizer, teacher = start()
     with pytest.raises(
-        TypeError, match="must be a torch.optim.Optimizer, got list: if several .* attach the teacher to the one"
+        TypeError,
+        match="must be a torch.optim.Optimizer, got list: if several .* attach the teacher to the one",
     ):
         teacher.attach([optimizer])
     other = torch.optim.SGD(nn.Linear(4, 3).parameters(), lr=0.1)

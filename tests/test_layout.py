@@ -24,9 +24,10 @@ ALLOWED = {
     "averaging": set(),
     "attachment": set(),
     "swapping": {"averaging", "sharding"},
-    "teacher": {"attachment", "averaging", "kernels", "pairing", "schedule", "sharding", "swapping"},
+    "shadow": {"averaging", "pairing", "sharding"},
+    "teacher": {"attachment", "kernels", "pairing", "schedule", "shadow", "sharding", "swapping"},
     "collectives": set(),
-    "distributed": {"collectives", "pairing", "sharding", "teacher"},
+    "distributed": {"collectives", "pairing", "sharding"},
     "losses": {"checks", "collectives", "losses", "spec"},
     "diagnostics": {"losses", "teacher", "pairing", "sharding"},
     "files": {"kernels", "pairing"},
@@ -35,7 +36,7 @@ ALLOWED = {
     "migration": {"checks", "kernels"},
     "cost": set(),
     "cli": {"checks", "cost", "kernels", "posthoc", "theory"},
-    "__init__": {"kernels", "losses", "teacher"},
+    "__init__": {"diagnostics", "kernels", "losses", "migration", "posthoc", "teacher", "theory"},
 }
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmateacher import checks, spec
+from wmateacher import spec
 
 names = st.from_regex(r"[a-z][a-z_0-9]{0,8}", fullmatch=True).filter(lambda s: s.isidentifier() and s not in {
     "as", "if", "in", "is", "or", "and", "def", "del", "for", "not", "try", "elif", "else", "from", "pass",
@@ -59,13 +59,3 @@ def test_arguments_that_do_not_fit_show_the_usage():
 
     with pytest.raises(TypeError, match=r"f\(1,2\): too many positional arguments; write f\(a,b=...,c=1.0\)"):
         spec.parse_call("f(1,2)").build(f)
-
-
-def test_nearest_names_come_first():
-    assert checks.nearest("bta", ["beta", "uniform"]) == "did you mean 'beta'? available: beta, uniform"
-
-
-def test_many_names_are_counted_instead_of_listed():
-    names = [f"net{i}" for i in range(1500)]
-    assert checks.nearest("net12x", names).startswith("did you mean 'net12")
-    assert checks.nearest("other", names) == "1500 are available"

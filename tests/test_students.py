@@ -115,7 +115,7 @@ def test_channels_last():
 
 def test_lazy_modules_once_they_have_run():
     student = nn.Sequential(nn.LazyLinear(5), nn.ReLU(), nn.LazyLinear(2))
-    with pytest.raises(ValueError, match="'0.weight' is not initialised yet"):
+    with pytest.raises(ValueError, match="'0.weight' belongs to a lazy module and is not initialised yet"):
         WMATeacher(student, "uniform")
     student(X)
     follow(student, X)

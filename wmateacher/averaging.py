@@ -26,7 +26,7 @@ __all__ = ["Average", "Update", "copy_"]
 
 _Row = tuple[Tensor, ...]  # held, value and, where the average is rounded into the module, its own tensor
 
-# What a CPU core keeps in its cache between a cast and its use. A GPU has a larger cache and costlier launches.
+# Small enough for a CPU core's cache between a cast and its use. A GPU has more cache and costlier launches.
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
 
 
@@ -230,7 +230,7 @@ def _batches(rows: Sequence[_Row], room: int) -> Iterator[list[_Row]]:
 
 
 def _pieces(row: _Row, room: int) -> Iterator[_Row]:
-    """Yield a row in pieces of at most `room` elements, cut along the dimension that is outermost in memory."""
+    """Yield a row in pieces of at most `room` elements, cut along the outermost dimension in memory."""
     held = row[0]
     if held.numel() <= room:
         yield row
@@ -258,7 +258,7 @@ def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 def _lerp_(averages: list[Tensor], values: list[Tensor], omega: float) -> None:
     if omega == 1.0:
-        _copy_(averages, values)  # lerp is not exact at 1, and gives NaN from infinity
+        _copy_(averages, values)  # lerp would give NaN from infinity
     else:
         torch._foreach_lerp_(averages, values, omega)
 

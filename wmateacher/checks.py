@@ -1,4 +1,4 @@
-"""Argument checks: each returns the value, or raises an error that names argument, value and fix."""
+"""Argument checks. Each returns the checked value or raises an error with the argument, value and fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,23 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-T = TypeVar("T")
+__all__ = [
+    "floating_tensor",
+    "fraction",
+    "increasing",
+    "last_dimension",
+    "lookup",
+    "nearest",
+    "number",
+    "one_of",
+    "positive",
+    "positive_int",
+    "same_batch",
+    "same_shape",
+    "width",
+]
+
+_T = TypeVar("_T")
 
 _FIX_SHAPES = "give both the same inputs, and project one where only the widths differ"
 
@@ -20,34 +36,36 @@ _FIX_SHAPES = "give both the same inputs, and project one where only the widths 
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """Return the end of an error message about an unknown name: close matches, then all if they are few."""
+    """Return the end of an error about an unknown name: close matches, and all names if they are few."""
     known = sorted(options)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     return hint + (f"available: {', '.join(known)}" if len(known) <= 50 else f"{len(known)} are available")
 
 
-def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
+def lookup(kind: str, name: str, registry: Mapping[str, _T], *, also: str = "") -> _T:
     """Return `registry[name]`.
 
     Args:
-        kind: What the registry holds, for the error: "kernel", "loss", "recipe".
+        kind: The kind of entry for the error message, such as "kernel", "loss" or "recipe".
         name: The name to look up.
-        registry: Everything that there is, by name.
+        registry: The entries by name.
+        also: Other valid values, in words, to add to the error message.
 
     Raises:
-        ValueError: The name is unknown; the message lists the nearest ones.
+        ValueError: If the name is unknown; the message lists the nearest names.
     """
     if name not in registry:
-        raise ValueError(f"unknown {kind} {name!r}; {nearest(str(name), registry)}")
+        options = nearest(str(name), registry) + (f", {also}" if also else "")
+        raise ValueError(f"unknown {kind} {name!r}; {options}")
     return registry[name]
 
 
-def one_of(kind: str, value: T, options: Iterable[str]) -> T:
-    """Return `value` if it is one of a few strings.
+def one_of(kind: str, value: _T, options: Iterable[str]) -> _T:
+    """Return `value` if it is one of `options`.
 
     Raises:
-        ValueError: It is not; the message lists the nearest ones.
+        ValueError: If it is not; the message lists the nearest options.
     """
     options = tuple(options)
     if value not in options:
@@ -62,7 +80,7 @@ def positive_int(argument: str, value: Any) -> int:
     """Return `value` as an int of at least 1.
 
     Raises:
-        ValueError: It is not a whole number, or less than 1.
+        ValueError: If `value` is not a whole number or is less than 1.
     """
     try:
         number = operator.index(value)
@@ -77,14 +95,14 @@ def number(owner: str, argument: str, value: Any, ok: Callable[[float], bool], r
     """Return `value` as a finite float that satisfies `ok`.
 
     Args:
-        owner: Whose argument it is, such as "beta"; begins the error.
+        owner: The owner of the argument, such as "beta", with which the error message starts.
         argument: The argument's name.
-        value: What the user passed.
+        value: The value that the user passed.
         ok: The condition.
-        rule: The condition in words: "beta: a must be {rule}, got ...".
+        rule: The condition in words, for the message "{owner}: {argument} must be {rule}, got ...".
 
     Raises:
-        ValueError: It is not a number, not finite, or does not satisfy `ok`.
+        ValueError: If `value` is not a finite number that satisfies `ok`.
     """
     try:
         found = float(value)
@@ -96,10 +114,10 @@ def number(owner: str, argument: str, value: Any, ok: Callable[[float], bool], r
 
 
 def increasing(argument: str, values: Sequence[int]) -> list[int]:
-    """Return optimizer steps as a list of ints.
+    """Return a sequence of optimizer steps as a list of ints.
 
     Raises:
-        ValueError: They are not rising whole numbers from 0 on, or there are none.
+        ValueError: If `values` is empty or is not an increasing sequence of whole numbers of at least 0.
     """
     try:
         numbers = [int(v) for v in values]
@@ -108,16 +126,16 @@ def increasing(argument: str, values: Sequence[int]) -> list[int]:
         numbers, whole = [], False
     if not whole or not numbers or numbers[0] < 0 or not all(map(operator.lt, numbers, numbers[1:])):
         raise ValueError(
-            f"{argument} must be rising whole numbers of optimizer steps, from 0 on, got {values!r}"
+            f"{argument} must be increasing whole numbers of optimizer steps, at least 0, got {values!r}"
         )
     return numbers
 
 
 def positive(loss: str, argument: str, value: Any) -> float:
-    """`value` as a float.
+    """Return `value`, an argument of a loss, as a float above 0.
 
     Raises:
-        ValueError: It is not a finite number above 0.
+        ValueError: If `value` is not a finite number above 0.
     """
     if _is_number(value) and math.isfinite(value) and value > 0:
         return float(value)
@@ -125,10 +143,10 @@ def positive(loss: str, argument: str, value: Any) -> float:
 
 
 def fraction(loss: str, argument: str, value: Any) -> float:
-    """`value` as a float.
+    """Return `value`, an argument of a loss, as a float in [0, 1).
 
     Raises:
-        ValueError: It is not in [0, 1).
+        ValueError: If `value` is not a number in [0, 1).
     """
     if _is_number(value) and 0 <= value < 1:
         return float(value)
@@ -136,10 +154,10 @@ def fraction(loss: str, argument: str, value: Any) -> float:
 
 
 def width(loss: str, argument: str, value: Any) -> int:
-    """`value` as an int.
+    """Return `value`, the size of a loss's inputs, as an int of at least 1.
 
     Raises:
-        ValueError: It is not an integer of at least 1.
+        ValueError: If `value` is not an integer of at least 1.
     """
     if isinstance(value, int | Integral) and not isinstance(value, bool) and int(value) >= 1:
         return int(value)
@@ -157,37 +175,37 @@ def _is_number(value: Any) -> bool:
 
 
 def floating_tensor(who: str, value: Any, takes: str) -> Tensor:
-    """`value`, a floating-point tensor that is not empty.
+    """Return `value` if it is a floating-point tensor that is not empty.
 
     Args:
-        who: The argument's name in the error, such as "student".
-        value: What the user passed.
-        takes: What the loss takes, in words.
+        who: The argument's name in the error message, such as "student".
+        value: The value that the user passed.
+        takes: The kind of tensor that the loss takes, in words.
 
     Raises:
-        TypeError: Not a tensor, or not a floating-point one.
-        ValueError: A tensor without elements.
+        TypeError: If `value` is not a tensor or not of a floating-point dtype.
+        ValueError: If `value` has no elements.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{who} must be {takes}, got {type(value).__name__}")
     if not value.is_floating_point():
         raise TypeError(
             f"{who} must be {takes}, of a floating-point dtype, got {value.dtype}; "
-            "class indices are targets for the task loss, not a teacher's output"
+            "class indices are targets of the task loss, not a teacher's output"
         )
     if value.numel() == 0:
         raise ValueError(
             f"{who} must have a batch of at least 1, got shape {list(value.shape)}; "
-            "skip the loss where a batch is empty"
+            "skip the loss for empty batches"
         )
     return value
 
 
 def same_shape(loss: str, student: Tensor, teacher: Tensor) -> None:
-    """Refuse tensors of different shapes.
+    """Check that two tensors have the same shape.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: If the shapes differ.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -197,10 +215,10 @@ def same_shape(loss: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def same_batch(loss: str, student: Tensor, teacher: Tensor) -> None:
-    """Refuse tensors whose first dimensions differ.
+    """Check that two tensors have the same batch size.
 
     Raises:
-        ValueError: The batch sizes differ.
+        ValueError: If the first dimensions differ.
     """
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(
@@ -210,13 +228,17 @@ def same_batch(loss: str, student: Tensor, teacher: Tensor) -> None:
 
 
 def last_dimension(loss: str, argument: str, size: int, tensor: Tensor) -> None:
-    """Refuse a tensor whose last dimension is not the one that the loss was built for.
+    """Check that a tensor's last dimension is the one that the loss was built for.
 
     Raises:
-        ValueError: It is another.
+        ValueError: If it is not.
     """
     if tensor.shape[-1] != size:
         raise ValueError(
             f"{loss} was built with {argument}={size}, got inputs of shape {list(tensor.shape)}; "
             f"write {loss}({tensor.shape[-1]})"
         )
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,4 +1,4 @@
-"""The few collectives that losses and training loops need; without a process group they do nothing."""
+"""The few collectives that losses and training loops need. Without a process group they do nothing."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+__all__ = ["gather_rows", "row_counts", "world_size"]
+
 
 def world_size(group: Any = None) -> int:
-    """Processes in a group; 1 where no process group is initialised, or torch is built without them.
+    """Return the number of processes in a group, or 1 if no process group is initialised.
 
     Args:
-        group: A `torch.distributed.ProcessGroup`; None: all processes.
+        group: A `torch.distributed.ProcessGroup`; None stands for all processes.
     """
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def row_counts(rows: int, device: torch.device | str, group: Any = None) -> list[int]:
-    """How many rows each rank of a group has; a collective whose result the host waits for.
+    """Return the number of rows that each rank of a group has. A collective, whose result the host waits for.
 
     Args:
-        rows: How many this rank has.
-        device: One that the group's backend communicates from.
+        rows: The number of rows on this rank.
+        device: A device that the group's backend supports.
         group: As in `world_size`.
     """
     size = world_size(group)
@@ -35,22 +37,26 @@ def row_counts(rows: int, device: torch.device | str, group: Any = None) -> list
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Any = None) -> Tensor:
-    """All ranks' rows in the order of ranks, without gradient; a collective.
+    """Gather the rows of all ranks in the order of ranks, without gradient. A collective.
 
     Args:
-        rows: [B_r, ...], of equal shape but for the first dimension on all ranks.
-        counts: B_r of every rank, as `row_counts` gives.
+        rows: This rank's rows, shape `[B_r, ...]`. Ranks may differ in the first dimension only.
+        counts: The row count `B_r` of every rank, from `row_counts`.
         group: As in `world_size`.
 
     Returns:
-        [sum of counts, ...].
+        A tensor of shape `[sum of counts, ...]`.
     """
     if len(counts) == 1:
         return rows.detach()
-    longest = max(counts)  # backends gather equal parts only
+    longest = max(counts)  # backends only gather parts of equal size
     padded = rows.detach().new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     joined = padded.new_empty(len(counts) * longest, *rows.shape[1:])
     dist.all_gather_into_tensor(joined, padded, group=group)
     parts = joined.split(longest)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def __dir__() -> list[str]:
+    return __all__

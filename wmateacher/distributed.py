@@ -1,14 +1,14 @@
-"""A teacher on many processes, beside PyTorch's own DDP, FSDP2 and distributed checkpoints.
+"""Helpers for teachers under DDP, FSDP2 and distributed checkpoints.
 
-Nothing here is needed for averaging, which never communicates: `check_ranks_agree` proves that replicas are
-equal, and `load` reads a teacher from a distributed checkpoint, all or nothing.
+Averaging needs none of them, since it never communicates. `check_ranks_agree` verifies that replicas are
+equal, and `load` reads a teacher from a distributed checkpoint either completely or not at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +17,24 @@ from torch import distributed as dist
 from wmateacher import pairing, sharding
 from wmateacher.collectives import world_size
 
-if TYPE_CHECKING:
-    from wmateacher.teacher import WMATeacher
+__all__ = ["check_ranks_agree", "load"]
 
 
 def check_ranks_agree(module: nn.Module, group: Any = None) -> None:
-    """Check that a module's state (a teacher's with its clock) is the same, bit for bit, on every rank.
+    """Check that a module's state, including a teacher's step count, is bit-identical on every rank.
 
-    For replicas, as under DDP. One collective of a few bytes a tensor, which every rank calls. Tensors are
-    compared by checksums of their bits. Sharded tensors are not compared: ranks hold different parts of
-    them. Running statistics of batch norms differ between ranks by DDP's nature (each sees its own part of
-    the batch): convert to `nn.SyncBatchNorm`, or build the teacher with `buffers="keep"`.
+    This is for replicas, as under DDP. It takes one collective of a few bytes per tensor, which every rank
+    must call. Tensors are compared by checksums of their bits. Sharded tensors are not compared, because
+    ranks hold different parts of them. Running statistics of batch norms differ between ranks under DDP, as
+    each rank sees its own part of the batch: convert to `nn.SyncBatchNorm`, or build the teacher with
+    `buffers="keep"`.
 
     Args:
         module: A `WMATeacher`, or any module.
-        group: As in `world_size`.
+        group: A `torch.distributed.ProcessGroup`; None stands for all processes.
 
     Raises:
-        RuntimeError: On every rank, naming tensors and the ranks that differ from rank 0.
+        RuntimeError: If ranks differ from rank 0. Every rank raises it and names the tensors and ranks.
     """
     size = world_size(group)
     if size == 1:
@@ -54,12 +54,12 @@ def check_ranks_agree(module: nn.Module, group: Any = None) -> None:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise RuntimeError(
             f"ranks disagree: not as on rank 0 are {shown}{more}. Build the student from one seed or "
-            "broadcast it before building the teacher, step all ranks alike, and call update() on every one"
+            "broadcast it before building the teacher, take the same steps and call update() on every rank"
         )
 
 
 def _fingerprints(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells the values of a state apart, in plain Python types."""
+    """Return a short description of each value in a state that differs if the value differs."""
     found: dict[str, Any] = {}
     sums: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -73,10 +73,10 @@ def _fingerprints(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """Two sums over the bytes of a tensor, the second weighted by position, modulo 2^64: int64 [2]."""
+    """Return two sums of a tensor's bytes modulo 2^64, the second weighted by position: int64 `[2]`."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
     total = torch.zeros(2, dtype=torch.int64, device=flat.device)
-    for start in range(0, len(flat), 2**22):  # in pieces: an int64 copy of all would be 8 times as large
+    for start in range(0, len(flat), 2**22):  # in pieces, because an int64 copy is 8 times as large
         piece = flat[start : start + 2**22].long()
         places = torch.arange(start + 1, start + 1 + len(piece), device=flat.device)
         total += torch.stack([piece.sum(), (piece * (places * places + 1)).sum()])
@@ -84,25 +84,27 @@ def _checksum(tensor: Tensor) -> Tensor:
 
 
 def load(
-    teacher: WMATeacher, checkpoint_id: str | PathLike[str], key: str = "teacher", **options: Any
+    teacher: nn.Module, checkpoint_id: str | PathLike[str], key: str = "teacher", **options: Any
 ) -> None:
-    """Read a teacher from a distributed checkpoint, all of it or nothing.
+    """Load a teacher from a distributed checkpoint, either completely or not at all.
 
-    The checkpoint holds the teacher's state under a key, as `torch.distributed.checkpoint.save({"teacher":
-    teacher.state_dict()}, checkpoint_id=...)` or `async_save` writes it, beside the student's and the
-    optimizer's if you like. It may have been written by any number of processes, sharded or not. A
-    collective: every rank calls it. It needs the teacher's memory once more while it reads, in shards where
-    the teacher is sharded; `torch.distributed.checkpoint.load` does not, and writes before it checks.
+    The checkpoint holds the teacher's state under a key, as written by
+    `torch.distributed.checkpoint.save({"teacher": teacher.state_dict()}, checkpoint_id=...)` or `async_save`.
+    It may also hold other states, such as the student's and the optimizer's, and may have been written by any
+    number of processes, sharded or not. This is a collective, which every rank must call. While it reads, it
+    needs the teacher's memory a second time, in shards if the teacher is sharded.
+    `torch.distributed.checkpoint.load` does not, but it writes into the teacher before it checks.
 
     Args:
-        teacher: Built as the one that was saved.
-        checkpoint_id: The checkpoint's folder, which all ranks see.
-        key: What the teacher's state is saved under.
-        options: For `torch.distributed.checkpoint.load`, such as `storage_reader` or `process_group`.
+        teacher: A `WMATeacher`, built in the same way as the one that was saved.
+        checkpoint_id: The checkpoint's folder, visible to all ranks.
+        key: The key of the teacher's state in the checkpoint.
+        options: Further arguments of `torch.distributed.checkpoint.load`, such as `storage_reader` or
+            `process_group`.
 
     Raises:
-        ValueError: On every rank: the checkpoint is not there, incomplete or damaged, or is another kernel's,
-            horizon's or architecture's. The teacher is as it was.
+        ValueError: If the checkpoint is missing, incomplete or damaged, or was written with another kernel,
+            horizon or architecture. Every rank raises it, and the teacher does not change.
     """
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
@@ -112,19 +114,19 @@ def load(
     reader = options.pop("storage_reader", None) or dcp.FileSystemReader(checkpoint_id)
     try:
         written = reader.read_metadata().state_dict_metadata
-    except Exception as error:  # depends on the storage, and on which byte is wrong
+    except Exception as error:  # its type depends on the storage and on the damage
         raise ValueError(
-            f"no complete checkpoint in {str(checkpoint_id)!r} ({type(error).__name__}: {error}): a save "
-            "writes its metadata last, so that one that was interrupted has none; read the one before it"
+            f"no complete checkpoint in {str(checkpoint_id)!r} ({type(error).__name__}: {error}): metadata "
+            "is written last, so that an interrupted save has none; load the previous checkpoint"
         ) from error
     _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, clock)
     state = {name: torch.empty_like(tensor) for name, tensor in own.items()} | {"_extra_state": dict(clock)}
     try:
         dcp.load({key: state}, checkpoint_id=checkpoint_id, storage_reader=reader, **options)
-    except (CheckpointException, Exception) as error:  # the first is no Exception
+    except (CheckpointException, Exception) as error:  # CheckpointException is only a BaseException
         raise ValueError(
-            f"the checkpoint in {str(checkpoint_id)!r} cannot be read ({_reason(error)}): a file of it is "
-            "missing or damaged; read the one before it"
+            f"the checkpoint in {str(checkpoint_id)!r} cannot be read ({_reason(error)}): one of its "
+            "files is missing or damaged; load the previous checkpoint"
         ) from error
     teacher.load_state_dict(state)
 
@@ -132,12 +134,12 @@ def load(
 def _check_names(
     key: str, written: Mapping[str, Any], own: Mapping[str, Tensor], clock: Mapping[str, Any]
 ) -> None:
-    """Compare a checkpoint's contents with what a teacher holds, before anything is read."""
+    """Check that a checkpoint has the teacher's names and shapes, before anything is read."""
     if not any(name.startswith(f"{key}.") for name in written):
         raise ValueError(
             f"the checkpoint holds nothing under {key!r}, but "
-            f"{', '.join(sorted({n.partition('.')[0] for n in written}))}: pass what the teacher was saved "
-            "under as key="
+            f"{', '.join(sorted({n.partition('.')[0] for n in written}))}: pass the key that the teacher was "
+            "saved under as key="
         )
     expected = {*own, *(f"{key}._extra_state.{field}" for field in clock)}
     missing = sorted(expected - written.keys())
@@ -152,7 +154,11 @@ def _check_names(
 
 
 def _reason(error: BaseException) -> str:
-    """The first failure of any rank, in one line; that of a checkpoint holds all ranks' tracebacks."""
+    """Return the first rank's failure in one line; a CheckpointException holds all ranks' tracebacks."""
     failures = getattr(error, "failures", None) or {0: (error, None)}
     rank, (first, _) = min(failures.items())
     return f"rank {rank}: {type(first).__name__}: {' '.join(str(first).split())[:300]}"
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,12 +1,21 @@
 """Kernels: how much each step of the student's trajectory counts in the teacher.
 
-A kernel is a per-step retention `r_j`: at step `j` the average keeps the share `r_j` of what it was and
-takes `1 - r_j` of the new student. Density kernels derive it from a density over the run,
+A kernel can be written as a string or as an object. Both forms are equal, and a kernel prints as its string:
+
+    >>> build("beta(0.5,0.5)") == Beta(0.5, 0.5)
+    True
+    >>> build("ema(0.996,1.0,schedule=cosine)") == Ema(0.996, 1.0, schedule="cosine")
+    True
+    >>> print(Power(sigma_rel=0.1), Tail(0.25), Uniform())
+    power(sigma_rel=0.1) tail(0.25) uniform
+
+A kernel is defined by its retention `r_j`: at step `j` the average keeps the share `r_j` of its value and
+takes `1 - r_j` of the new student. Density kernels derive it from a density `kappa` over the run,
 
     tau_j = (j + 1/2) / (T + 1),   S_j = sum_{i <= j} kappa(tau_i),   r_j = S_{j-1} / S_j
 
-(TRACER, Definition 3.3 and eq. 15: `omega_j = 1 - r_j = kappa(tau_j) / S_j`, with the pretrained
-`W^0` in the sum). Everything here is float64 on the host.
+(TRACER, Definition 3.3 and eq. 15: `omega_j = 1 - r_j = kappa(tau_j) / S_j`, where the sum includes the
+pretrained `W^0`). All numbers are float64 on the host.
 """
 
 from __future__ import annotations
@@ -18,20 +27,42 @@ from dataclasses import dataclass, is_dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import scipy.optimize
-import scipy.stats
 from numpy.typing import NDArray
 
 from wmateacher import checks, spec
+
+# scipy.stats and scipy.optimize are imported where they are used: they take longer to import than the rest of
+# the library.
+
+__all__ = [
+    "Arcsine",
+    "Array",
+    "Beta",
+    "Density",
+    "Ema",
+    "FunctionDensity",
+    "Kernel",
+    "KernelLike",
+    "Power",
+    "ScipyDensity",
+    "Static",
+    "Summary",
+    "Tail",
+    "Uniform",
+    "available",
+    "build",
+    "realised_weights",
+    "register",
+]
 
 Array = NDArray[np.float64]
 
 
 class Kernel(ABC):
-    """How much each optimizer step's student counts in the average.
+    """The weighting of the student's states in the average.
 
-    Subclass it (or `Density`, for a density over the run) and `register` the subclass to give it a name
-    in the string grammar.
+    For a kernel that is a density over the run, subclass `Density`. For any other kernel, such as an EMA,
+    subclass `Kernel` and implement `retention`. `register` gives the subclass a name for use in strings.
     """
 
     name: ClassVar[str] = ""
@@ -43,30 +74,30 @@ class Kernel(ABC):
 
     @abstractmethod
     def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:
-        """The share `r_j` in [0, 1] of the average that survives each of `steps`; `r_0` is 0.
+        """Return the share `r_j` of the average that is kept at each of `steps`.
 
         Args:
-            steps: Optimizer steps, integers `[n]` in `[0, total_steps]`.
-            total_steps: The horizon T; None is allowed where `needs_horizon` is False.
+            steps: Optimizer steps in [0, total_steps], an integer array of shape `[n]`.
+            total_steps: The horizon T; None is allowed if `needs_horizon` is False.
 
         Returns:
-            float64 `[n]`.
+            A float64 array of shape `[n]` with values in [0, 1]; `r_0` is 0.
         """
 
     def profile(self, total_steps: int) -> Array:
-        """The weight of every student state in the average at the end of the run.
+        """Return the weight of every student state in the average at the end of the run.
 
         Args:
             total_steps: The horizon T.
 
         Returns:
-            float64 `[T + 1]`, summing to 1; entry 0 is the pretrained state `W^0`.
+            A float64 array of shape `[T + 1]` that sums to 1; entry 0 is the pretrained state `W^0`.
         """
         total_steps = checks.positive_int("total_steps", total_steps)
         return realised_weights(1.0 - self.retention(np.arange(total_steps + 1), total_steps))
 
     def summary(self, total_steps: int) -> Summary:
-        """What the kernel does over `total_steps` steps, in a few numbers."""
+        """Describe the kernel over `total_steps` steps in a few numbers."""
         weights = self.profile(total_steps)
         ages = np.arange(total_steps, -1, -1)
         mean_age = float(weights @ ages)
@@ -87,24 +118,24 @@ class Kernel(ABC):
         if total_steps is None:
             raise ValueError(
                 f"kernel {str(self)!r} needs total_steps, got None: pass the number of optimizer "
-                "steps of the whole run (steps per epoch x epochs), or take a kernel without a "
-                "horizon such as 'ema(0.999)' or 'uniform'"
+                "steps of the whole run (steps per epoch x epochs), or use a kernel without a "
+                "horizon, such as 'ema(0.999)' or 'uniform'"
             )
         return total_steps
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A kernel over a horizon, in numbers; `str` gives a small table.
+    """The numbers that describe a kernel over a horizon; `str` returns a small table.
 
     Attributes:
-        kernel: The kernel's text.
+        kernel: The kernel's string.
         total_steps: The horizon T.
-        start_weight: Weight of the pretrained state `W^0` in the final average.
-        mean_age: Mean age of the averaged states at the end, in optimizer steps.
-        effective_states: `1 / sum_k w_k^2`: how many equally weighted states average as widely.
-        last_tenth: Weight of the states younger than `T / 10` steps.
-        equal_ema_retention: Retention of the EMA with the same mean age over the same horizon.
+        start_weight: The weight of the pretrained state `W^0` in the final average.
+        mean_age: The mean age of the averaged states at the end, in optimizer steps.
+        effective_states: `1 / sum_k w_k^2`, the number of equally weighted states with the same variance.
+        last_tenth: The weight of the states younger than `T / 10` steps.
+        equal_ema_retention: The retention of the EMA with the same mean age over the same horizon.
     """
 
     kernel: str
@@ -129,13 +160,13 @@ class Summary:
 
 
 def realised_weights(omegas: Array) -> Array:
-    """The weight of every state after `M <- (1 - omega_k) M + omega_k W^k` over all `k`.
+    """Return the weight of every state after the updates `M <- (1 - omega_k) M + omega_k W^k`.
 
     Args:
-        omegas: float64 `[n]`, the weight applied at each state; the first is 1.
+        omegas: The weight applied at each state, a float64 array of shape `[n]`; the first is 1.
 
     Returns:
-        float64 `[n]`: `w_k = omega_k * prod_{i > k} (1 - omega_i)`.
+        A float64 array of shape `[n]`: `w_k = omega_k * prod_{i > k} (1 - omega_i)`.
     """
     kept = np.append(1.0 - omegas[1:], 1.0)
     return omegas * np.cumprod(kept[::-1])[::-1]
@@ -143,12 +174,12 @@ def realised_weights(omegas: Array) -> Array:
 
 # --- registry ---------------------------------------------------------------------------------------
 
-Factory = Callable[..., Kernel]
-_FACTORIES: dict[str, Factory] = {}
+_Factory = Callable[..., Kernel]
+_FACTORIES: dict[str, _Factory] = {}
 
 
-def register(name: str, *, override: bool = False) -> Callable[[Factory], Factory]:
-    """Give a kernel class (or a factory of kernels) a name in the string grammar.
+def register(name: str, *, override: bool = False) -> Callable[[_Factory], _Factory]:
+    """Give a kernel class, or a function that returns kernels, a name for use in strings.
 
     Example:
         >>> @register("rising", override=True)
@@ -162,17 +193,17 @@ def register(name: str, *, override: bool = False) -> Callable[[Factory], Factor
 
     Args:
         name: The name, a Python identifier.
-        override: Replace a kernel that already has this name.
+        override: Whether to replace a kernel that already has this name.
 
     Raises:
-        ValueError: The name is taken or not an identifier.
+        ValueError: If the name is taken or is not an identifier.
     """
     if not name.isidentifier():
         raise ValueError(f"name must be an identifier such as 'my_kernel', got {name!r}")
     if name in _FACTORIES and not override:
         raise ValueError(f"name {name!r} is taken; choose another or pass override=True")
 
-    def add(factory: Factory) -> Factory:
+    def add(factory: _Factory) -> _Factory:
         if isinstance(factory, type) and issubclass(factory, Kernel):
             factory.name = name
         _FACTORIES[name] = factory
@@ -182,32 +213,34 @@ def register(name: str, *, override: bool = False) -> Callable[[Factory], Factor
 
 
 def available() -> list[str]:
-    """The registered names, sorted."""
+    """Return the registered names, sorted."""
     return sorted(_FACTORIES)
 
 
 KernelLike = str | Kernel | Callable[..., Any]
-"""What `build` makes a kernel of, and every argument called `kernel` accepts: a string, a `Kernel`, a frozen
-`scipy.stats` distribution, or a callable density."""
+"""The type of every argument called `kernel`: a string, a `Kernel`, a frozen `scipy.stats` distribution, or a
+callable density. `build` turns each of them into a `Kernel`."""
 
 
 def build(kernel: KernelLike) -> Kernel:
-    """Make a kernel of what a user may write.
+    """Return the kernel that a string, an object or a callable stands for.
 
     Example:
         >>> build("beta(0.5,0.5)").profile(4).round(3)
+        array([0.256, 0.167, 0.153, 0.167, 0.256])
+        >>> build(Beta(0.5, 0.5)).profile(4).round(3)
         array([0.256, 0.167, 0.153, 0.167, 0.256])
         >>> print(build(lambda tau: 1 - tau).summary(100).start_weight)
         0.019...
 
     Args:
         kernel: A string such as `"beta(0.5,0.5)"` or `"scipy.stats.truncnorm(-2,2,loc=0.5,scale=0.2)"`, a
-            `Kernel`, a frozen `scipy.stats` distribution with support in [0, 1], or a callable density
-            of the run's fraction `tau` in (0, 1).
+            `Kernel` such as `Beta(0.5, 0.5)`, a frozen `scipy.stats` distribution with support in [0, 1], or
+            a callable density of the fraction `tau` in (0, 1) of the run.
 
     Raises:
-        ValueError: The text does not parse, names no kernel, or has a parameter out of range.
-        TypeError: The arguments do not fit the named kernel, or `kernel` is none of the above.
+        ValueError: If the string does not parse or names no kernel, or a parameter is out of range.
+        TypeError: If the arguments do not fit the named kernel, or `kernel` is none of the above.
     """
     if isinstance(kernel, Kernel):
         return kernel
@@ -215,12 +248,8 @@ def build(kernel: KernelLike) -> Kernel:
         call = spec.parse_call(kernel)
         if call.name.startswith("scipy.stats."):
             return ScipyDensity.from_call(call)
-        if call.name not in _FACTORIES:
-            raise ValueError(
-                f"unknown kernel {call.name!r}; {checks.nearest(call.name, _FACTORIES)}, "
-                "scipy.stats.NAME(...), or a callable density"
-            )
-        return call.build(_FACTORIES[call.name])
+        also = "scipy.stats.NAME(...), or a callable density"
+        return call.build(checks.lookup("kernel", call.name, _FACTORIES, also=also))
     if hasattr(kernel, "pdf") and hasattr(kernel, "dist") and hasattr(kernel, "support"):
         return ScipyDensity(kernel)
     if callable(kernel) and not isinstance(kernel, type):
@@ -235,11 +264,11 @@ def build(kernel: KernelLike) -> Kernel:
 
 
 class Density(Kernel):
-    """A kernel given by a density over the run; only its shape matters, not its normalisation."""
+    """A kernel given by a density over the run, which need not be normalised."""
 
     @abstractmethod
     def density(self, tau: Array) -> Array:
-        """The density `kappa`, finite and not negative, at the fractions `tau` in (0, 1) of the run."""
+        """Return the density `kappa`, finite and not negative, at fractions `tau` in (0, 1) of the run."""
 
     def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:  # noqa: D102
         horizon = self._require(total_steps)
@@ -264,7 +293,7 @@ class Density(Kernel):
                 f"total_steps={horizon}: widen it or lengthen the run"
             )
         earlier = np.append(0.0, mass[:-1])
-        # Where there is no mass yet nothing is kept: the teacher is the latest student.
+        # Before the density has any mass the retention is 0, so that the teacher is the latest student.
         return np.divide(earlier, mass, out=np.zeros_like(mass), where=mass > 0)[steps]
 
 
@@ -276,9 +305,18 @@ def _set(obj: Any, **values: Any) -> None:
 @register("beta")
 @dataclass(frozen=True)
 class Beta(Density):
-    """The Beta(a, b) density, TRACER's kernel; a = b = 0.5, U-shaped, is the paper's default (Def. 3.3).
+    """The Beta(a, b) density, written `beta(a,b)`: TRACER's kernel (Definition 3.3).
 
-    a < 1 weighs the start of the run up, b < 1 its end; a = b = 1 is the running mean.
+    The paper's default is `a = b = 0.5`, which is U-shaped. `a < 1` emphasises the start of the run and
+    `b < 1` its end; `a = b = 1` is the running mean.
+
+    Example:
+        >>> print(Beta(0.5, 0.5))
+        beta(0.5,0.5)
+
+    Args:
+        a: The first shape parameter, above 0.
+        b: The second shape parameter, above 0.
     """
 
     a: float
@@ -290,24 +328,32 @@ class Beta(Density):
         _set(self, b=checks.number("beta", "b", self.b, lambda x: x > 0, rule))
 
     def density(self, tau: Array) -> Array:  # noqa: D102
+        import scipy.stats
+
         return scipy.stats.beta.pdf(tau, self.a, self.b)
 
 
 @register("arcsine")
 @dataclass(frozen=True)
 class Arcsine(Density):
-    """The arcsine density `1 / (pi sqrt(tau (1 - tau)))`; the same kernel as `beta(0.5,0.5)`."""
+    """The arcsine density `1 / (pi sqrt(tau (1 - tau)))`, written `arcsine`. It equals `beta(0.5,0.5)`."""
 
     def density(self, tau: Array) -> Array:  # noqa: D102
+        import scipy.stats
+
         return scipy.stats.arcsine.pdf(tau)
 
 
 @register("tail")
 @dataclass(frozen=True)
 class Tail(Density):
-    """Uniform over the last `fraction` of the run, as in stochastic weight averaging.
+    """The uniform density over the last part of the run, written `tail(fraction)`.
 
-    Before its start there is no mass, and the teacher is the latest student.
+    This is stochastic weight averaging (Izmailov et al. 2018). Until it starts, the teacher is the latest
+    student.
+
+    Args:
+        fraction: The fraction of the run, in (0, 1].
     """
 
     fraction: float
@@ -322,7 +368,11 @@ class Tail(Density):
 
 @dataclass(frozen=True, eq=False)
 class ScipyDensity(Density):
-    """A frozen continuous `scipy.stats` distribution with support in [0, 1]."""
+    """The density of a `scipy.stats` distribution, written `scipy.stats.NAME(...)`.
+
+    Args:
+        distribution: A frozen continuous distribution with support in [0, 1].
+    """
 
     distribution: Any
 
@@ -337,13 +387,14 @@ class ScipyDensity(Density):
 
     @classmethod
     def from_call(cls, call: spec.Call) -> ScipyDensity:
-        """Freeze the distribution that `scipy.stats.NAME(...)` names."""
+        """Return the density for a parsed `scipy.stats.NAME(...)`."""
+        import scipy.stats
+
+        known = {k: v for k, v in vars(scipy.stats).items() if isinstance(v, scipy.stats.rv_continuous)}
         name = call.name.removeprefix("scipy.stats.")
-        known = {k for k, v in vars(scipy.stats).items() if isinstance(v, scipy.stats.rv_continuous)}
-        if name not in known:
-            raise ValueError(f"unknown distribution {call.name!r}; {checks.nearest(name, known)}")
+        distribution = checks.lookup("scipy.stats distribution", name, known)
         try:
-            return cls(getattr(scipy.stats, name)(*call.args, **call.kwargs))
+            return cls(distribution(*call.args, **call.kwargs))
         except TypeError as error:
             raise TypeError(f"{call}: {error}") from None
 
@@ -365,17 +416,19 @@ class ScipyDensity(Density):
 
 @dataclass(frozen=True)
 class FunctionDensity(Density):
-    """Any callable `tau -> kappa(tau)`, of arrays or of single floats."""
+    """The density that a callable computes.
+
+    Args:
+        function: A callable `tau -> kappa(tau)` of arrays or of single floats.
+    """
 
     function: Callable[[Any], Any]
 
     def density(self, tau: Array) -> Array:  # noqa: D102
         try:
             values = np.asarray(self.function(tau), dtype=np.float64)
-        except (
-            TypeError,
-            ValueError,
-        ):  # written for single floats: `if tau < 0.5`, `math.sin(tau)`
+        except (TypeError, ValueError):
+            # The function is for single floats, as with `if tau < 0.5` or `math.sin(tau)`.
             values = np.array([self.function(float(t)) for t in tau], dtype=np.float64)
         return np.broadcast_to(values, tau.shape) if values.ndim == 0 else values
 
@@ -392,7 +445,10 @@ class FunctionDensity(Density):
 @register("uniform")
 @dataclass(frozen=True)
 class Uniform(Kernel):
-    """The running mean of all states, `r_j = j / (j + 1)`; needs no horizon and equals `beta(1,1)`."""
+    """The running mean of all states, written `uniform`: `r_j = j / (j + 1)`.
+
+    It equals `beta(1,1)` and needs no horizon.
+    """
 
     @property
     def needs_horizon(self) -> bool:  # noqa: D102
@@ -405,16 +461,21 @@ class Uniform(Kernel):
 @register("power")
 @dataclass(frozen=True, kw_only=True)
 class Power(Kernel):
-    """Power-function average of Karras et al. 2024 (EDM2): weights grow as a power of the step.
+    """The power-function average of Karras et al. 2024 (EDM2), written `power(sigma_rel=0.1)`.
 
-    `r_j = (1 - 1/t)^(gamma + 1)` with `t = j + 1` (their post-hoc EMA formula, counting `W^0` as the
-    first state); `sigma_rel` is the profile's standard deviation relative to the run's length, from
-    which gamma follows as the largest root of `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)`.
-    The shape stretches with the run, so no horizon is needed.
+    Weights grow as the power gamma of the step: `r_j = (1 - 1/t)^(gamma + 1)` with `t = j + 1` (their
+    post-hoc EMA formula, where `W^0` counts as the first state). The standard deviation of the profile
+    relative to the length of the run, `sigma_rel`, determines gamma, which is the largest root of
+    `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)`. The profile stretches with the run, so no horizon
+    is needed.
+
+    Example:
+        >>> round(Power(sigma_rel=0.1).gamma, 2)
+        6.94
 
     Args:
-        sigma_rel: In (0, 1/sqrt(12)]; the largest is the running mean (gamma = 0), and small values
-            weigh the end of the run.
+        sigma_rel: The relative standard deviation, in (0, 1/sqrt(12)]. The largest value is the running mean
+            (gamma = 0); small values emphasise the end of the run.
     """
 
     sigma_rel: float
@@ -442,7 +503,7 @@ class Power(Kernel):
 @register("static")
 @dataclass(frozen=True)
 class Static(Kernel):
-    """The teacher never moves from `W^0`."""
+    """The kernel of a teacher that stays at `W^0`, written `static`."""
 
     @property
     def needs_horizon(self) -> bool:  # noqa: D102
@@ -455,17 +516,23 @@ class Static(Kernel):
 @register("ema")
 @dataclass(frozen=True)
 class Ema(Kernel):
-    """Exponential moving average: `r_j` is the retention, constant or scheduled over the run.
+    """The exponential moving average, written `ema(0.999)`, with a constant or scheduled decay.
 
-    `ema(0.996, 1.0, schedule=cosine)` is DINO's (Caron et al. 2021); `ema(0.05, 0.9, schedule=linear,
-    warmup=0.2)` is CaRot's. With a schedule the retention of step `j` is taken at the fraction
-    `(j - 1) / T` of the run, as DINO does; it reaches `final_decay` after the fraction `warmup` and stays.
+    `ema(0.996,1.0,schedule=cosine)` is DINO's kernel (Caron et al. 2021), and
+    `ema(0.05,0.9,schedule=linear,warmup=0.2)` is CaRot's. As in DINO, step `j` takes the value of the
+    schedule at the fraction `(j - 1) / T` of the run. The schedule reaches `final_decay` after the fraction
+    `warmup` and stays there.
+
+    Example:
+        >>> print(Ema(0.999), Ema(0.996, 1.0, schedule="cosine"))
+        ema(0.999) ema(0.996,1.0,schedule=cosine)
 
     Args:
-        decay: Retention in [0, 1]; what PyTorch and timm call decay. 0.999 keeps 99.9% a step.
-        final_decay: Retention at the end of the schedule; None for a constant one.
+        decay: The retention in [0, 1], called decay by PyTorch and timm. 0.999 keeps 99.9% of the average at
+            each step.
+        final_decay: The retention at the end of the schedule; None for a constant one.
         schedule: `linear` or `cosine`, required with `final_decay`.
-        warmup: Fraction of the run, in (0, 1], over which the schedule goes from `decay` to `final_decay`.
+        warmup: The fraction of the run, in (0, 1], that the schedule takes from `decay` to `final_decay`.
     """
 
     decay: float
@@ -482,14 +549,14 @@ class Ema(Kernel):
         if self.final_decay is None:
             if self.schedule is not None or self.warmup != 1.0:
                 raise ValueError(
-                    f"ema: a schedule needs the retention that it ends at, got final_decay=None; write "
+                    f"ema: a schedule needs the retention at its end, got final_decay=None; write "
                     f"ema({self.decay},1.0,schedule={self.schedule or 'cosine'})"
                 )
             return
         _set(self, final_decay=checks.number("ema", "final_decay", self.final_decay, share, rule))
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(
-                f"ema: schedule must be linear or cosine where final_decay is given, got {self.schedule!r}; "
+                f"ema: schedule must be linear or cosine if final_decay is given, got {self.schedule!r}; "
                 f"write ema({self.decay},{self.final_decay},schedule=cosine)"
             )
         rule = "a fraction of the run in (0, 1]"
@@ -512,7 +579,7 @@ class Ema(Kernel):
 
 
 def _ema_retention_of_mean_age(mean_age: float, total_steps: int) -> float:
-    """The constant retention whose mean age over the horizon, `sum_{k=1}^{T} rho^k`, is `mean_age`."""
+    """Return the constant retention rho of a given mean age over the horizon, `sum_{k=1}^T rho^k`."""
 
     def excess(rho: float) -> float:
         if rho == 1.0:
@@ -523,4 +590,10 @@ def _ema_retention_of_mean_age(mean_age: float, total_steps: int) -> float:
         return 0.0
     if mean_age >= total_steps:
         return 1.0
-    return float(scipy.optimize.brentq(excess, 1e-300, 1.0, xtol=1e-15))
+    from scipy.optimize import brentq
+
+    return float(brentq(excess, 1e-300, 1.0, xtol=1e-15))
+
+
+def __dir__() -> list[str]:
+    return __all__

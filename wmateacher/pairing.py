@@ -1,6 +1,6 @@
-"""Which student tensor meets which teacher tensor: by name, never by order.
+"""Pairing of student and teacher tensors by canonical name, never by order.
 
-Names are seen through DDP, DataParallel and torch.compile; tied tensors count once.
+Names do not include what DDP, DataParallel and torch.compile wrappers add, and tied tensors count once.
 """
 
 from __future__ import annotations
@@ -19,26 +19,54 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wmateacher import checks, sharding
 
+__all__ = [
+    "BUFFERS",
+    "FROZEN",
+    "Binding",
+    "Buffers",
+    "Frozen",
+    "Precision",
+    "Roles",
+    "accumulator_dtype",
+    "assign",
+    "canonical_name",
+    "check_frozen",
+    "check_precision",
+    "clone",
+    "computed",
+    "densify",
+    "describe_difference",
+    "hidden",
+    "match",
+    "materialise",
+    "share",
+    "state_names",
+    "tensors",
+    "unexpanded",
+    "unwrap",
+]
+
 Buffers = Literal["copy", "average", "keep"]
 Frozen = Literal["share", "copy"]
 Precision = torch.dtype | Literal["auto", "split"]
 BUFFERS: tuple[Buffers, ...] = ("copy", "average", "keep")
 FROZEN: tuple[Frozen, ...] = ("share", "copy")
 
-# Components that wrappers inside a model add to its tensors' names.
+# Name components that wrappers inside a model add.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True)
 class Roles:
-    """What becomes of each of a model's tensors, by canonical name.
+    """The role of each tensor of a student in its teacher, by canonical name.
 
     Attributes:
-        averaged: Moved by the kernel's weight at each snapshot.
-        copied: Set to the student's value at each snapshot.
-        kept: Left as they were when the teacher was built.
-        shared: The student's own tensors: frozen parameters, no copy.
-        trained: Parameters that must go on requiring grad, because those that do not are shared.
+        averaged: Tensors that move by the kernel's weight at each snapshot.
+        copied: Tensors that are set to the student's value at each snapshot.
+        kept: Tensors that stay as they were when the teacher was built.
+        shared: Frozen parameters, for which the teacher uses the student's own tensors.
+        trained: Parameters that must keep requiring grad, because the teacher would have shared them if they
+            had been frozen.
     """
 
     averaged: tuple[str, ...]
@@ -49,12 +77,12 @@ class Roles:
 
     @property
     def owned(self) -> tuple[str, ...]:
-        """Everything that the teacher has a tensor of its own for."""
+        """The names for which the teacher has its own tensor."""
         return self.averaged + self.copied + self.kept
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside DDP, DataParallel and torch.compile wrappers, in any nesting."""
+    """Return the module inside DDP, DataParallel and torch.compile wrappers, in any nesting."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -65,12 +93,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 class Binding:
-    """A model's tensors by name, looked up once, with a test that they are still the same.
+    """A model's tensors by name, looked up once, with a test for whether they are still the same.
 
-    `tensors` are the model's, `local` their memory in this process: the shards of those that are sharded.
-    The test runs no Python per tensor: modules and tensors must be the same objects where they were
-    found, and their memory, layout and `requires_grad` flags as they were (`tensor.data = ...` changes
-    these and not the object). Of trained wrappers around other tensors it cannot tell.
+    Attributes:
+        model: The unwrapped module.
+        tensors: Its parameters and buffers by canonical name.
+        local: The same, with the local shard of each sharded tensor.
     """
 
     def __init__(self, model: nn.Module):
@@ -84,14 +112,25 @@ class Binding:
         self._objects = [table[key] for table, key in slots]
         self._sharded = [t for t in self.tensors.values() if sharding.is_sharded(t)]
         self._shards = list(map(sharding.shard, self._sharded))
-        # A wrapper around other tensors (a quantised weight) has no memory of its own, nor a sparse one.
+        # Sparse tensors and wrappers around other tensors (such as quantised weights) have no data_ptr.
         wrapped = {n for n, t in self.local.items() if is_traceable_wrapper_subclass(t)}
         self._plain = [t for n, t in self.local.items() if t.layout == torch.strided and n not in wrapped]
         self._opaque = any(self.tensors[n].requires_grad for n in wrapped)
         self._fingerprint = self._take_fingerprint()
 
     def is_current(self) -> bool:
-        """Whether the model still has these tensors and no others."""
+        """Return whether the model still has these tensors and no others.
+
+        A model that contains trained wrappers around other tensors is never current, because the inner
+        tensors cannot be checked.
+        """
+        # This runs at every update of models with thousands of tensors, so that a Python loop over them would
+        # cost more than the averaging. `map` over C functions compares, with no bytecode per tensor:
+        # - that every slot of every module holds the same object; a KeyError means that one was removed;
+        # - that each DTensor has the same local tensor, which FSDP2 may replace;
+        # - that no slot was added, by counting them;
+        # - that memory, layout and requires_grad are unchanged, since `tensor.data = ...` changes these while
+        #   the tensor stays the same object.
         try:
             same = all(map(is_, map(getitem, self._where, self._keys), self._objects))
         except KeyError:
@@ -115,7 +154,7 @@ class Binding:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of an unwrapped module by canonical name; tied ones once."""
+    """Return the parameters and buffers of an unwrapped module by canonical name; tied ones once."""
     return dict(_named(model.named_parameters()) | _named(model.named_buffers()))
 
 
@@ -123,28 +162,28 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     """Decide each tensor's role from the policies of `WMATeacher`.
 
     Raises:
-        ValueError: A policy that does not exist, a pattern in `exclude` that matches no tensor, or a
-            tensor that has no value yet.
+        ValueError: If a policy is unknown, a pattern in `exclude` matches no tensor, or a tensor has no value
+            yet.
     """
-    _require_choice("buffers", buffers, BUFFERS)
-    _require_choice("frozen", frozen, FROZEN)
+    checks.one_of("buffers policy", buffers, BUFFERS)
+    checks.one_of("frozen policy", frozen, FROZEN)
     parameters, others = _named(model.named_parameters()), _named(model.named_buffers())
     for name, tensor in (parameters | others).items():
         if is_lazy(tensor):
             raise ValueError(
-                f"the student's {name!r} is not initialised yet (a lazy module's): run one batch through "
-                "the student before building the teacher, whose average begins at its weights"
+                f"the student's {name!r} belongs to a lazy module and is not initialised yet: run one batch "
+                "through the student before building the teacher, whose average starts at its weights"
             )
         if tensor.is_meta:
             raise ValueError(
                 f"the student's {name!r} is on the meta device and has no value: materialise and initialise "
-                "the student before building the teacher, whose average begins at its weights"
+                "the student before building the teacher, whose average starts at its weights"
             )
     excluded = _matching(exclude, [*parameters, *others])
     shared = {n for n, p in parameters.items() if frozen == "share" and not p.requires_grad}
     excluded -= shared
-    # A counter or an index has no average, nor has a tensor that an average could not be written to, and
-    # what no checkpoint holds could not be resumed.
+    # Counters and indices have no average, and sparse and expanded tensors cannot hold one. The average of a
+    # buffer that is not saved could not be resumed.
     continuous = {
         n
         for n, t in (parameters | others).items()
@@ -166,7 +205,7 @@ def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
     """Check that a student has the teacher's tensors.
 
     Raises:
-        ValueError: A tensor that is missing, extra, or of another shape.
+        ValueError: If a tensor is missing, extra or of another shape.
     """
     missing = [n for n in teacher if n not in student]
     extra = [n for n in student if n not in teacher]
@@ -187,10 +226,10 @@ def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
 
 
 def check_frozen(student: Mapping[str, Tensor], roles: Roles) -> None:
-    """Check that where the teacher shares what is frozen, the same is frozen as when it was built.
+    """Check that the same parameters are frozen as when the teacher was built, if it shares frozen ones.
 
     Raises:
-        ValueError: A parameter that was frozen or unfrozen since.
+        ValueError: If a parameter has been frozen or unfrozen since.
     """
     for name in roles.shared:
         if student[name].requires_grad:
@@ -209,7 +248,7 @@ def check_frozen(student: Mapping[str, Tensor], roles: Roles) -> None:
 
 
 def share(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
-    """Put the student's own parameters in the teacher's module, wherever they are used there."""
+    """Put the student's own parameters into the teacher's module, wherever it uses them."""
     wanted = set(names)
     source = tensors(unwrap(student))
     for path, _ in list(teacher.named_parameters(remove_duplicate=False)):
@@ -220,7 +259,7 @@ def share(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
 
 
 def unexpanded(tensor: Tensor) -> Tensor:
-    """The part of a tensor that has memory of its own: along expanded dimensions, the first entry."""
+    """Return the part of a tensor that has its own memory: the first entry along expanded dimensions."""
     for dim in range(tensor.dim() if tensor.layout == torch.strided else 0):
         if tensor.stride(dim) == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
@@ -228,7 +267,7 @@ def unexpanded(tensor: Tensor) -> Tensor:
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
-    """Give a model's tensors on the meta device memory, to be written to; tied ones once."""
+    """Allocate uninitialised memory for a model's tensors on the meta device; tied ones stay tied."""
     made: dict[Tensor, Tensor] = {}
     for module in model.modules():
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -242,7 +281,7 @@ def materialise(model: nn.Module, device: torch.device) -> None:
 
 
 def densify(model: nn.Module) -> None:
-    """Give expanded buffers memory for all of their entries, to be written to."""
+    """Give expanded buffers memory for all of their entries, so that they can be written to."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and unexpanded(buffer) is not buffer:
@@ -251,10 +290,11 @@ def densify(model: nn.Module) -> None:
 
 @contextmanager
 def hidden(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """A context in which a model has none of these parameters."""
+    """Remove parameters from a model inside a `with` block."""
     wanted = set(names)
     paths = [p for p, _ in model.named_parameters(remove_duplicate=False) if canonical_name(p) in wanted]
-    slots = [(model.get_submodule(owner)._parameters, leaf) for owner, _, leaf in map(_split_path, paths)]
+    split = [path.rpartition(".") for path in paths]
+    slots = [(model.get_submodule(owner)._parameters, leaf) for owner, _, leaf in split]
     kept = [table[leaf] for table, leaf in slots]
     for table, leaf in slots:
         table[leaf] = None
@@ -265,12 +305,8 @@ def hidden(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
             table[leaf] = parameter
 
 
-def _split_path(path: str) -> tuple[str, str, str]:
-    return path.rpartition(".")
-
-
 def state_names(model: nn.Module) -> dict[str, str]:
-    """The keys of a module's `state_dict` that are its tensors, each with the tensor's canonical name."""
+    """Return the keys of a module's `state_dict` that hold its tensors, with the tensors' canonical names."""
     names = {id(tensor): name for name, tensor in tensors(model).items()}
     paths = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     lasting = {f"{p}.{n}" if p else n for p, m in model.named_modules(remove_duplicate=False)
@@ -280,16 +316,16 @@ def state_names(model: nn.Module) -> dict[str, str]:
 
 
 def clone(tensor: Tensor, device: torch.device | None) -> Tensor:
-    """A parameter or buffer of its own kind, frozen, on a device."""
+    """Return a frozen copy of a parameter or buffer on a device."""
     values = tensor.detach().to(device, copy=True)
     return nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
 
 
 def computed(model: nn.Module) -> dict[int, Tensor]:
-    """Detached copies, by `id`, of tensors that modules keep as plain attributes and that have a graph.
+    """Return detached copies, by `id`, of tensors in plain attributes that are part of an autograd graph.
 
-    Such a tensor (the `weight` that the hooks of old `weight_norm` and `spectral_norm` compute from
-    others, a cached activation) refuses to be deep-copied; as a `memo` these copies stand in for it.
+    Such tensors cannot be deep-copied. Examples are cached activations and the `weight` that the hooks of the
+    old `weight_norm` and `spectral_norm` compute. The result is a `memo` for `copy.deepcopy`.
     """
     return {
         id(value): value.detach().clone()
@@ -300,7 +336,7 @@ def computed(model: nn.Module) -> dict[int, Tensor]:
 
 
 def canonical_name(path: str) -> str:
-    """A tensor's name without what torch.compile and checkpointing wrappers add to it."""
+    """Return a tensor's name without what torch.compile and activation checkpointing add to it."""
     return ".".join(part for part in path.split(".") if part not in _TRANSPARENT)
 
 
@@ -309,7 +345,7 @@ def _named(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _persistent(model: nn.Module) -> set[str]:
-    """The names of the buffers that `state_dict` holds."""
+    """Return the names of the buffers that `state_dict` includes."""
     return {
         canonical_name(f"{path}.{leaf}" if path else leaf)
         for path, owner in model.named_modules()
@@ -331,13 +367,8 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     return matched
 
 
-def _require_choice(argument: str, value: object, options: Sequence[str]) -> None:
-    if value not in options:
-        raise ValueError(f"{argument} must be one of {', '.join(map(repr, options))}, got {value!r}")
-
-
 def describe_difference(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """`missing 'a', 'b'; unexpected 'c'`, whichever there are."""
+    """Return a text such as `missing 'a', 'b'; unexpected 'c'`, without an empty part."""
     both = (("missing", missing), ("unexpected", unexpected))
     return "; ".join(f"{what} {_few(names)}" for what, names in both if names)
 
@@ -352,18 +383,23 @@ def check_precision(dtype: object) -> None:
     wide = isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
     if dtype not in ("auto", "split") and not wide:
         raise ValueError(
-            f"dtype must be 'auto', 'split' or a floating-point torch.dtype of at least 16 bits, got {dtype!r}"
+            "dtype must be 'auto', 'split' or a floating-point torch.dtype of at least 16 bits, got "
+            f"{dtype!r}"
         )
 
 
 def accumulator_dtype(tensor: Tensor, dtype: Precision) -> torch.dtype:
-    """The dtype in which a tensor is averaged.
+    """Return the dtype in which a tensor is averaged.
 
-    `"auto"` and `"split"` are float32 for bfloat16, float16 and narrower tensors, whose own spacing
-    swallows small updates (at 1.0, bfloat16 cannot take an update of 1e-3), and the tensor's own dtype
-    otherwise. Of a complex tensor it is the complex dtype of that precision.
+    For `"auto"` and `"split"` it is float32 for bfloat16, float16 and narrower tensors, whose spacing
+    swallows small updates (at 1.0, bfloat16 cannot represent an update of 1e-3), and otherwise the tensor's
+    own dtype. Complex tensors get the complex dtype of that precision.
     """
     if not isinstance(dtype, torch.dtype):
         narrow = tensor.dtype.itemsize < torch.float32.itemsize * (2 if tensor.is_complex() else 1)
         dtype = torch.float32 if narrow else tensor.real.dtype
     return dtype.to_complex() if tensor.is_complex() else dtype
+
+
+def __dir__() -> list[str]:
+    return __all__

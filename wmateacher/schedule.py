@@ -183,8 +183,7 @@ class Clock:
 
         A snapshot's steps are one interval: they begin halfway to the snapshot before it and end halfway to
         the one that follows. The step exactly in the middle belongs to the later snapshot, hence the `- 1`
-        below. A snapshot's weight so depends on where the next one will be, but not on anything that happens
-        in between, and it can be applied at once.
+        below. When the next snapshot is due is known beforehand, so that the weight can be applied at once.
         """
         following = (chain[1:] // self.update_every + 1) * self.update_every
         if total_steps is not None:

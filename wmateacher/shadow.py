@@ -77,7 +77,7 @@ class Shadow:
             ValueError: If the student cannot be copied, or the factory's module does not match it.
         """
         self.roles = roles
-        self.module = _build(student, roles, device, module_factory)
+        self.module = self._build(student, device, module_factory)
         self.fully_sharded = sharding.fully_sharded(self.module)
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
@@ -86,6 +86,98 @@ class Shadow:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}
+
+    # --- building -----------------------------------------------------------------------------------
+
+    def _build(
+        self,
+        student: nn.Module,
+        device: torch.device | str | None,
+        factory: Callable[[], nn.Module] | None,
+    ) -> nn.Module:
+        named, shared = pairing.tensors(student), self.roles.shared
+        target = None if device is None else torch.empty(0, device=device).device
+        if sharding.fully_sharded(student):
+            if factory is None:
+                raise ValueError(
+                    "the student is sharded by fully_shard, which prevents deep copies: pass "
+                    "module_factory=FACTORY, a function that builds the module and shards it like the "
+                    "student (it may do so on the meta device and leave it there)"
+                )
+            for name in shared:
+                sharding.refuse_uneven(name, named[name])
+        if target is not None and any(named[n].device != target for n in shared):
+            raise ValueError(
+                f"device={device!r} differs from that of the student's frozen parameters, which "
+                "frozen='share' uses in place: pass frozen='copy' to give the teacher its own"
+            )
+        if factory is None:
+            module = self._deep_copy(student, named, target)
+        else:
+            module = self._manufacture(factory, student, named, target)
+        pairing.densify(module)
+        module.requires_grad_(False)
+        return (module if device is None else module.to(device)).eval()
+
+    def _deep_copy(
+        self, student: nn.Module, named: Mapping[str, Tensor], device: torch.device | None
+    ) -> nn.Module:
+        """Copy the student, straight to `device` if given: its own may have no room for a copy."""
+        memo = {id(named[n]): named[n] for n in self.roles.shared} | pairing.computed(student)
+        if device is not None:
+            memo |= {id(named[n]): pairing.clone(named[n], device) for n in self.roles.owned}
+        try:
+            return copy.deepcopy(student, memo)
+        except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+            raise ValueError(
+                f"the student ({type(student).__name__}) cannot be deep-copied ({error}): pass "
+                "module_factory=FACTORY, a function that builds a module of the same architecture"
+            ) from error
+
+    def _manufacture(
+        self,
+        factory: Callable[[], nn.Module],
+        student: nn.Module,
+        named: Mapping[str, Tensor],
+        device: torch.device | None,
+    ) -> nn.Module:
+        """Build a module with the factory and copy the student's values into it."""
+        module, owned = factory(), self.roles.owned
+        own = pairing.tensors(module)
+        pairing.match(named, own)
+        sharding.match(own, named)
+        theirs = {id(t) for t in named.values()}
+        if any(id(own[n]) in theirs for n in owned):
+            raise ValueError(
+                "module_factory must build a new module, but what it returned has the student's own tensors"
+            )
+        pairing.densify(module)
+        pairing.share(module, student, self.roles.shared)
+        home = next((t.device for t in named.values()), torch.device("cpu"))
+        pairing.materialise(module, device or home)
+        targets, sources = Binding(module).local, Binding(student).local
+        averaging.copy_([targets[n] for n in owned], [sources[n] for n in owned])
+        return module
+
+    def _start(self, student: Mapping[str, Tensor], dtype: pairing.Precision) -> None:
+        """Start every average at the student's value."""
+        own = Binding(self.module).local
+        for name in self.roles.averaged:
+            wanted = self._precisions[name] = pairing.accumulator_dtype(student[name], dtype)
+            split = dtype == "split" and wanted != own[name].dtype
+            if split and own[name].dtype != torch.bfloat16:
+                raise ValueError(
+                    "dtype='split' is for bfloat16 students, whose values are the upper halves of float32, "
+                    f"but {name!r} is {own[name].dtype}: use dtype='auto'"
+                )
+            average = Average.of(student[name].detach().to(wanted), own[name], split=split)
+            if average.beside is not None:
+                self._beside[name] = average.beside
+        if dtype == "split" and not self._beside:
+            raise ValueError(
+                "dtype='split' is for bfloat16 students, and no averaged tensor of this one is bfloat16: "
+                "use dtype='auto', which needs no memory beside the module here"
+            )
 
     # --- updates ------------------------------------------------------------------------------------
 
@@ -148,11 +240,7 @@ class Shadow:
                 averaging.copy_([own.local[name]], [local])
 
     def copy_to(self, model: nn.Module) -> None:
-        """Write the averaged weights and buffers into an unwrapped model, by name.
-
-        Raises:
-            ValueError: If the model's tensors do not match the averaged module's.
-        """
+        """Write the averaged weights and buffers into an unwrapped model, by name."""
         targets, sources = self.counterparts(model)
         averaging.copy_([sharding.local(t) for t in targets], sources)
 
@@ -277,7 +365,9 @@ class Shadow:
             "the state was written for another architecture",
             missing=[k for k, n in names.items() if k not in state and n not in shared],
             unexpected=[k for k in state if k.startswith(prefix) and k not in known],
-            shapes=[(k, state[k], own.tensors[n]) for k, n in names.items() if k in state and n not in shared],
+            shapes=[
+                (k, state[k], own.tensors[n]) for k, n in names.items() if k in state and n not in shared
+            ],
         )
         values = {}
         for key, name in names.items():
@@ -309,102 +399,6 @@ class Shadow:
             shapes=[(p, average[p], own.tensors[n]) for p, n in names.items() if p in average],
         )
         return {name: average[path] for path, name in names.items() if path in average}
-
-    def _start(self, student: Mapping[str, Tensor], dtype: pairing.Precision) -> None:
-        """Start every average at the student's value."""
-        own = Binding(self.module).local
-        for name in self.roles.averaged:
-            wanted = self._precisions[name] = pairing.accumulator_dtype(student[name], dtype)
-            split = dtype == "split" and wanted != own[name].dtype
-            if split and own[name].dtype != torch.bfloat16:
-                raise ValueError(
-                    "dtype='split' is for bfloat16 students, whose values are the upper halves of float32, "
-                    f"but {name!r} is {own[name].dtype}: use dtype='auto'"
-                )
-            average = Average.of(student[name].detach().to(wanted), own[name], split=split)
-            if average.beside is not None:
-                self._beside[name] = average.beside
-        if dtype == "split" and not self._beside:
-            raise ValueError(
-                "dtype='split' is for bfloat16 students, and no averaged tensor of this one is bfloat16: "
-                "use dtype='auto', which needs no memory beside the module here"
-            )
-
-
-# --- building -----------------------------------------------------------------------------------------
-
-
-def _build(
-    student: nn.Module,
-    roles: Roles,
-    device: torch.device | str | None,
-    factory: Callable[[], nn.Module] | None,
-) -> nn.Module:
-    named = pairing.tensors(student)
-    target = None if device is None else torch.empty(0, device=device).device
-    if sharding.fully_sharded(student):
-        if factory is None:
-            raise ValueError(
-                "the student is sharded by fully_shard, which prevents deep copies: pass "
-                "module_factory=FACTORY, a function that builds the module and shards it like the student "
-                "(it may do so on the meta device and leave it there)"
-            )
-        for name in roles.shared:
-            sharding.refuse_uneven(name, named[name])
-    if target is not None and any(named[n].device != target for n in roles.shared):
-        raise ValueError(
-            f"device={device!r} differs from that of the student's frozen parameters, which "
-            "frozen='share' uses in place: pass frozen='copy' to give the teacher its own"
-        )
-    if factory is None:
-        module = _deep_copy(student, named, roles, target)
-    else:
-        module = _manufacture(factory, student, named, roles, target)
-    pairing.densify(module)
-    module.requires_grad_(False)
-    return (module if device is None else module.to(device)).eval()
-
-
-def _deep_copy(
-    student: nn.Module, named: Mapping[str, Tensor], roles: Roles, device: torch.device | None
-) -> nn.Module:
-    """Copy a student, straight to `device` if given: its own may have no room for a copy."""
-    memo = {id(named[n]): named[n] for n in roles.shared} | pairing.computed(student)
-    if device is not None:
-        memo |= {id(named[n]): pairing.clone(named[n], device) for n in roles.owned}
-    try:
-        return copy.deepcopy(student, memo)
-    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-        raise ValueError(
-            f"the student ({type(student).__name__}) cannot be deep-copied ({error}): pass "
-            "module_factory=FACTORY, a function that builds a module of the same architecture"
-        ) from error
-
-
-def _manufacture(
-    factory: Callable[[], nn.Module],
-    student: nn.Module,
-    named: Mapping[str, Tensor],
-    roles: Roles,
-    device: torch.device | None,
-) -> nn.Module:
-    """Build a module with the factory and copy the student's values into it."""
-    module = factory()
-    own = pairing.tensors(module)
-    pairing.match(named, own)
-    sharding.match(own, named)
-    theirs = {id(t) for t in named.values()}
-    if any(id(own[n]) in theirs for n in roles.owned):
-        raise ValueError(
-            "module_factory must build a new module, but what it returned has the student's own tensors"
-        )
-    pairing.densify(module)
-    pairing.share(module, student, roles.shared)
-    home = next((t.device for t in named.values()), torch.device("cpu"))
-    pairing.materialise(module, device or home)
-    targets, sources = Binding(module).local, Binding(student).local
-    averaging.copy_([targets[n] for n in roles.owned], [sources[n] for n in roles.owned])
-    return module
 
 
 # --- checking -----------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""What a tensor or a module that is spread over processes is made of: DTensors and FSDP2's modules.
+"""Sharded tensors and modules: DTensors and FSDP2.
 
-Averaging is linear and acts on each entry by itself, so that every process averages its own shards and
-none has to hear of the others'. Nothing here communicates, or imports what the user has not.
+Averaging is linear and acts on each entry separately, so every process averages its own shards. Only `norms`
+and `consolidate` communicate. torch's distributed modules are never imported here, only used if the user has
+imported them.
 """
 
 from __future__ import annotations
@@ -17,37 +18,57 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+__all__ = [
+    "alike",
+    "consolidate",
+    "describe",
+    "fully_sharded",
+    "is_sharded",
+    "local",
+    "match",
+    "norms",
+    "refuse_fsdp1",
+    "refuse_uneven",
+    "reshard",
+    "shard",
+    "spread",
+]
+
 shard = attrgetter("_local_tensor")
-"""The part of a DTensor that this process holds: the tensor itself, which FSDP2 may replace."""
+"""Return the part of a DTensor that this process holds: the tensor object, which FSDP2 may replace."""
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether it is a DTensor."""
+    """Return whether a tensor is a DTensor."""
     kind = _loaded("torch.distributed.tensor", "DTensor")
     return kind is not None and isinstance(tensor, kind)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The memory of this process's part: a DTensor's shard, off the graph, any other tensor as it is."""
+    """Return the shard of a DTensor, detached, and any other tensor as it is."""
     return shard(tensor).detach() if is_sharded(tensor) else tensor
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
-    """Local values as what `like` is: the shard of a DTensor of its shape, or just themselves."""
+    """Return local values as a DTensor with the shape and sharding of `like`, if that is a DTensor."""
     if not is_sharded(like):
         return values
     kind: Any = type(like.detach())
-    # With the shape given: from the shards alone an uneven one would be guessed wrong.
+    # from_local would infer a wrong shape from uneven shards.
     return kind.from_local(
         values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
 
 
 def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
-    """Check that tensors of equal names and shapes are also spread alike over the processes.
+    """Check that the tensors of a teacher and a student are sharded alike.
+
+    Args:
+        teacher: The teacher's tensors by name.
+        student: The student's tensors, with the same names and shapes.
 
     Raises:
-        ValueError: One is sharded and the other is not, or they are sharded differently.
+        ValueError: If one of a pair is sharded and the other is not, or they are sharded differently.
     """
     for name, ours in teacher.items():
         theirs = student[name]
@@ -60,11 +81,13 @@ def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
 
 
 def norms(local_norms: Tensor, like: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norms of whole tensors `like`, from those of their shards; one collective a sharding.
+    """Return the Euclidean norms of whole tensors, given those of their shards.
+
+    It takes one collective for each different sharding among the tensors.
 
     Args:
-        local_norms: [n], of the local parts.
-        like: The n tensors; of those that are not sharded the norm stays.
+        local_norms: The norms of the local shards, shape `[n]`.
+        like: The `n` tensors. Norms of tensors that are not sharded stay as they are.
     """
     groups: dict[Any, list[int]] = {}
     for i, tensor in enumerate(like):
@@ -79,7 +102,7 @@ def norms(local_norms: Tensor, like: Sequence[Tensor]) -> Tensor:
 
 
 def consolidate(state: dict[str, Any]) -> dict[str, Any]:
-    """A state with whole tensors on the CPU of rank 0, empty on other ranks; a collective."""
+    """Gather a state's tensors on the CPU of rank 0; other ranks get an empty state. A collective."""
     dist = torch.distributed
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     gathered = {}
@@ -91,44 +114,44 @@ def consolidate(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_fsdp1(model: nn.Module) -> None:
-    """Raise a ValueError if a module holds FullyShardedDataParallel, whose parameters are flattened."""
+    """Raise a ValueError if a module contains FullyShardedDataParallel, which flattens parameters."""
     kind = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
     if kind is not None and any(isinstance(m, kind) for m in model.modules()):
         raise ValueError(
-            "the student is wrapped in FullyShardedDataParallel (FSDP1), which flattens parameters of "
-            "several tensors into one: shard it with FSDP2's torch.distributed.fsdp.fully_shard instead, and "
+            "the student is wrapped in FullyShardedDataParallel (FSDP1), which flattens several "
+            "parameters into one: shard it with FSDP2's torch.distributed.fsdp.fully_shard instead, and "
             "build the teacher with module_factory=FACTORY, which shards its module the same way"
         )
 
 
 def reshard(modules: Iterable[nn.Module]) -> None:
-    """Have `fully_sharded` modules let go of the whole parameters that a forward left in them."""
+    """Free the whole parameters that a forward pass has left gathered in `fully_sharded` modules."""
     for module in modules:
         module.reshard()  # type: ignore[operator]
 
 
 def fully_sharded(model: nn.Module) -> list[nn.Module]:
-    """The modules in it that `fully_shard` was applied to."""
+    """Return the submodules that `fully_shard` was applied to."""
     kind = _loaded("torch.distributed.fsdp", "FSDPModule")
     return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
 
 
 def refuse_uneven(name: str, tensor: Tensor) -> None:
-    """Raise a ValueError where FSDP2 would pad a shard, in memory that two modules cannot share."""
+    """Raise a ValueError if FSDP2 pads a tensor's shards, whose memory two modules cannot share."""
     if is_sharded(tensor):
         mesh = tensor.device_mesh
         for axis, placement in enumerate(tensor.placements):
-            cut = getattr(placement, "dim", None)  # of replicas, none
+            cut = getattr(placement, "dim", None)  # replicas have none
             if cut is not None and tensor.shape[cut] % mesh.size(axis):
                 raise ValueError(
                     f"the student's frozen {name!r} of shape {tuple(tensor.shape)} is {describe(tensor)} "
-                    "in uneven shards, which FSDP2 pads in memory of each module's own: pass "
+                    "in uneven shards, which FSDP2 pads in separate memory for each module: pass "
                     "frozen='copy' to give the teacher its own"
                 )
 
 
 def alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape are cut into shards alike, or not at all."""
+    """Return whether two tensors of one shape are sharded in the same way or both not sharded."""
     if not is_sharded(one) or not is_sharded(other):
         return is_sharded(one) == is_sharded(other)
     mine, theirs = one.device_mesh, other.device_mesh
@@ -140,7 +163,7 @@ def alike(one: Tensor, other: Tensor) -> bool:
 
 
 def describe(tensor: Tensor) -> str:
-    """Whether and how a tensor is sharded, in words."""
+    """Say in words whether and how a tensor is sharded."""
     if not is_sharded(tensor):
         return "not sharded"
     placements = ", ".join(map(str, tensor.placements))
@@ -148,5 +171,9 @@ def describe(tensor: Tensor) -> str:
 
 
 def _loaded(module: str, name: str) -> Any:
-    """A class that exists only if somebody has imported its module."""
+    """Return a class of a module if that has been imported, else None: then no tensor can be of the class."""
     return getattr(sys.modules.get(module), name, None)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,7 +1,7 @@
-"""The tiny grammar in which kernels and losses are written: `name(arg, key=value)` and sums of them.
+"""The grammar of kernel and loss strings: `name(arg, key=value)` and weighted sums of such calls.
 
-Python's own parser reads the text and a walk over the syntax tree accepts four things: names, calls,
-numbers, and (for sums) `number * call + ...`. Nothing is ever evaluated.
+Python's parser reads the text, and only names, calls, constants and (for sums) `number * call + ...` are
+accepted in the syntax tree. Nothing is ever evaluated.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
+__all__ = ["Call", "Value", "canonical", "parse_call", "parse_sum"]
+
 Value = float | int | bool | str | None
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Call:
-    """A parsed `name(*args, **kwargs)`; a bare `name` is a call without arguments.
+    """A parsed `name(*args, **kwargs)`. A bare `name` is a call without arguments.
 
-    `str` gives the canonical text, without spaces, which parses back to an equal `Call`.
+    `str` returns the canonical text, without spaces, which parses back to an equal `Call`.
     """
 
     name: str
@@ -31,11 +33,11 @@ class Call:
         inside = [_text(a) for a in self.args] + [f"{k}={_text(v)}" for k, v in self.kwargs.items()]
         return f"{self.name}({','.join(inside)})" if inside else self.name
 
-    def build(self, factory: Callable[..., T]) -> T:
+    def build(self, factory: Callable[..., _T]) -> _T:
         """Call `factory` with these arguments.
 
         Raises:
-            TypeError: The arguments do not fit the factory's signature.
+            TypeError: If the arguments do not fit the factory's signature; the message shows its usage.
         """
         signature = inspect.signature(factory)
         try:
@@ -47,10 +49,10 @@ class Call:
 
 
 def parse_call(text: str) -> Call:
-    """Parse one `name(arg, key=value)`.
+    """Parse a single `name(arg, key=value)`.
 
     Raises:
-        ValueError: The text is not in the grammar.
+        ValueError: If the text is not in the grammar.
     """
     return _call(_parse(text), text)
 
@@ -59,20 +61,20 @@ def parse_sum(text: str) -> list[tuple[float, Call]]:
     """Parse `number*name(...) + name(...) + ...` into (coefficient, call) pairs, in order.
 
     Raises:
-        ValueError: The text is not in the grammar.
+        ValueError: If the text is not in the grammar.
     """
     return _terms(_parse(text), text)
 
 
 def canonical(obj: Any, name: str) -> Call:
-    """The call that rebuilds a dataclass instance: required fields, then what differs from defaults."""
+    """Return the call that rebuilds a dataclass instance, without fields that have their default value."""
     args: list[Value] = []
     kwargs: dict[str, Value] = {}
     for f in fields(obj):
         value = getattr(obj, f.name)
         if f.default is not MISSING and value == f.default:
             continue
-        # A number may stand positionally only while no field before it was left out.
+        # A number may be positional only while no field before it is left out.
         in_order = len(args) == fields(obj).index(f) and not isinstance(value, str) and not f.kw_only
         if in_order:
             args.append(value)
@@ -133,7 +135,7 @@ def _dotted(node: ast.expr, text: str) -> str:
 
 
 def _number(node: ast.expr) -> float | int | None:
-    """A signed number, or None where the node is something else."""
+    """Return a signed number, or None if the node is something else."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         inner = _number(node.operand)
         negative = isinstance(node.op, ast.USub)
@@ -163,3 +165,7 @@ def _terms(node: ast.expr, text: str) -> list[tuple[float, Call]]:
             raise _refuse(text, f"{ast.unparse(node.left)!r} is not a number")
         return [(float(coefficient), _call(node.right, text))]
     return [(1.0, _call(node, text))]
+
+
+def __dir__() -> list[str]:
+    return __all__

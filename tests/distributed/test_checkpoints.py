@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_an_error_on_every_rank_and_changes_nothing(folder)
     torch.distributed.barrier()
     before = copy.deepcopy(plain(teacher.state_dict()))
     with pytest.raises(
-        ValueError, match=r"cannot be read \(rank \d: .*distcp.*a file of it is missing or damaged"
+        ValueError, match=r"cannot be read \(rank \d: .*distcp.*one of its files is missing or damaged"
     ):
         load(teacher, f"{folder}/damaged")
     assert_equal(teacher.state_dict(), before)
@@ -252,7 +252,7 @@ def saves_and_is_killed(folder):
 @_wrapped
 def reads_what_is_left(folder):
     student, teacher = build()
-    with pytest.raises(ValueError, match="no complete checkpoint in .*step-4.*read the one before it"):
+    with pytest.raises(ValueError, match="no complete checkpoint in .*step-4.*load the previous checkpoint"):
         load(teacher, f"{folder}/step-4")
     assert teacher.step == 0
     load(teacher, f"{folder}/step-2")
