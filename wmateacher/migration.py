@@ -1,4 +1,4 @@
-"""Continuing averages that other libraries have made, including their step counts."""
+"""Continue averages that other libraries have made, including their step counts."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def describe(state: Mapping[str, Any]) -> Description:
         state: As in `load`.
 
     Raises:
-        ValueError: If the state belongs to none of these libraries.
+        ValueError: If the state belongs to none of the libraries that `load` knows.
     """
     return _recognise(state)[0]
 

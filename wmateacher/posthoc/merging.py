@@ -1,4 +1,4 @@
-"""Merging saved checkpoints: averages over a run, interpolation (WiSE-FT) and Model Stock."""
+"""Merge saved checkpoints: averages over a run, interpolation (WiSE-FT) and Model Stock."""
 
 from __future__ import annotations
 

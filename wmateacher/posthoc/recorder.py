@@ -1,4 +1,4 @@
-"""Recording snapshots of power-function averages during training."""
+"""Record snapshots of power-function averages during training."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Recorder:
         format: str = "pt",
         **options: Any,
     ):
-        """Start the averages at the model's current weights. The first `update` writes the first file.
+        """Start the averages at the model's current weights. Nothing is written before the first `update`.
 
         Args:
             model: The student.

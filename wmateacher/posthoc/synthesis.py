@@ -1,4 +1,4 @@
-"""Synthesising the average of any kernel from a recorder's snapshots."""
+"""Synthesise the average of any kernel from a recorder's snapshots."""
 
 from __future__ import annotations
 
