@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def main(*arguments):
 def test_kernel_shows_a_table_and_the_profiles(capsys):
     assert main("kernel", "beta(0.5,0.5)", "ema(0.9)", "--total-steps", 100) == 0
     head, columns, beta, ema, *_ = capsys.readouterr().out.splitlines()
-    assert head == "T = 100 steps, lambda = 0.9"
+    assert head == "T = 100 steps, distill_weight = 0.9"
     assert columns.split()[:2] == ["kernel", "W^0"]
     for line, kernel in ((beta, "beta(0.5,0.5)"), (ema, "ema(0.9)")):
         summary = kernels.build(kernel).summary(100)
@@ -44,9 +45,9 @@ def test_kernel_shows_a_table_and_the_profiles(capsys):
         np.testing.assert_allclose(numbers, expected, rtol=5e-3, atol=1e-4)
 
 
-def test_lam_reaches_the_theory(capsys):
-    def residual(lam):
-        assert main("kernel", "uniform", "--total-steps", 50, "--lam", lam) == 0
+def test_the_distill_weight_reaches_the_theory(capsys):
+    def residual(weight):
+        assert main("kernel", "uniform", "--total-steps", 50, "--distill-weight", weight) == 0
         return capsys.readouterr().out.splitlines()[2].split()[6:]
 
     assert residual(0.1) != residual(0.9)
@@ -84,7 +85,7 @@ def test_kernel_draws_a_figure(tmp_path, capsys):
     assert f"wrote {file}" in capsys.readouterr().out
     assert file.read_bytes().startswith(b"\x89PNG")
     assert main("kernel", "arcsine", "--total-steps", 50, "--plot", file) == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_average(checkpoints, tmp_path, capsys):
@@ -135,7 +136,7 @@ def test_nothing_is_replaced_without_force(checkpoints, tmp_path, capsys):
     ):
         assert main(*command, "--output", checkpoints[2]) == 2
         message = (
-            f"wmateacher {command[0]}: {checkpoints[2]} exists already: choose another name, or pass --force"
+            f"wmateacher {command[0]}: {checkpoints[2]} already exists: choose another name, or pass --force"
         )
         assert capsys.readouterr().err.startswith(message)
         assert checkpoints[2].read_bytes() == before
@@ -180,6 +181,13 @@ def test_help_has_an_example(command, capsys):
     assert f"example: wmateacher {command}" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main("--version")
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"wmateacher {metadata.version('wmateacher')}\n"
+
+
 def test_bad_usage_exits_with_2(capsys):
     for arguments in ([], ["average"], ["average", "a.pt", "--steps", "1,x", "--output", "b.pt"]):
         with pytest.raises(SystemExit) as stop:
@@ -195,5 +203,5 @@ def test_as_a_process(checkpoints, tmp_path):
     done = run("average", *checkpoints, "--output", checkpoints[0])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"wmateacher average: {checkpoints[0]} exists already: choose another name, or pass --force to replace it\n"
+        f"wmateacher average: {checkpoints[0]} already exists: choose another name, or pass --force to replace it\n"
     )

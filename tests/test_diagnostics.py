@@ -78,8 +78,12 @@ def test_outputs_are_compared_in_nats_and_by_their_choice():
     assert diagnostics.output_kl(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
     assert diagnostics.output_kl(student, student).item() == pytest.approx(0, abs=1e-6)
     assert diagnostics.output_kl(1e4 * student.bfloat16(), teacher).isfinite()
+    grouped = diagnostics.output_kl(student.view(7, 2, 2), teacher.view(7, 2, 2))
+    assert grouped.item() == pytest.approx(
+        diagnostics.output_kl(student.view(-1, 2), teacher.view(-1, 2)).item()
+    )
     assert diagnostics.agreement(torch.eye(4), torch.eye(4)[[0, 1, 3, 2]]).item() == 0.5
-    with pytest.raises(ValueError, match=r"one shape, got \(7, 4\) and \(7, 3\)"):
+    with pytest.raises(ValueError, match=r"the same shape, got \(7, 4\) and \(7, 3\)"):
         diagnostics.output_kl(student, teacher[:, :3])
 
 
@@ -100,7 +104,7 @@ def test_a_collapse_is_warned_of_once_and_the_start_is_none():
     assert monitor.collapsed is None
     with pytest.warns(
         UserWarning,
-        match=r"collapsed onto its student: at step 1\d .* A kernel that remembers longer than ema\(0.1\)",
+        match=r"collapsed onto its student: at step 1\d .* Use a kernel with a longer memory than ema\(0.1\)",
     ) as caught:
         for _ in range(20):
             teacher.update()
@@ -165,10 +169,10 @@ def test_gradient_descent_changes_a_layer_only_inside_its_subspace(layer):
 
 def test_layers_that_cannot_be_split():
     model = Net()
-    with pytest.raises(
-        ValueError, match="layer 'tail' must be a Linear or Conv2d of the model, it is missing"
-    ):
-        diagnostics.layer_inputs(model, "tail", X)
+    with pytest.raises(ValueError, match="unknown layer 'haed'; did you mean 'head'"):
+        diagnostics.layer_inputs(model, "haed", X)
+    with pytest.raises(ValueError, match="layer '' must be a Linear or Conv2d, got a Net"):
+        diagnostics.layer_inputs(model, "", X)
     basis = diagnostics.task_subspace(diagnostics.layer_inputs(model, "body", X))
     with pytest.raises(ValueError, match="have 6 inputs, the basis 48: take the basis from the same"):
         diagnostics.split_by_subspace(model.head.weight, basis)
@@ -200,5 +204,5 @@ def test_layers_of_a_student_and_its_teacher():
     same = diagnostics.layer_cka(student, student, X, layers=["body"])
     assert same["body"].item() == pytest.approx(1, abs=1e-4)
     assert not student.body._forward_hooks
-    with pytest.raises(ValueError, match="the model has no layer 'neck'; it has conv, body, head"):
+    with pytest.raises(ValueError, match="unknown layer 'neck'; available: body, conv, head"):
         diagnostics.layer_cka(student, teacher.module, X, layers=["neck"])

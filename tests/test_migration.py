@@ -141,9 +141,10 @@ def test_a_teacher_goes_on_as_the_peer_would(kind):
     for count in range(1, BEFORE + 1):
         step(net)
         peer.update(net, count)
-    average = migration.read(copy.deepcopy(peer.state()), net)
-    teacher = WMATeacher(net, kind.kernel or average.kernel, frozen="copy")
-    average.into(teacher, None if average.step is not None else BEFORE)
+    state = copy.deepcopy(peer.state())
+    described = migration.describe(state)
+    teacher = WMATeacher(net, kind.kernel or described.kernel, frozen="copy")
+    assert migration.load(teacher, state, None if described.step is not None else BEFORE) == described
     for count in range(BEFORE + 1, BEFORE + AFTER + 1):
         theirs, ours = peer.weights(net), dict(teacher.module.named_parameters())
         for name, weight in theirs.items():
@@ -158,12 +159,11 @@ def test_a_state_without_a_clock_asks_for_it(kind):
     net = network()
     peer = kind(net)
     peer.update(net, 1)
-    average = migration.read(peer.state(), net)
-    assert average.step is None
-    with pytest.raises(
-        ValueError, match=f"{average.source} does not say how many steps .*pass step=..., the opt"
-    ):
-        average.into(WMATeacher(net, "ema(0.9)"))
+    described = migration.describe(peer.state())
+    assert described.step is None
+    message = f"{described.source} does not say how many steps .*pass step=..., the number of opt"
+    with pytest.raises(ValueError, match=message):
+        migration.load(WMATeacher(net, "ema(0.9)"), peer.state())
 
 
 def test_another_kernel_keeps_the_average_and_gives_it_the_mass_of_the_steps_so_far():
@@ -201,10 +201,10 @@ def test_older_torch_ema_leaves_out_what_is_frozen():
     net = network()
     shadows = [p.detach() + 1 for p in net.parameters() if p.requires_grad]
     state = {"decay": 0.9, "num_updates": 3, "shadow_params": shadows, "collected_params": None}
-    average = migration.read(state, net)
-    assert set(average.weights) == {"0.weight", "1.weight", "1.bias"}
-    teacher = WMATeacher(net, average.kernel)
-    average.into(teacher)
+    teacher = WMATeacher(net, migration.describe(state).kernel)
+    assert migration.load(teacher, state).step == teacher.step == 3
+    assert torch.equal(teacher.module[0].weight, net[0].weight + 1)
+    assert torch.equal(teacher.module[0].bias, net[0].bias)
     assert torch.equal(teacher.module[1].bias, net[1].bias + 1)
 
 
@@ -250,16 +250,16 @@ def test_what_does_not_fit_changes_nothing(change, step_, message):
 def test_unknown_states_and_nameless_weights_of_another_model():
     net = network()
     with pytest.raises(
-        ValueError, match="a state with 'epoch' is of no library that is known here .diffusers, "
+        ValueError, match="a state with 'epoch' belongs to none of the known libraries .diffusers, "
     ):
-        migration.read({"epoch": 3}, net)
+        migration.load(WMATeacher(net, "ema(0.9)"), {"epoch": 3})
     peer = Diffusers(net)
     with pytest.raises(
         ValueError, match=r"diffusers is of another architecture: .* place of 'weight' has shape"
     ):
-        migration.read(peer.state(), nn.Linear(5, 5))
-    with pytest.raises(ValueError, match="it has 4 weights, the model 2; pass the model"):
-        migration.read(peer.state(), net[0])
+        migration.load(WMATeacher(nn.Linear(5, 5), "ema(0.9)"), peer.state())
+    with pytest.raises(ValueError, match="it has 4 weights, the model 2; build the teacher from the model"):
+        migration.load(WMATeacher(net[0], "ema(0.9)"), peer.state())
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from wmateacher import WMATeacher, kernels, posthoc
-from wmateacher.files import load, save
+from wmateacher.files import load, read_metadata, save
 from wmateacher.posthoc import Recorder, average_checkpoints, interpolate, model_stock, synthesise
+from wmateacher.posthoc.recorder import _gathered
+from wmateacher.posthoc.snapshots import read_header, snapshot_files, step_of
+from wmateacher.posthoc.synthesis import solve
 
 TOTAL = 120
 
@@ -180,10 +183,10 @@ def test_snapshots_hold_the_averages_and_their_exact_weights(tmp_path):
     files = sorted(tmp_path.iterdir())
     assert len(files) == 1 + 2 * 12  # the start is one file, whatever the number of kernels
     for file in files[1:]:
-        about = posthoc._about(file)
-        state, weights = kept[about["clock"]["step"], about["clock"]["kernel"]]
+        clock = read_header(file).clock
+        state, weights = kept[clock.step, str(clock.kernel)]
         assert_equal(load(file), state)
-        np.testing.assert_array_equal(posthoc._clock(about["clock"]).trajectory_weights(), weights)
+        np.testing.assert_array_equal(clock.trajectory_weights(), weights)
 
 
 @pytest.mark.parametrize("update_every", [1, 3])
@@ -264,7 +267,7 @@ def test_the_ridge_bounds_the_coefficients():
     profiles = [kernels.Power(sigma_rel=s).profile(m) for s in (0.05, 0.28) for m in marks if m]
     profiles = np.stack([np.append(p, np.zeros(total + 1 - len(p))) for p in profiles], axis=1)
     target = kernels.build("beta(0.5,0.5)").profile(total)
-    free, bound = posthoc.solve(profiles, target), posthoc.solve(profiles, target, 1e-5)
+    free, bound = solve(profiles, target), solve(profiles, target, 1e-5)
     assert free.sum() == pytest.approx(1, abs=1e-9)
     assert bound.sum() == pytest.approx(1, abs=1e-12)
     assert abs(free).sum() > 1000
@@ -276,7 +279,7 @@ def test_the_ridge_bounds_the_coefficients():
         np.block([[few.T @ few, np.ones((5, 1))], [np.ones((1, 5)), np.zeros((1, 1))]]),
         np.append(few.T @ target, 1),
     )[:5]
-    np.testing.assert_allclose(posthoc.solve(few, target), c, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(solve(few, target), c, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("buffers", ["copy", "average"])
@@ -287,9 +290,7 @@ def test_buffers_are_what_the_teacher_makes_of_them(tmp_path, buffers):
     expected = direct.averaged_state_dict()["norm.running_mean"]
     tolerance = 0 if buffers == "copy" else 2e-3
     torch.testing.assert_close(state["norm.running_mean"], expected, rtol=0, atol=tolerance)
-    assert ("norm.running_mean" in posthoc._about(next(tmp_path.iterdir()))["averaged"]) == (
-        buffers == "average"
-    )
+    assert ("norm.running_mean" in read_header(next(tmp_path.iterdir())).averaged) == (buffers == "average")
 
 
 def test_frozen_and_tied_parameters_and_bf16(tmp_path):
@@ -314,7 +315,7 @@ def test_the_plan(tmp_path):
     def written(**plan):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         record(folder, **plan)
-        return sorted({posthoc._step_of(f) for f in folder.iterdir()})
+        return sorted({step_of(f) for f in folder.iterdir()})
 
     assert written(every=50) == [0, 50, 100, 120]
     assert written(steps=[3, 7, 119]) == [3, 7, 119]
@@ -329,8 +330,8 @@ def test_thinning_keeps_an_even_set_of_bounded_size(tmp_path, keep, total, every
     recorder, counts = Recorder(nn.Linear(1, 1), total, folder=tmp_path, every=every, keep=keep), []
     for _ in range(total):
         recorder.update()
-        counts.append(len({posthoc._step_of(f) for f in tmp_path.iterdir()}))
-    left = sorted({posthoc._step_of(f) for f in tmp_path.iterdir()})
+        counts.append(len({step_of(f) for f in tmp_path.iterdir()}))
+    left = sorted({step_of(f) for f in tmp_path.iterdir()})
     assert max(counts) <= keep
     assert min(counts[every * keep :]) > keep // 2
     assert (left[0], left[-1]) == (0, total)
@@ -363,7 +364,7 @@ def test_a_resumed_recording_equals_an_uninterrupted_one(tmp_path, keep):
     recorder = Recorder(run.student, TOTAL, folder=tmp_path / "cut", every=10, keep=keep)
     recorder.load_state_dict(at_checkpoint["recorder"])
     names = set(os.listdir(tmp_path / "cut"))
-    assert max(map(posthoc._step_of, (tmp_path / "cut").iterdir())) == 80
+    assert max(map(step_of, (tmp_path / "cut").iterdir())) == 80
     run.step()
     recorder.update()
     later = {n for n in names if int(n.split("-")[1]) > 47}
@@ -376,7 +377,7 @@ def test_a_resumed_recording_equals_an_uninterrupted_one(tmp_path, keep):
     assert {p.name for p in (tmp_path / "whole").iterdir()} == {p.name for p in (tmp_path / "cut").iterdir()}
     for file in (tmp_path / "whole").iterdir():
         assert_equal(load(file), load(tmp_path / "cut" / file.name))
-        assert posthoc._about(file) == posthoc._about(tmp_path / "cut" / file.name)
+        assert read_metadata(file) == read_metadata(tmp_path / "cut" / file.name)
 
 
 def test_the_clock_past_the_horizon_writes_nothing_more(tmp_path):
@@ -388,7 +389,7 @@ def test_the_clock_past_the_horizon_writes_nothing_more(tmp_path):
     recorder.set_total_steps(200)
     for _ in range(80):
         recorder.update(run.student)
-    assert {posthoc._step_of(f) for f in tmp_path.iterdir()} == {0, 50, 100, 120, 150, 200}
+    assert {step_of(f) for f in tmp_path.iterdir()} == {0, 50, 100, 120, 150, 200}
     assert synthesise(tmp_path, "power(sigma_rel=0.05)")[1].l1_error == 0
 
 
@@ -405,8 +406,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
     assert load(file)["w"].sum() == 3
     # A kill leaves the partial file: it is no snapshot, and the next write replaces it.
-    (tmp_path / ".step-000000010-power-0.05.pt.partial").write_bytes(b"half")
-    assert posthoc._snapshot_files(tmp_path) == []
+    (tmp_path / "step-000000010-power-0.05.pt.partial").write_bytes(b"half")
+    assert snapshot_files(tmp_path) == []
 
 
 def test_a_sharded_student_is_gathered_and_rank_0_writes(tmp_path, monkeypatch):
@@ -417,8 +418,8 @@ def test_a_sharded_student_is_gathered_and_rank_0_writes(tmp_path, monkeypatch):
         mesh = distributed.init_device_mesh("cpu", (1,))
         whole = torch.randn(4, 3)
         parts = tensor.distribute_tensor(whole, mesh, [tensor.Shard(0)])
-        assert type(posthoc._whole(parts)) is torch.Tensor
-        assert torch.equal(posthoc._whole(parts), whole)
+        assert type(_gathered(parts)) is torch.Tensor
+        assert torch.equal(_gathered(parts), whole)
         monkeypatch.setattr(distributed, "get_rank", lambda: 1)
         record(tmp_path / "rank1", length=20)
         assert not (tmp_path / "rank1").exists()
@@ -458,8 +459,8 @@ def test_averages_against_plain_sums(tmp_path, suffix, dtype):
     sources = states if suffix is None else on_disk(states, tmp_path, suffix)
     # Rows and pieces of odd sizes, as large tensors are read.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wmateacher.files._PIECE", 4)
-        patch.setattr("wmateacher.files._LEAST_BYTES", 20)
+        patch.setattr("wmateacher.posthoc.combining._PIECE", 4)
+        patch.setattr("wmateacher.posthoc.combining._LEAST_BYTES", 20)
         results = {
             "average": average_checkpoints(sources, "beta(0.5,0.5)"),
             "wise": interpolate(sources[0], sources[1], 0.3),
@@ -599,14 +600,16 @@ BAD = {
         steps=[3, 2]
     ),
     "steps must be within the run, got 11 with total_steps=10": bad_recorder(steps=[3, 11]),
-    "format must be 'pt' or 'safetensors', got 'npz'": bad_recorder(every=5, format="npz"),
+    "unknown format 'npz'; available: pt, safetensors": bad_recorder(every=5, format="npz"),
     "keep must be at least 2 (the first snapshot and the latest), got 1": bad_recorder(every=5, keep=1),
     "sigma_rels must be one or more different widths, got (0.1, 0.1)": bad_recorder(
         every=5, sigma_rels=(0.1, 0.1)
     ),
     "power: sigma_rel must be in (0, 0.2887]": bad_recorder(every=5, sigma_rels=(0.3,)),
-    "wanted at step 120 of total_steps=120, and the last snapshot is of step 20: pass step=20": bad_synthesis(),
-    "wanted at step 30 of total_steps=200": bad_synthesis("uniform", 200, step=30),
+    "step must be between 0 and 20 (total_steps=120, last snapshot at step 20), got 120: pass step=20": bad_synthesis(),
+    "step must be between 0 and 20 (total_steps=200, last snapshot at step 20), got 30": bad_synthesis(
+        "uniform", 200, step=30
+    ),
     "ridge must be a finite number of at least 0, got -1": bad_synthesis(ridge=-1),
     "unknown kernel 'bata'": bad_synthesis("bata"),
     "the output must be a file that ends in .safetensors, .pt, .pth, .bin, .ckpt, got 'a.npz'": bad_synthesis(
@@ -642,15 +645,15 @@ BAD = {
         (folder / "a.safetensors").write_bytes(b"no"),
         load(folder / "a.safetensors"),
     ),
-    "with only its state dict": lambda folder: (
+    "load it and save only its state dict": lambda folder: (
         torch.save({"w": torch.ones(1)}, folder / "a.pt", _use_new_zipfile_serialization=False),
         load(folder / "a.pt"),
     ),
-    ".safetensors holds tensors only, and 'epoch' is none": lambda folder: save(
+    ".safetensors holds tensors only, and 'epoch' is not a tensor": lambda folder: save(
         {"epoch": 3}, folder / "a.safetensors"
     ),
-    "state dict 0 has not the tensors of state dict 1: missing 'extra'": lambda folder: average_checkpoints(
-        other(extra=torch.ones(1))
+    "state dict 0 does not have the tensors of state dict 1: missing 'extra'": lambda folder: (
+        average_checkpoints(other(extra=torch.ones(1)))
     ),
     "'w' is torch.float32 of shape (5, 3) in state dict 0, and torch.float32 of shape (2,)": lambda folder: (
         average_checkpoints(other(w=torch.ones(2)))

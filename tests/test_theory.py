@@ -9,7 +9,7 @@ from wmateacher import kernels, theory
 from wmateacher.schedule import Clock
 from wmateacher.theory import LinearWorld, predict
 
-LAM = 0.9
+DISTILL_WEIGHT = 0.9
 
 
 def world(seed=0, d=3, d_image=8, d_text=5, examples=6, rank=4):
@@ -61,14 +61,22 @@ def test_gradient_descent_ends_where_each_formula_says():
     w = world()
     task, smooth = task_gradient(w), largest(w)
     # Beside W - W^0, distillation's pull counts only what the features see.
-    pull = lambda v: LAM * (v - w.start) @ w.features @ w.features.T  # noqa: E731
+    pull = lambda v: DISTILL_WEIGHT * (v - w.start) @ w.features @ w.features.T  # noqa: E731
     for expected, gradient, smoothness in [
         (w.finetuned(), task, smooth),
-        (w.l2_sp(LAM), lambda v: task(v) + LAM * (v - w.start), smooth + LAM),
-        (w.static_distillation(LAM), lambda v: task(v) + pull(v), (1 + LAM) * smooth),
+        (
+            w.l2_sp(DISTILL_WEIGHT),
+            lambda v: task(v) + DISTILL_WEIGHT * (v - w.start),
+            smooth + DISTILL_WEIGHT,
+        ),
+        (w.static_distillation(DISTILL_WEIGHT), lambda v: task(v) + pull(v), (1 + DISTILL_WEIGHT) * smooth),
     ]:
         np.testing.assert_allclose(descend(w, gradient, smoothness), expected, atol=1e-9)
-    assert w.task_loss(w.finetuned()) <= w.task_loss(w.static_distillation(LAM)) <= w.task_loss(w.start)
+    assert (
+        w.task_loss(w.finetuned())
+        <= w.task_loss(w.static_distillation(DISTILL_WEIGHT))
+        <= w.task_loss(w.start)
+    )
     assert w.residual(w.finetuned()) < 1e-11
 
 
@@ -78,15 +86,15 @@ def test_every_method_leaves_what_the_task_does_not_see():
     outside = np.eye(8) - w.projector
     for end in (
         w.finetuned(),
-        w.l2_sp(LAM),
-        w.static_distillation(LAM),
-        theory.distil(w, "uniform", 20, LAM).student,
+        w.l2_sp(DISTILL_WEIGHT),
+        w.static_distillation(DISTILL_WEIGHT),
+        theory.distil(w, "uniform", 20, DISTILL_WEIGHT).student,
     ):
         np.testing.assert_allclose(end @ outside, w.start @ outside, atol=1e-11)
-    shares = (w.l2_sp(LAM) - w.optimum) @ w.projector
+    shares = (w.l2_sp(DISTILL_WEIGHT) - w.optimum) @ w.projector
     values, vectors = np.linalg.eigh(w.covariance)
     for value, v in zip(values[-4:], vectors.T[-4:], strict=True):
-        expected = LAM / (value + LAM) * ((w.start - w.optimum) @ v)
+        expected = DISTILL_WEIGHT / (value + DISTILL_WEIGHT) * ((w.start - w.optimum) @ v)
         np.testing.assert_allclose(shares @ v, expected, atol=1e-9)
 
 
@@ -95,8 +103,8 @@ def test_every_method_leaves_what_the_task_does_not_see():
 def test_a_prediction_is_what_distillation_does(kernel, update_every):
     total, w = 50, world()
     start = w.residual(w.start)
-    run = theory.distil(w, kernel, total, LAM, update_every)
-    predicted = predict(kernel, total, LAM, update_every)
+    run = theory.distil(w, kernel, total, DISTILL_WEIGHT, update_every)
+    predicted = predict(kernel, total, DISTILL_WEIGHT, update_every)
     assert predicted.teacher_residual == pytest.approx(run.teacher_residual[-1] / start, rel=1e-9, abs=1e-13)
     assert predicted.student_residual == pytest.approx(run.student_residual[-1] / start, rel=1e-9, abs=1e-13)
     assert predicted.gap == pytest.approx(run.gap[-1] / start, rel=1e-9, abs=1e-13)
@@ -106,15 +114,15 @@ def test_a_prediction_is_what_distillation_does(kernel, update_every):
     errors = [1.0]
     for t in range(1, total + 1):
         seen = oracle.realised(kernel, total, update_every, t - 1)
-        errors.append(LAM / (1 + LAM) * float(seen @ np.array(errors)))
+        errors.append(DISTILL_WEIGHT / (1 + DISTILL_WEIGHT) * float(seen @ np.array(errors)))
     assert predicted.teacher_residual == pytest.approx(float(weights @ np.array(errors)), rel=1e-9, abs=1e-13)
 
 
 def test_each_step_of_distillation_is_the_minimum_of_its_loss():
     w = world()
-    run = theory.distil(w, "uniform", 7, LAM)
-    before = theory.distil(w, "uniform", 6, LAM)
-    gradient = task_gradient(w)(run.student) + LAM * (run.student - before.teacher) @ w.covariance
+    run = theory.distil(w, "uniform", 7, DISTILL_WEIGHT)
+    before = theory.distil(w, "uniform", 6, DISTILL_WEIGHT)
+    gradient = task_gradient(w)(run.student) + DISTILL_WEIGHT * (run.student - before.teacher) @ w.covariance
     assert np.abs(gradient).max() < 1e-10
 
 
@@ -122,14 +130,14 @@ def test_each_step_of_distillation_is_the_minimum_of_its_loss():
 @pytest.mark.parametrize("kernel", oracle.KERNELS)
 def test_every_step_of_distillation_obeys_the_recursion_of_its_error(kernel, update_every):
     total, w = 50, world()
-    run = theory.distil(w, kernel, total, LAM, update_every)
+    run = theory.distil(w, kernel, total, DISTILL_WEIGHT, update_every)
     clock = Clock(kernels.build(kernel), total, update_every)
     error, scale = (w.start - w.optimum) @ w.projector, w.residual(w.start)
     assert run.teacher_residual[0] == run.student_residual[0] == scale
     assert run.gap[0] == 0
     for t in range(1, total + 1):
-        omega, student = clock.tick() or 0.0, LAM / (1 + LAM) * error
-        error = (1 - omega / (1 + LAM)) * error
+        omega, student = clock.tick() or 0.0, DISTILL_WEIGHT / (1 + DISTILL_WEIGHT) * error
+        error = (1 - omega / (1 + DISTILL_WEIGHT)) * error
         measured = (run.teacher_residual[t], run.student_residual[t], run.gap[t])
         expected = [np.linalg.norm(e) for e in (error, student, error - student)]
         np.testing.assert_allclose(measured, expected, rtol=1e-13, atol=1e-13 * scale)
@@ -139,16 +147,18 @@ def test_every_step_of_distillation_obeys_the_recursion_of_its_error(kernel, upd
 def test_the_bias_vanishes_only_where_the_omegas_add_up_to_infinity():
     horizons = (100, 10_000, 1_000_000)
     for kernel in ("uniform", "ema(0.9999)"):  # sums log T and T / 10,000
-        left = [predict(kernel, t, LAM) for t in horizons]
+        left = [predict(kernel, t, DISTILL_WEIGHT) for t in horizons]
         for name in ("teacher_residual", "student_residual"):
             shares = [getattr(p, name) for p in left]
             assert shares == sorted(shares, reverse=True)
             assert shares[-1] < 1.2e-3
-    assert {predict("static", t, LAM).teacher_residual for t in horizons} == {1.0}
+    assert {predict("static", t, DISTILL_WEIGHT).teacher_residual for t in horizons} == {1.0}
     # omega_t = 1 / (t + 1)^2 adds up to less than 0.65.
-    fading = predict(Fading(), 1_000_000, LAM)
-    assert fading.teacher_residual == pytest.approx(predict(Fading(), 10_000, LAM).teacher_residual, rel=1e-4)
-    assert fading.teacher_residual > 1 - 0.65 / (1 + LAM)
+    fading = predict(Fading(), 1_000_000, DISTILL_WEIGHT)
+    assert fading.teacher_residual == pytest.approx(
+        predict(Fading(), 10_000, DISTILL_WEIGHT).teacher_residual, rel=1e-4
+    )
+    assert fading.teacher_residual > 1 - 0.65 / (1 + DISTILL_WEIGHT)
 
 
 class Fading(kernels.Kernel):
@@ -184,11 +194,11 @@ def test_a_world_keeps_its_own_copy():
 
 def test_published_scale():
     """FACTS: what is left over the published horizon, and that a static teacher leaves 47.4%."""
-    long = predict("beta(0.5,0.5)", 25_030, LAM)
+    long = predict("beta(0.5,0.5)", 25_030, DISTILL_WEIGHT)
     assert long.teacher_residual == pytest.approx(0.048, abs=5e-4)
     assert long.student_residual == pytest.approx(0.023, abs=5e-4)
     assert long.start_weight == pytest.approx(0.00285, abs=5e-6)
-    assert predict("static", 25_030, LAM).student_residual == pytest.approx(0.474, abs=5e-4)
+    assert predict("static", 25_030, DISTILL_WEIGHT).student_residual == pytest.approx(0.474, abs=5e-4)
     assert theory.persistence_bound("beta(0.5,0.5)", 25_030) == long.start_weight
 
 
@@ -203,7 +213,7 @@ def test_published_scale():
     ],
 )
 def test_whether_an_ema_collapses_depends_on_its_retention(kernel, low, high):
-    assert low <= predict(kernel, 2_000, LAM).gap <= high
+    assert low <= predict(kernel, 2_000, DISTILL_WEIGHT).gap <= high
 
 
 @pytest.mark.parametrize(
@@ -218,9 +228,9 @@ def test_whether_an_ema_collapses_depends_on_its_retention(kernel, low, high):
 )
 def test_the_bias_shrinks_as_a_power_of_the_horizon_that_the_early_weights_give(kernel, a):
     horizons = np.array([2_000, 8_000, 32_000])
-    left = [predict(kernel, int(t), LAM).teacher_residual for t in horizons]
+    left = [predict(kernel, int(t), DISTILL_WEIGHT).teacher_residual for t in horizons]
     slope = np.polyfit(np.log(horizons), np.log(left), 1)[0]
-    assert slope == pytest.approx(-a / (1 + LAM), abs=0.02)
+    assert slope == pytest.approx(-a / (1 + DISTILL_WEIGHT), abs=0.02)
 
 
 @given(
@@ -250,31 +260,37 @@ def test_monotone_along_another_direction_is_not_enough():
 
 def test_a_prediction_prints():
     text = str(predict("beta(0.5, 0.5)", 2_000))
-    assert text.startswith("beta(0.5,0.5) over 2000 steps, lambda = 0.9\n")
+    assert text.startswith("beta(0.5,0.5) over 2000 steps, distill_weight = 0.9\n")
     assert "gap at the end" in text
 
 
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        (lambda: predict("uniform", 10, -1), "lam must be a finite number of at least 0, got -1"),
-        (lambda: predict("uniform", 10, "x"), "lam must be a finite number of at least 0, got 'x'"),
+        (
+            lambda: predict("uniform", 10, -1),
+            "predict: distill_weight must be a finite number of at least 0, got -1",
+        ),
+        (
+            lambda: predict("uniform", 10, "x"),
+            "predict: distill_weight must be a finite number of at least 0, got 'x'",
+        ),
         (
             lambda: world().residual(np.ones(8)),
             r"weights must have the shape of start, \(3, 8\), got \(8,\)",
         ),
         (lambda: theory.projector([["a"]]), "features must be a matrix of real numbers"),
-        (lambda: world().l2_sp(0), "lam must be a finite number above 0, got 0"),
+        (lambda: world().l2_sp(0), "l2_sp: penalty must be a finite number above 0, got 0"),
         (lambda: theory.projector(np.ones(3)), r"features must be a matrix, got shape \(3,\)"),
         (
             lambda: theory.projector(np.full((2, 2), np.nan)),
-            "features must be finite, got 4 entries that are not",
+            "features must be finite, got 4 entries that are not finite",
         ),
         (
             lambda: LinearWorld(np.ones((3, 4)), np.ones((2, 5)), np.ones((2, 3))),
-            r"targets \(2, 5\) and start \(2, 3\) do not fit: \[d_I, n\], \[d, n\] and \[d, d_I\] are needed",
+            r"targets \(2, 5\) and start \(2, 3\) do not fit together: pass \[d_I, n\], \[d, n\]",
         ),
-        (lambda: theory.contrastive_targets(np.ones((2, 3)), np.ones((2, 3))), "do not multiply"),
+        (lambda: theory.contrastive_targets(np.ones((2, 3)), np.ones((2, 3))), "cannot be multiplied"),
         (lambda: predict("betta(1,1)", 10), "unknown kernel 'betta'"),
         (lambda: predict("uniform", 0), "total_steps must be a whole number of at least 1, got 0"),
     ],

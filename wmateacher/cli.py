@@ -1,4 +1,4 @@
-"""The command `wmateacher`: look at kernels and costs, and average what training left on disk."""
+"""The command `wmateacher`: compare kernels, and average the checkpoints that training has written."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from wmateacher import checks, cost, kernels, posthoc, theory
+from wmateacher import checks, kernels, posthoc, theory
 from wmateacher.kernels import Array, Kernel
+
+__all__ = ["main", "terminal_plot"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:-=+*#@"
@@ -22,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        argv: Its arguments; None: those of the process.
+        argv: The arguments. Default: those of the process.
 
     Returns:
-        The exit code: 0, or 2 after an error, which is one line on stderr.
+        The exit code: 0, or 2 after an error, which is printed as one line on stderr.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -45,7 +53,7 @@ def _kernel(arguments: argparse.Namespace) -> None:
     if arguments.plot is not None:
         _refuse_existing(arguments.plot, arguments.force)
     total = checks.positive_int("--total-steps", arguments.total_steps)
-    print(_table(built, total, arguments.lam))
+    print(_table(built, total, arguments.distill_weight))
     for kernel in built:
         print(f"\n{kernel}\n{terminal_plot(kernel.profile(total))}")
     if arguments.plot is not None:
@@ -56,10 +64,10 @@ def _kernel(arguments: argparse.Namespace) -> None:
 def _average(arguments: argparse.Namespace) -> None:
     _refuse_existing(arguments.output, arguments.force)
     files, kernel = arguments.files, kernels.build(arguments.kernel)
-    counts = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
+    weights = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
     posthoc.average_checkpoints(files, kernel, arguments.steps, arguments.total_steps, arguments.output)
-    for file, count in zip(files, counts, strict=True):
-        print(f"{count:9.6f}  {file}")
+    for file, weight in zip(files, weights, strict=True):
+        print(f"{weight:9.6f}  {file}")
     print(f"wrote {arguments.output}: {len(files)} checkpoints, {kernel}")
 
 
@@ -89,88 +97,95 @@ def _stock(arguments: argparse.Namespace) -> None:
     print(f"wrote {arguments.output}: Model Stock of {len(arguments.finetuned)} models")
 
 
-def _cost(arguments: argparse.Namespace) -> None:
-    models = [(spec.partition("/")[0], cost.Model.parse(spec)) for spec in arguments.models]
-    for ranks in arguments.ranks:
-        print(f"{ranks} processes, {arguments.student} student; GB a process\n")
-        print(f"{cost.table(models, ranks, arguments.student, arguments.average)}\n")
-
-
 def _refuse_existing(file: str, force: bool) -> None:
     if Path(file).exists() and not force:
-        raise ValueError(f"{file} exists already: choose another name, or pass --force to replace it")
+        raise ValueError(f"{file} already exists: choose another name, or pass --force to replace it")
 
 
-# --- what they take -----------------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wmateacher", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="wmateacher",
+        description="Compare kernels, and average the checkpoints that training has written.",
+        epilog="Run 'wmateacher COMMAND --help' for the options of a command and an example.",
+        formatter_class=_formatter,
+    )
+    version = f"wmateacher {metadata.version('wmateacher')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     kernel = _command(
         commands,
         "kernel",
         _kernel,
-        "show what kernels do over a run",
-        "A table of kernels over a run of T optimizer steps, and the weight of each state in the final "
-        "average. The residuals and the gap are what the linear theory predicts for self-distillation "
-        "with that teacher, relative to the error at the start.",
+        "compare kernels for a run of given length",
+        "Print a table of kernels for a run of T optimizer steps, and plot the weight of each student state "
+        "in the final average. The residuals and the gap are the predictions of the linear theory for "
+        "self-distillation with such a teacher, relative to the error at the start.",
         "wmateacher kernel 'beta(0.5,0.5)' 'ema(0.999)' --total-steps 25030",
     )
-    kernel.add_argument("kernels", nargs="+", metavar="SPEC", help=f"one of {', '.join(kernels.available())}")
-    kernel.add_argument("--total-steps", type=int, required=True, metavar="T", help="steps of the whole run")
-    kernel.add_argument("--lam", type=float, default=0.9, help="the distillation loss's weight (default 0.9)")
-    kernel.add_argument("--plot", metavar="FILE", help="also draw the profiles (.png, .pdf, .svg)")
-    _add_force(kernel)
-
-    costs = _command(
-        commands,
-        "cost",
-        _cost,
-        "memory and traffic of a teacher on many processes",
-        "What a teacher adds to each process, and what an update and a forward move: whole beside DDP, "
-        "sharded by FSDP2, sharded and offloaded to the host. A model is PARAMETERS or PARAMETERS/BLOCKS.",
-        "wmateacher cost 8B/32 70B/80 --ranks 64",
+    kernel.add_argument(
+        "kernels", nargs="+", metavar="SPEC", help=f"a kernel: {', '.join(kernels.available())}"
     )
-    costs.add_argument("models", nargs="+", metavar="SIZE", help="such as 350M, 8B or 70B/80 (80 blocks)")
-    costs.add_argument("--ranks", type=int, nargs="+", default=[8], help="processes (default 8)")
-    costs.add_argument("--student", default="bfloat16", help="of its parameters: bfloat16, float32")
-    costs.add_argument("--average", default="auto", help="WMATeacher's dtype: auto or split")
+    kernel.add_argument(
+        "--total-steps", type=int, required=True, metavar="T", help="number of steps in the run"
+    )
+    kernel.add_argument(
+        "--distill-weight",
+        type=float,
+        default=0.9,
+        metavar="LAMBDA",
+        help="weight of the distillation loss in the theory (default: 0.9)",
+    )
+    kernel.add_argument("--plot", metavar="FILE", help="also plot the weights to a .png, .pdf or .svg file")
+    _add_force(kernel)
 
     average = _command(
         commands,
         "average",
         _average,
         "average saved checkpoints",
-        "Average checkpoints with any kernel. Each stands for the optimizer steps nearest to it. Integer "
-        "tensors are those of the last.",
+        "Average checkpoints with any kernel. Each checkpoint represents the optimizer steps nearest to it. "
+        "Integer tensors are taken from the last one.",
         "wmateacher average step-*.safetensors --kernel 'beta(0.5,0.5)' --output average.safetensors",
     )
     average.add_argument("files", nargs="+", metavar="FILE", help="checkpoints, in the order of training")
-    average.add_argument("--kernel", default="uniform", help="default: uniform, the plain mean")
     average.add_argument(
-        "--steps", type=_step_list, help="their steps, as 1000,2000,3000 (default: equally spaced)"
+        "--kernel", default="uniform", metavar="SPEC", help="kernel (default: uniform, the plain mean)"
     )
-    average.add_argument("--total-steps", type=int, metavar="T", help="the kernel's horizon (default: last)")
+    average.add_argument(
+        "--steps",
+        type=_step_list,
+        help="optimizer steps of the checkpoints, as 1000,2000,3000 (default: equally spaced)",
+    )
+    average.add_argument(
+        "--total-steps", type=int, metavar="T", help="horizon of the kernel (default: the last of --steps)"
+    )
     _add_output(average)
 
     synthesise = _command(
         commands,
         "synthesise",
         _synthesise,
-        "make any kernel's average of recorded snapshots",
+        "compute the average of any kernel from recorded snapshots",
         "Combine the snapshots that a wmateacher.posthoc.Recorder wrote into the average of any kernel, and "
-        "say how well its weights match the kernel's.",
+        "report how well its weights follow the kernel.",
         "wmateacher synthesise snapshots --kernel 'beta(0.5,0.5)' --output average.safetensors",
     )
-    synthesise.add_argument("folder", metavar="FOLDER", help="where the snapshots are")
-    synthesise.add_argument("--kernel", required=True, help="such as 'beta(0.5,0.5)'")
+    synthesise.add_argument("folder", metavar="FOLDER", help="folder of the snapshots")
+    synthesise.add_argument("--kernel", required=True, metavar="SPEC", help="kernel, such as 'beta(0.5,0.5)'")
     synthesise.add_argument(
-        "--total-steps", type=int, metavar="T", help="the kernel's horizon (default: the recorded run's)"
+        "--total-steps",
+        type=int,
+        metavar="T",
+        help="horizon of the kernel (default: the length of the recorded run)",
     )
-    synthesise.add_argument("--step", type=int, help="where the average stands (default: the horizon)")
-    synthesise.add_argument("--ridge", type=float, default=1e-5, help="bounds the coefficients (1e-5)")
+    synthesise.add_argument("--step", type=int, help="step of the average (default: the horizon)")
+    synthesise.add_argument(
+        "--ridge", type=float, default=1e-5, help="penalty on large coefficients (default: 1e-5)"
+    )
     _add_output(synthesise)
 
     interpolate = _command(
@@ -178,12 +193,14 @@ def _parser() -> argparse.ArgumentParser:
         "interpolate",
         _interpolate,
         "interpolate two checkpoints (WiSE-FT)",
-        "(1 - A) START + A END, tensor by tensor.",
+        "Write (1 - A) * START + A * END, computed for each tensor.",
         "wmateacher interpolate zeroshot.pt finetuned.pt --alpha 0.5 --output wise.pt",
     )
     interpolate.add_argument("start", metavar="START", help="the pretrained checkpoint")
     interpolate.add_argument("end", metavar="END", help="the fine-tuned checkpoint")
-    interpolate.add_argument("--alpha", type=float, required=True, metavar="A", help="in [0, 1]")
+    interpolate.add_argument(
+        "--alpha", type=float, required=True, metavar="A", help="share of END, in [0, 1]"
+    )
     _add_output(interpolate)
 
     stock = _command(
@@ -191,12 +208,12 @@ def _parser() -> argparse.ArgumentParser:
         "stock",
         _stock,
         "merge fine-tuned checkpoints (Model Stock)",
-        "Each tensor between the mean of two or more fine-tuned models and the pretrained one, by the angle "
-        "between them (Jang et al. 2024).",
+        "Move each tensor from the pretrained weights towards the mean of two or more fine-tuned models, by "
+        "a ratio that depends on the angle between them (Jang et al. 2024).",
         "wmateacher stock zeroshot.pt seed0.pt seed1.pt --output stock.pt",
     )
-    stock.add_argument("pretrained", metavar="PRETRAINED", help="what they were fine-tuned from")
-    stock.add_argument("finetuned", nargs="+", metavar="FINETUNED", help="two or more checkpoints")
+    stock.add_argument("pretrained", metavar="PRETRAINED", help="the pretrained checkpoint")
+    stock.add_argument("finetuned", nargs="+", metavar="FINETUNED", help="two or more fine-tuned checkpoints")
     _add_output(stock)
     return parser
 
@@ -209,18 +226,28 @@ def _command(
     description: str,
     example: str,
 ) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=summary, description=description, epilog=f"example: {example}")
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=description,
+        epilog=f"example: {example}",
+        formatter_class=_formatter,
+    )
     command.set_defaults(run=run)
     return command
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.HelpFormatter(prog, max_help_position=28)
+
+
 def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", required=True, metavar="OUT", help="file to write, .safetensors or .pt")
+    command.add_argument("--output", required=True, metavar="OUT", help="file to write (.safetensors or .pt)")
     _add_force(command)
 
 
 def _add_force(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--force", action="store_true", help="replace a file that exists already")
+    command.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def _step_list(text: str) -> list[int]:
@@ -230,15 +257,15 @@ def _step_list(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"write steps as 1000,2000,3000, not {text!r}") from None
 
 
-# --- what they show -----------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------
 
 
-def _table(built: Sequence[Kernel], total_steps: int, lam: float) -> str:
+def _table(built: Sequence[Kernel], total_steps: int, distill_weight: float) -> str:
     header = ["kernel", "W^0", "mean age", "states", "last 10%", "equal EMA"]
     rows = [[*header, "teacher res.", "student res.", "gap"]]
     for kernel in built:
         summary = kernel.summary(total_steps)
-        predicted = theory.predict(kernel, total_steps, lam)
+        predicted = theory.predict(kernel, total_steps, distill_weight)
         row = [
             str(kernel),
             f"{summary.start_weight:.5f}",
@@ -254,11 +281,11 @@ def _table(built: Sequence[Kernel], total_steps: int, lam: float) -> str:
     for name, *numbers in rows:
         cells = [name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))]
         lines.append("  ".join(cells))
-    return "\n".join([f"T = {total_steps} steps, lambda = {lam:g}", *lines])
+    return "\n".join([f"T = {total_steps} steps, distill_weight = {distill_weight:g}", *lines])
 
 
 def terminal_plot(weights: Array) -> str:
-    """A profile in characters: time to the right, mass upwards, the highest column full."""
+    """Draw a kernel's weights as text, with time to the right and the largest column at full height."""
     edges = np.linspace(0, len(weights), min(_WIDTH, len(weights)) + 1)
     columns = np.diff(np.interp(edges, np.arange(len(weights) + 1), np.append(0.0, np.cumsum(weights))))
     blocks = _BLOCKS if _prints(_BLOCKS) else _ASCII

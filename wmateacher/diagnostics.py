@@ -1,6 +1,7 @@
-"""How far teacher and student are apart: 0-d tensors, nothing that waits for the device.
+"""Measures of the distance between teacher and student, in weights, outputs and layers.
 
-The exceptions say so: `GapMonitor` reads old values now and then, the layer-wise functions run the models.
+The functions return 0-d tensors, so that the host does not wait for the device. `GapMonitor` reads them in
+blocks of steps.
 """
 
 from __future__ import annotations
@@ -15,17 +16,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wmateacher import sharding
+from wmateacher import checks, sharding
+from wmateacher.losses.numerics import kl_divergence
 from wmateacher.teacher import WMATeacher
+
+__all__ = [
+    "GapMonitor",
+    "Split",
+    "agreement",
+    "layer_cka",
+    "layer_inputs",
+    "linear_cka",
+    "module_gaps",
+    "output_kl",
+    "parameter_gap",
+    "split_by_subspace",
+    "task_subspace",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # --- weights --------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def parameter_gap(teacher: WMATeacher) -> Tensor:
-    """The relative distance |W - M| / |W| of the teacher M from its student W, over averaged tensors.
+    """Return the relative distance |W - M| / |W| between the student W and its teacher M.
 
-    0 means that the teacher has collapsed onto the student.
+    It is taken over all averaged tensors. 0 means that the teacher has collapsed onto the student.
 
     Example:
         >>> student = nn.Linear(4, 4)
@@ -40,17 +61,17 @@ def parameter_gap(teacher: WMATeacher) -> Tensor:
         0-d float32 tensor on the student's device.
 
     Raises:
-        ValueError: The teacher averages nothing.
+        ValueError: If the teacher averages no tensor.
     """
     return _relative(list(_gaps(teacher).values()))
 
 
 @torch.no_grad()
 def module_gaps(teacher: WMATeacher) -> dict[str, Tensor]:
-    """The same for each module that has averaged tensors of its own, by the module's name.
+    """Return the gap of `parameter_gap` for each module that has averaged tensors of its own.
 
     Returns:
-        0-d float32 tensors on the student's device.
+        0-d float32 tensors on the student's device, by module name.
     """
     by_module: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for name, norms in _gaps(teacher).items():
@@ -59,7 +80,7 @@ def module_gaps(teacher: WMATeacher) -> dict[str, Tensor]:
 
 
 def _gaps(teacher: WMATeacher) -> dict[str, tuple[Tensor, Tensor]]:
-    """|W - M| and |W| of every averaged tensor."""
+    """Return |W - M| and |W| of every averaged tensor."""
     whole = {n: w for n, w, _ in teacher.averaged_pairs()}
     if not whole:
         raise ValueError("the teacher averages no tensor: everything is frozen, excluded or a buffer")
@@ -81,12 +102,12 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 class GapMonitor:
-    """Records the gap |W - M| / |W| after every step, and warns once when the teacher has collapsed.
+    """Records the gap |W - M| / |W| after every step, and warns once if the teacher has collapsed.
 
-    A teacher on top of its student teaches nothing. At the start it is there by construction, so that
-    nothing is judged before the gap has once been above the threshold or `patience` steps have passed.
-    The recorded gaps are read in blocks of `read_every` steps, which is the only time that the host waits
-    for the device, and for values that are long there.
+    A teacher that equals its student teaches nothing. The teacher starts as a copy of the student, so the
+    monitor does not judge until the gap has been above the threshold once or `patience` steps have passed. It
+    reads the recorded gaps in blocks of `read_every` steps. Only then does the host wait for the device, for
+    values most of which were computed long before.
 
     Example:
         >>> student = nn.Linear(4, 2)
@@ -96,7 +117,7 @@ class GapMonitor:
         [0.0]
 
     Attributes:
-        collapsed: The step at which the gap was found below the threshold; None: it was not.
+        collapsed: The step at which the gap fell below the threshold, or None.
     """
 
     def __init__(
@@ -111,15 +132,16 @@ class GapMonitor:
         """Watch a teacher.
 
         Args:
-            teacher: Whose gap.
-            threshold: Of the relative gap. Default 1e-3, a small share of what even a fast EMA keeps while
-                its student learns (5e-3 at its widest on the digits suite).
-            patience: Steps without a gap above the threshold before that counts as a collapse.
-            read_every: Steps between two readings.
-            log: Called with step and gap of every recorded step, when it is read.
+            teacher: The teacher to watch.
+            threshold: The relative gap below which the teacher has collapsed. The default, 1e-3, is a small
+                fraction of the gap that even a fast EMA has while its student learns (up to 5e-3 on the
+                digits suite).
+            patience: The number of first steps in which a small gap is not a collapse.
+            read_every: The number of steps between two readings.
+            log: A function that is called with the step and the gap of every recorded step, when it is read.
 
         Raises:
-            ValueError: A number out of range.
+            ValueError: If a number is out of range.
         """
         for name, value, low in (("patience", patience, 0), ("read_every", read_every, 1)):
             if value < low:
@@ -135,14 +157,14 @@ class GapMonitor:
         self._armed = False
 
     def step(self) -> None:
-        """Record the gap; call it after each `teacher.update()`."""
+        """Record the gap. Call this after each `teacher.update()`."""
         self._steps.append(self.teacher.step)
         self._unread.append(parameter_gap(self.teacher))
         if len(self._unread) >= self.read_every:
             self._settle()
 
     def history(self) -> list[float]:
-        """The gap after every recorded step; waits for the device."""
+        """Return the gap after every recorded step. The host waits for the device."""
         self._settle()
         return list(self._read)
 
@@ -160,8 +182,8 @@ class GapMonitor:
                 self.collapsed = step
                 warnings.warn(
                     f"the teacher has collapsed onto its student: at step {step} their relative distance is "
-                    f"{gap:.1e}, below threshold={self.threshold}; distillation against it does next to "
-                    f"nothing. A kernel that remembers longer than {self.teacher.kernel} keeps them apart",
+                    f"{gap:.1e}, below threshold={self.threshold}, and distillation has next to no effect. "
+                    f"Use a kernel with a longer memory than {self.teacher.kernel}",
                     stacklevel=3,
                 )
 
@@ -171,32 +193,31 @@ class GapMonitor:
 
 @torch.no_grad()
 def output_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of the softmax of two batches of logits, the batch's mean, in nats.
+    """Return KL(teacher || student) of the softmax of the logits in nats, the mean over the batch.
 
     Args:
-        student: Logits `[batch, classes]`.
-        teacher: Logits of the same shape.
+        student: The student's logits, shape `[B, C]` or `[..., C]`.
+        teacher: The teacher's logits, same shape.
 
     Returns:
-        0-d float32 tensor.
+        0-d float32 tensor, the mean over all dimensions but the last.
     """
-    _require_same_shape(student, teacher, "logits")
-    ours, theirs = F.log_softmax(student.float(), -1), F.log_softmax(teacher.float(), -1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    _require_same_shape(student, teacher)
+    return kl_divergence(student.float(), teacher.float())
 
 
 @torch.no_grad()
 def agreement(student: Tensor, teacher: Tensor) -> Tensor:
-    """The share of a batch on which two models choose the same class.
+    """Return the share of a batch on which two models predict the same class.
 
     Args:
-        student: Logits `[batch, classes]`.
-        teacher: Logits of the same shape.
+        student: The student's logits, shape `[B, C]` or `[..., C]`.
+        teacher: The teacher's logits, same shape.
 
     Returns:
         0-d float32 tensor in [0, 1].
     """
-    _require_same_shape(student, teacher, "logits")
+    _require_same_shape(student, teacher)
     return (student.argmax(-1) == teacher.argmax(-1)).float().mean()
 
 
@@ -205,11 +226,11 @@ def agreement(student: Tensor, teacher: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Split:
-    """A change of a layer's weights, inside the task subspace and outside of it.
+    """The norm of a change D of a layer's weights, inside the task's subspace and outside it.
 
     Attributes:
-        inside: |D P|, the Frobenius norm of the part that the batch's activations see.
-        outside: |D (I - P)|, of the part that no activation of the batch sees.
+        inside: |D P|, the Frobenius norm of the part that affects the batch's activations.
+        outside: |D (I - P)|, the Frobenius norm of the part that affects no activation of the batch.
     """
 
     inside: Tensor
@@ -217,24 +238,27 @@ class Split:
 
     @property
     def share(self) -> Tensor:
-        """The squared norm's share inside, in [0, 1]."""
+        """The share of the squared norm that is inside, in [0, 1]."""
         total = self.inside.square() + self.outside.square()
         return self.inside.square() / total.clamp_min(torch.finfo(total.dtype).tiny)
 
 
 @torch.no_grad()
 def task_subspace(activations: Tensor, tolerance: float = 1e-6) -> Tensor:
-    """An orthonormal basis of the directions in which a batch's activations lie.
+    """Return an orthonormal basis Q of the span of a batch's activations.
 
-    With it `P = Q Q^t` is the projector of the paper's linear world, X (X^t X)^+ X^t.
+    `P = Q Q^t` is then the projector X (X^t X)^+ X^t of the paper's linear world (see `theory`).
 
     Args:
-        activations: A layer's inputs `[n, d]`.
-        tolerance: Directions whose singular value is below this share of the largest are left out;
-            larger values keep only the main ones.
+        activations: A layer's inputs, shape `[n, d]`.
+        tolerance: The smallest singular value to keep, as a share of the largest. Larger values keep only
+            the main directions.
 
     Returns:
-        `[d, r]` float32 with orthonormal columns.
+        float32 `[d, r]` with orthonormal columns.
+
+    Raises:
+        ValueError: If the activations are not a matrix.
     """
     if activations.dim() != 2:
         raise ValueError(f"activations must be [n, d], got shape {tuple(activations.shape)}: flatten them")
@@ -244,14 +268,18 @@ def task_subspace(activations: Tensor, tolerance: float = 1e-6) -> Tensor:
 
 @torch.no_grad()
 def split_by_subspace(difference: Tensor, basis: Tensor) -> Split:
-    """Split a change of weights by whether the task's activations see it.
+    """Split a change of a layer's weights into the parts inside and outside the task's subspace.
 
-    The gradient of a linear layer's weights lies in the span of its inputs, so that fine-tuning by plain
-    gradient descent changes nothing outside; weight decay and other layers' drift do.
+    The gradient of a linear layer's weights lies in the span of its inputs. Plain gradient descent therefore
+    changes nothing outside the subspace, but weight decay and the drift of other layers do.
 
     Args:
-        difference: W - W^0 or W - M of a layer, `[out, in]` or a convolution's `[out, in, k, k]`.
-        basis: From `task_subspace` of that layer's inputs, `[in, r]` or `[in k k, r]`.
+        difference: The change W - W^0 or W - M of the layer's weights, shape `[out, in]`, or
+            `[out, in, k, k]` for a convolution.
+        basis: The result of `task_subspace` for that layer's inputs, shape `[in, r]` or `[in k k, r]`.
+
+    Raises:
+        ValueError: If the basis belongs to a layer with another number of inputs.
     """
     flat = difference.flatten(1).float()
     if flat.shape[1] != basis.shape[0]:
@@ -265,24 +293,24 @@ def split_by_subspace(difference: Tensor, basis: Tensor) -> Split:
 
 @torch.no_grad()
 def layer_inputs(model: nn.Module, layer: str, *args: Any, **kwargs: Any) -> Tensor:
-    """What a Linear or Conv2d layer is given when the model runs.
+    """Return the inputs of a Linear or Conv2d layer when the model runs.
 
     Args:
-        model: Run once, in its present mode.
-        layer: The layer's name in it.
-        *args: What the model is given.
-        **kwargs: What the model is given.
+        model: The model, which runs once in its current mode.
+        layer: The layer's name in the model.
+        *args: The model's arguments.
+        **kwargs: The model's keyword arguments.
 
     Returns:
-        `[n, d]`: one row a position; of a convolution one row a patch, as its weights are laid out.
+        `[n, d]` with one row per position. For a convolution, there is one row per patch, flattened like its
+        weights.
 
     Raises:
-        ValueError: There is no such layer, it is of another kind, or it did not run.
+        ValueError: If there is no such layer, it is of another kind, or it did not run.
     """
-    module = dict(model.named_modules()).get(layer)
+    module = _layer(model, layer)
     if not isinstance(module, nn.Linear | nn.Conv2d):
-        kind = "missing" if module is None else type(module).__name__
-        raise ValueError(f"layer {layer!r} must be a Linear or Conv2d of the model, it is {kind}")
+        raise ValueError(f"layer {layer!r} must be a Linear or Conv2d, got a {type(module).__name__}")
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
@@ -290,7 +318,7 @@ def layer_inputs(model: nn.Module, layer: str, *args: Any, **kwargs: Any) -> Ten
     finally:
         handle.remove()
     if not seen:
-        raise ValueError(f"layer {layer!r} did not run: give the model an input that reaches it")
+        raise ValueError(f"layer {layer!r} did not run: pass an input that reaches it")
     if isinstance(module, nn.Linear):
         return torch.cat([x.flatten(0, -2) for x in seen])
     if module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str):
@@ -301,10 +329,10 @@ def layer_inputs(model: nn.Module, layer: str, *args: Any, **kwargs: Any) -> Ten
 
 @torch.no_grad()
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear centred kernel alignment of two representations of the same examples.
+    """Return the linear centred kernel alignment (CKA) of two representations of the same examples.
 
-    |Y^t X|_F^2 / (|X^t X|_F |Y^t Y|_F) of centred columns (Kornblith et al. 2019); 1 for representations
-    that are equal up to rotation and scale.
+    It is |Y^t X|_F^2 / (|X^t X|_F |Y^t Y|_F) with centred columns (Kornblith et al. 2019), and 1 for
+    representations that are equal up to rotation and scale.
 
     Example:
         >>> x = torch.randn(64, 8)
@@ -312,11 +340,14 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
         1.0
 
     Args:
-        x: `[n, ...]`, one row an example.
-        y: `[n, ...]`, of any width.
+        x: One representation, shape `[n, ...]` with one row per example.
+        y: The other, shape `[n, ...]`, of any width.
 
     Returns:
         0-d float32 tensor in [0, 1].
+
+    Raises:
+        ValueError: If they have different numbers of rows.
     """
     if len(x) != len(y):
         raise ValueError(f"both representations must be of the same examples, got {len(x)} and {len(y)} rows")
@@ -324,7 +355,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     x, y = x - x.mean(0), y - y.mean(0)
     if max(x.shape[1], y.shape[1]) <= len(x):
         cross, ours, theirs = (y.T @ x).norm() ** 2, (x.T @ x).norm(), (y.T @ y).norm()
-    else:  # the same through the Gram matrices of the examples, which are smaller here
+    else:  # the same numbers from the Gram matrices of the examples, which are smaller here
         gram_x, gram_y = x @ x.T, y @ y.T
         cross, ours, theirs = (gram_x * gram_y).sum(), gram_x.norm(), gram_y.norm()
     return cross / (ours * theirs).clamp_min(torch.finfo(cross.dtype).tiny)
@@ -334,35 +365,32 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
 def layer_cka(
     first: nn.Module, second: nn.Module, *args: Any, layers: Sequence[str] | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Linear CKA of each layer's output between two models on one batch.
+    """Return the linear CKA of each layer's output between two models on one batch.
 
     Args:
-        first: Run once, in its present mode; a student, say.
-        second: The same; its teacher's `module`, say.
-        *args: What both are given.
-        **kwargs: What both are given.
-        layers: Names of modules; None: all that have no children and give a tensor.
+        first: One model, such as the student, which runs once in its current mode.
+        second: The other, such as the teacher's `module`, which runs once in its current mode.
+        *args: The arguments of both models.
+        **kwargs: The keyword arguments of both models.
+        layers: The names of the layers. Default: all modules without children whose output is a tensor.
 
     Raises:
-        ValueError: A name that a model does not have, or layers none of which ran.
+        ValueError: If a model has no layer of a given name, or no layer ran in both models.
     """
     with _outputs(first, layers) as ours, _outputs(second, layers) as theirs:
         first(*args, **kwargs)
         second(*args, **kwargs)
     found = {name: linear_cka(ours[name], theirs[name]) for name in ours if name in theirs}
     if not found:
-        raise ValueError("no layer ran in both models: give them an input that reaches the layers")
+        raise ValueError("no layer ran in both models: pass an input that reaches the layers")
     return found
 
 
 @contextmanager
 def _outputs(model: nn.Module, layers: Sequence[str] | None) -> Iterator[dict[str, Tensor]]:
-    """The last output of each layer that runs inside."""
-    modules = dict(model.named_modules())
-    for name in layers or ():
-        if name not in modules:
-            raise ValueError(f"the model has no layer {name!r}; it has {', '.join(list(modules)[1:9])}, ...")
-    chosen = layers or [n for n, m in modules.items() if n and not any(m.children())]
+    """A context that collects the last output of each layer that runs inside it."""
+    names = layers or [n for n, m in model.named_modules() if n and not any(m.children())]
+    chosen = {name: _layer(model, name) for name in names}
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -372,7 +400,7 @@ def _outputs(model: nn.Module, layers: Sequence[str] | None) -> Iterator[dict[st
 
         return hook
 
-    handles = [modules[name].register_forward_hook(keep(name)) for name in chosen]
+    handles = [module.register_forward_hook(keep(name)) for name, module in chosen.items()]
     try:
         yield seen
     finally:
@@ -380,9 +408,13 @@ def _outputs(model: nn.Module, layers: Sequence[str] | None) -> Iterator[dict[st
             handle.remove()
 
 
-def _require_same_shape(student: Tensor, teacher: Tensor, what: str) -> None:
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    return checks.lookup("layer", name, {n: m for n, m in model.named_modules() if n}) if name else model
+
+
+def _require_same_shape(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
-            f"{what} of student and teacher must have one shape, got {tuple(student.shape)} and "
+            f"the logits of student and teacher must have the same shape, got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}"
         )

@@ -1,7 +1,4 @@
-"""State dicts in memory and in files: read in parts, summed a piece at a time, written whole or not at all.
-
-Sums are float64. Beside the result, which is in the CPU's memory, stands about a third of it.
-"""
+"""State dicts on disk: read without running code, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,26 +7,41 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from wmateacher import pairing
-from wmateacher.kernels import Array
+__all__ = [
+    "Checkpoint",
+    "File",
+    "OpenCheckpoint",
+    "TensorSpec",
+    "check_output",
+    "load",
+    "open_checkpoint",
+    "read_metadata",
+    "require_safetensors",
+    "save",
+    "write_atomically",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 File = str | os.PathLike[str]
 Checkpoint = Mapping[str, Any] | File
 
-METADATA = "wmateacher"
-"""Under which a file says what it is."""
+_METADATA = "wmateacher"
+"""The key of the metadata in a file."""
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-_SUFFIXES = (".safetensors", *_TORCH_SUFFIXES)
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,95 +56,94 @@ _SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 
-# Files are reopened for each part of the checkpoint: pages of a mapped file count as memory of this
-# process until it is closed.
-_SHARE = 1 / 16
-_LEAST_BYTES = 2**20
-_PIECE = 2**16
 
-
-# --- files --------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------
 
 
 def load(file: File, key: str | None = None) -> dict[str, Any]:
-    """Read a state dict; no code in the file is run.
+    """Read a state dict without running any code that the file may contain.
 
     Args:
-        file: `.safetensors`, or `.pt`, `.pth`, `.bin`, `.ckpt` as `torch.save` writes them; these are
-            mapped, not read, until their tensors are used.
-        key: Where in the file the state dict is; None: where it is obvious (the file itself, or its
-            only entry that holds tensors, such as `"state_dict"`).
+        file: A `.safetensors` file, or a `.pt`, `.pth`, `.bin` or `.ckpt` file written by `torch.save`. The
+            latter is memory-mapped, and its tensors are read when they are used.
+        key: The entry of the file that is the state dict. Default: the file itself, or its only entry that
+            holds tensors, such as `"state_dict"`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, needs code to be read, or holds no or several state dicts.
-        ImportError: A `.safetensors` file without that package.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, needs code to be read, or holds no or several state dicts.
+        ImportError: If it is a `.safetensors` file and that package is not installed.
     """
-    path = existing(file)
+    path = _existing(file)
     if path.suffix == ".safetensors":
         with open_checkpoint(path) as opened:
             return {name: opened.read(name) for name in opened.specs}
-    return dict(_state_in(read_file(path), path, key))
+    return dict(_state_in(_read(path), path, key))
 
 
-def save(state: Mapping[str, Any], file: File) -> None:
-    """Write a state dict so that the file is at any time the old one, or the new one and whole.
-
-    Args:
-        state: Tensors by name.
-        file: Its suffix says how: `.safetensors`, or as `torch.save` does (`.pt`, `.pth`, `.bin`, `.ckpt`).
+def read_metadata(file: File) -> Any:
+    """Return the metadata that `save` wrote into a file, or None.
 
     Raises:
-        ValueError: The suffix is none of these, or `.safetensors` is to hold what is no tensor.
-        ImportError: A `.safetensors` file without that package.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged or needs code to be read.
     """
-    check_output(file)
-    write(state, Path(file))
+    path = _existing(file)
+    if path.suffix == ".safetensors":
+        with _open_safetensors(path) as opened:
+            return json.loads((opened.metadata() or {}).get(_METADATA, "null"))
+    content = _read(path)
+    return content.get(_METADATA) if isinstance(content, Mapping) else None
 
 
 @dataclass(frozen=True)
-class _Spec:
+class TensorSpec:
+    """The shape and dtype of a tensor in a checkpoint."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
-    def averages(self) -> bool:
+    def is_floating(self) -> bool:
+        """Whether the tensor is real or complex floating point, and can be averaged."""
         return self.dtype.is_floating_point or self.dtype.is_complex
 
     @property
     def bytes(self) -> int:
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class _Opened:
+class OpenCheckpoint:
     """A checkpoint that can be read in parts.
 
     Attributes:
-        specs: Its tensors.
-        rest: What is no tensor.
-        slices: Reads rows `[first, end)` of a tensor, or all of a scalar.
+        specs: The shapes and dtypes of its tensors, by name.
+        rest: Its entries that are not tensors.
+        slices: The function behind `read`.
     """
 
-    specs: dict[str, _Spec]
+    specs: dict[str, TensorSpec]
     rest: dict[str, Any]
     slices: Callable[[str, int | None, int | None], Tensor]
 
     def read(self, name: str, first: int | None = None, end: int | None = None) -> Tensor:
+        """Read rows `first` to `end - 1` of a tensor, or all of a scalar."""
         return self.slices(name, first, end)
 
 
 @contextmanager
-def open_checkpoint(source: Checkpoint) -> Iterator[_Opened]:
-    """Open a state dict or a file, to be read in parts."""
+def open_checkpoint(source: Checkpoint) -> Iterator[OpenCheckpoint]:
+    """Open a state dict or a file to read it in parts."""
     if isinstance(source, Mapping):
         yield _in_memory(source)
         return
-    path = existing(source)
+    path = _existing(source)
     if path.suffix != ".safetensors":
-        yield _in_memory(_state_in(read_file(path), path))
+        yield _in_memory(_state_in(_read(path), path))
         return
-    with open_safetensors(path) as file:
+    with _open_safetensors(path) as file:
 
         def read(name: str, first: int | None, end: int | None) -> Tensor:
             if specs[name].shape and first is not None:
@@ -140,24 +151,23 @@ def open_checkpoint(source: Checkpoint) -> Iterator[_Opened]:
             return file.get_tensor(name)
 
         specs = {}
-        for name in file.keys():  # noqa: SIM118 (no mapping)
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
             part = file.get_slice(name)
             dtype = _SAFETENSORS_DTYPES.get(str(part.get_dtype()))
-            specs[name] = _Spec(tuple(part.get_shape()), dtype or file.get_tensor(name).dtype)
-        yield _Opened(specs, {}, read)
+            specs[name] = TensorSpec(tuple(part.get_shape()), dtype or file.get_tensor(name).dtype)
+        yield OpenCheckpoint(specs, {}, read)
 
 
-def _in_memory(state: Mapping[str, Any]) -> _Opened:
+def _in_memory(state: Mapping[str, Any]) -> OpenCheckpoint:
     tensors = {n: v.detach() for n, v in state.items() if isinstance(v, Tensor)}
-    return _Opened(
-        {n: _Spec(tuple(t.shape), t.dtype) for n, t in tensors.items()},
+    return OpenCheckpoint(
+        {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in tensors.items()},
         {n: v for n, v in state.items() if n not in tensors},
         lambda name, first, end: tensors[name][first:end] if tensors[name].ndim else tensors[name],
     )
 
 
-def open_safetensors(path: Path) -> Any:
-    """What `safetensors.safe_open` gives, or a ValueError that says what is wrong with the file."""
+def _open_safetensors(path: Path) -> Any:
     library = require_safetensors(f"{path.name!r}")
     try:
         return library.safe_open(str(path), framework="pt")
@@ -166,7 +176,14 @@ def open_safetensors(path: Path) -> Any:
 
 
 def require_safetensors(what: str) -> Any:
-    """The package, or an ImportError that says what needs it."""
+    """Import safetensors.
+
+    Args:
+        what: The argument or file that needs the package, for the error message.
+
+    Raises:
+        ImportError: If the package is not installed.
+    """
     try:
         importlib.import_module("safetensors.torch")
         return importlib.import_module("safetensors")
@@ -174,8 +191,7 @@ def require_safetensors(what: str) -> Any:
         raise ImportError(f"{what} needs the package safetensors: pip install safetensors") from None
 
 
-def existing(file: Any) -> Path:
-    """The path of a checkpoint that is there, or an error."""
+def _existing(file: Any) -> Path:
     if not isinstance(file, str | os.PathLike):
         raise TypeError(
             f"a checkpoint must be a state dict or a file, got {type(file).__name__}; of a module, pass "
@@ -189,18 +205,12 @@ def existing(file: Any) -> Path:
     return path
 
 
-def check_output(output: File | None) -> None:
-    """Raise a ValueError, before any work, if `save` could not write there."""
-    if output is not None and Path(output).suffix not in _SUFFIXES:
-        raise ValueError(f"the output must be a file {_endings()}, got {str(output)!r}")
-
-
 def _endings() -> str:
     return f"that ends in {', '.join(_SUFFIXES)}"
 
 
-def read_file(path: Path) -> Any:
-    """What `torch.save` wrote, mapped; no code in it is run."""
+def _read(path: Path) -> Any:
+    """Map a file that `torch.save` wrote, without running code in it."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
@@ -211,12 +221,12 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     why = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
     return ValueError(
         f"cannot read {str(path)!r} ({why}): it must be .safetensors, or tensors saved by torch.save in its "
-        "zip format; a file that holds other objects, load and save again with only its state dict"
+        "zip format; if the file holds other objects, load it and save only its state dict"
     )
 
 
 def _state_in(content: Any, path: Path, key: str | None = None) -> Mapping[str, Any]:
-    """The state dict in what a file holds."""
+    """Find the state dict in the content of a file."""
     inner = [k for k, v in content.items() if _holds_tensors(v)] if isinstance(content, Mapping) else []
     if key is not None:
         if key not in inner:
@@ -241,32 +251,103 @@ def _holds_tensors(content: Any) -> bool:
     return isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values())
 
 
-def write(state: Mapping[str, Any], path: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write a state dict, or with `about` a snapshot, by way of a file beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+# --- writing ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def write_atomically(file: File) -> Iterator[BinaryIO]:
+    """Open a file for writing so that it appears complete or not at all.
+
+    The context manager yields the binary stream of a new file, `FILE.partial`, in the same folder. At the end
+    of the block, that file is flushed to disk and takes the place of `FILE`. If the block raises, it is
+    deleted, and `FILE` stays as it was.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "new folder" / "state.pt"
+        >>> with write_atomically(file) as stream:
+        ...     torch.save({"step": 3}, stream)
+        >>> torch.load(file)
+        {'step': 3}
+
+    Args:
+        file: The file to write. Missing parent folders are created.
+
+    Raises:
+        OSError: If the file cannot be written, for example because the disk is full. The message names the
+            file and the reason, and says whether there is an old file, which is unchanged. `torch.save`
+            raises a RuntimeError for the same reasons, which becomes this error too.
+    """
+    file = Path(file)
+    partial = file.with_name(f"{file.name}.partial")
     try:
-        if path.suffix == ".safetensors":
-            require_safetensors(f"{path.name!r}")
-            metadata = {"format": "pt"} | ({} if about is None else {METADATA: json.dumps(about)})
-            writer = importlib.import_module("safetensors.torch")
-            writer.save_file(_separate(state), str(partial), metadata=metadata)
-        else:
-            torch.save(dict(state) if about is None else {METADATA: dict(about), "state": state}, partial)
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            yield stream
+        # The file is opened again because safetensors does not write into it but replaces it.
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        old = "the old file is unchanged" if file.exists() else "there was no old file"
+        raise OSError(
+            f"cannot write {file} ({cause.strerror or cause}); {old}. Check that {file.parent} is a folder "
+            "with free space that you may write to, and run the same command again"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+
+
+def save(state: Mapping[str, Any], file: File, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a state dict with `write_atomically`.
+
+    Args:
+        state: The tensors by name.
+        file: The file to write. Its suffix determines the format: `.safetensors`, or that of `torch.save`
+            (`.pt`, `.pth`, `.bin`, `.ckpt`).
+        metadata: Values that JSON can hold, to be stored with the state dict for `read_metadata`.
+
+    Raises:
+        ValueError: If the file has another suffix, or an entry for `.safetensors` is not a tensor.
+        ImportError: If it is a `.safetensors` file and that package is not installed.
+        OSError: If the file cannot be written.
+    """
+    check_output(file)
+    path = Path(file)
+    with write_atomically(path) as stream:
+        if path.suffix == ".safetensors":
+            library = require_safetensors(f"{path.name!r}")
+            texts = {"format": "pt"} | ({} if metadata is None else {_METADATA: json.dumps(metadata)})
+            try:
+                library.torch.save_file(_separate(state), stream.name, metadata=texts)
+            except library.SafetensorError as error:
+                raise OSError(str(error)) from error
+        else:
+            content = state if metadata is None else {_METADATA: dict(metadata), "state": state}
+            torch.save(dict(content), stream)
+
+
+def check_output(output: File | None) -> None:
+    """Check, before any work is done, that `save` knows the suffix of an output file.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if output is not None and Path(output).suffix not in _SUFFIXES:
+        raise ValueError(f"the output must be a file {_endings()}, got {str(output)!r}")
 
 
 def _separate(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory."""
+    """Return contiguous tensors that share no memory, as safetensors requires."""
     others = [n for n, v in state.items() if not isinstance(v, Tensor)]
     if others:
         raise ValueError(
-            f".safetensors holds tensors only, and {', '.join(map(repr, others))} is none: leave it out, or "
-            "write .pt"
+            f".safetensors holds tensors only, and {', '.join(map(repr, others))} is not a tensor: leave it "
+            "out, or write .pt"
         )
     seen: set[int] = set()
     separate = {}
@@ -276,123 +357,3 @@ def _separate(state: Mapping[str, Any]) -> dict[str, Tensor]:
         separate[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
     return separate
-
-
-# --- sums ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def combine(
-    sources: Sequence[Checkpoint],
-    coefficients: Callable[[str], Sequence[float] | Array],
-    *,
-    last: int = -1,
-    only: frozenset[str] | None = None,
-) -> dict[str, Any]:
-    """`sum_i coefficients(name)[i] * source_i[name]` for every floating-point tensor.
-
-    Args:
-        sources: State dicts or files.
-        coefficients: What each counts, by tensor. A source that counts 0 is not read.
-        last: Whose dtypes the result has, and whose tensors it takes where nothing is averaged.
-        only: The tensors to average; None: all floating-point ones.
-    """
-    specs = matched(sources, last)
-    names = [n for n, s in specs.items() if s.averages and (only is None or n in only)]
-    averaged = set(names)
-    with open_checkpoint(sources[last]) as opened:
-        result: dict[str, Any] = {
-            name: torch.empty(spec.shape, dtype=spec.dtype)
-            if name in averaged
-            else opened.read(name).to("cpu", copy=True)
-            for name, spec in specs.items()
-        }
-        result.update(opened.rest)
-    counts = {name: [float(c) for c in coefficients(name)] for name in names}
-    for part in parts(specs, names, _SHARE):
-        sums = {row: torch.zeros_like(_rows(result, row), dtype=_wider(specs[row[0]])) for row in part}
-        for i, source in enumerate(sources):
-            rows = [row for row in part if counts[row[0]][i]]
-            if rows:
-                with open_checkpoint(source) as opened:
-                    for row in rows:
-                        aligned = zip(pieces(sums[row]), pieces(opened.read(*row)), strict=True)
-                        for total, piece in aligned:
-                            total.add_(wide(piece), alpha=counts[row[0]][i])
-        for row in part:
-            _rows(result, row).copy_(sums[row])
-    return result
-
-
-_Row = tuple[str, int, int]
-
-
-def _rows(state: Mapping[str, Tensor], row: _Row) -> Tensor:
-    name, first, end = row
-    return state[name][first:end] if state[name].ndim else state[name]
-
-
-def parts(specs: Mapping[str, _Spec], names: Sequence[str], share: float) -> Iterator[list[_Row]]:
-    """Rows of the named tensors in parts that, as float64, are about that share of all their memory."""
-    budget = max(sum(specs[n].bytes for n in names) * share, _LEAST_BYTES)
-    part: list[_Row] = []
-    room = budget
-    for name in names:
-        shape = specs[name].shape or (1,)
-        each = _wider(specs[name]).itemsize * math.prod(shape[1:])
-        first = 0
-        while first < shape[0]:
-            fitting = max(int(room // each), 0 if part else 1) if each else shape[0]
-            end = min(shape[0], first + fitting)
-            if end > first:
-                part.append((name, first, end))
-                room -= (end - first) * each
-                first = end
-            if first < shape[0]:
-                yield part
-                part, room = [], budget
-    if part:
-        yield part
-
-
-def pieces(tensor: Tensor) -> Sequence[Tensor]:
-    """A tensor in flat pieces that fit the cache."""
-    return tensor.reshape(-1).split(_PIECE)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float64 or complex128, on the CPU."""
-    return tensor.to("cpu", torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def _wider(spec: _Spec) -> torch.dtype:
-    return torch.complex128 if spec.dtype.is_complex else torch.float64
-
-
-def matched(sources: Sequence[Checkpoint], last: int) -> dict[str, _Spec]:
-    """The tensors of the source `last`, which all others have too."""
-    found = []
-    for source in sources:
-        with open_checkpoint(source) as opened:
-            found.append(opened.specs)
-    labels = [
-        f"state dict {i}" if isinstance(s, Mapping) else repr(os.fspath(s)) for i, s in enumerate(sources)
-    ]
-    reference = found[last]
-    for label, specs in zip(labels, found, strict=True):
-        missing = [n for n in reference if n not in specs]
-        extra = [n for n in specs if n not in reference]
-        if missing or extra:
-            raise ValueError(
-                f"{label} has not the tensors of {labels[last]}: "
-                f"{pairing.describe_difference(missing, extra)}; only checkpoints of one architecture can be "
-                "averaged"
-            )
-        for name, spec in reference.items():
-            if specs[name].shape != spec.shape or specs[name].averages != spec.averages:
-                raise ValueError(
-                    f"{name!r} is {specs[name].dtype} of shape {specs[name].shape} in {label}, and "
-                    f"{spec.dtype} of shape {spec.shape} in {labels[last]}; only checkpoints of one "
-                    "architecture can be averaged"
-                )
-    return reference

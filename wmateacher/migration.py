@@ -1,4 +1,4 @@
-"""Averages that other libraries have made, to be continued by a `WMATeacher`: weights and clock."""
+"""Continue averages that other libraries have made, including their step counts."""
 
 from __future__ import annotations
 
@@ -10,36 +10,43 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmateacher.checks import nearest, positive_int
+from wmateacher import pairing
+from wmateacher.checks import one_of, positive_int
 from wmateacher.kernels import Array, Kernel
+from wmateacher.teacher import WMATeacher
 
-_RULES = ("constant", "inverse_gamma", "ratio")
+__all__ = ["Description", "PeerEMA", "describe", "load"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 @dataclass(frozen=True)
 class PeerEMA(Kernel):
-    """An EMA by the rules of other libraries, so that a teacher goes on exactly as they would.
+    """An EMA with the warm-up rules of other libraries, to continue exactly as they would.
 
-    With `n = step - 1 - delay` the retention is 0 where `n <= 0` (the average is the student), and else
+    With `n = step - 1 - delay`, the retention is 0 while `n <= 0` (the average is the student). After that
+    it is
 
         constant        decay
-        inverse_gamma   1 - (1 + n / gamma)^(-power)     timm's and diffusers' warm-up, ema-pytorch
-        ratio           (1 + n) / (10 + n)               diffusers' default
+        inverse_gamma   1 - (1 + n / gamma)^(-power)     warm-up of timm, diffusers and ema-pytorch
+        ratio           (1 + n) / (10 + n)               default of diffusers
 
-    kept between `least` and `decay`. torch-ema's rule is `ratio` with `delay=-1`.
+    clipped to the range from `least` to `decay`. The rule of torch-ema is `ratio` with `delay=-1`.
 
     Attributes:
-        decay: The largest retention.
-        rule: How it rises.
-        gamma: Of `inverse_gamma`; 1 everywhere.
-        power: Of `inverse_gamma`; 2/3 everywhere.
-        least: The smallest retention after the delay (`min_decay`, `min_value`).
-        delay: Steps in which the average is the student (`update_after_step`).
-        every: Only the steps 1, 1 + every, ... are averaged, each with the retention of its own step
-            (ema-pytorch's `update_every`, 10 there by default).
+        decay: The largest retention, in [0, 1].
+        rule: How the retention rises: `"constant"`, `"inverse_gamma"` or `"ratio"`.
+        gamma: The gamma of `inverse_gamma`. All libraries default to 1.
+        power: The power of `inverse_gamma`. All libraries default to 2/3.
+        least: The smallest retention after the delay (`min_decay`, `min_value`), in [0, 1].
+        delay: The number of steps in which the average is the student (`update_after_step`).
+        every: The interval between averaged steps (`update_every` of ema-pytorch, whose default is 10). Steps
+            1, 1 + every, ... are averaged, each with the retention of its own step.
 
     Raises:
-        ValueError: A value out of range.
+        ValueError: If a value is out of range.
     """
 
     name: ClassVar[str] = "peer_ema"
@@ -56,8 +63,7 @@ class PeerEMA(Kernel):
         for argument, value in (("decay", self.decay), ("least", self.least)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{argument} must be a retention in [0, 1], got {value!r}")
-        if self.rule not in _RULES:
-            raise ValueError(f"unknown rule {self.rule!r}; {nearest(str(self.rule), _RULES)}")
+        one_of("rule", self.rule, ("constant", "inverse_gamma", "ratio"))
         for argument, value in (("gamma", self.gamma), ("power", self.power)):
             if not value > 0:
                 raise ValueError(f"{argument} must be above 0, got {value!r}")
@@ -65,7 +71,7 @@ class PeerEMA(Kernel):
 
     @property
     def needs_horizon(self) -> bool:
-        """No: the last step is like any other."""
+        """False, because no weight depends on the length of the run."""
         return False
 
     def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:  # noqa: D102
@@ -82,143 +88,156 @@ class PeerEMA(Kernel):
 
 
 @dataclass(frozen=True)
-class Average:
-    """What another library has averaged.
+class Description:
+    """What the state of another library says about its average.
 
     Attributes:
-        source: `"torch"`, `"lightning"`, `"ema-pytorch"`, `"diffusers"`, `"torch-ema"` or `"timm"`.
-        weights: By the names of the student's `state_dict`.
-        step: Optimizer steps that it has counted; None where its state does not say.
-        kernel: The kernel that goes on as the library would; None where its state does not say.
+        source: The library: `"torch"`, `"lightning"`, `"ema-pytorch"`, `"diffusers"`, `"torch-ema"` or
+            `"timm"`.
+        step: The number of optimizer steps that the library has counted, or None if the state does not say.
+        kernel: The kernel that continues exactly as the library would, or None if the state does not say.
     """
 
     source: str
-    weights: Mapping[str, Tensor]
     step: int | None
     kernel: Kernel | None
 
-    def into(self, teacher: Any, step: int | None = None) -> None:
-        """Let a `WMATeacher` go on from it.
 
-        Args:
-            teacher: Built from the student as it is now.
-            step: Optimizer steps of the run so far; None: what the state says.
+def describe(state: Mapping[str, Any]) -> Description:
+    """Recognise the state or checkpoint of another library, for example to choose the teacher's kernel.
 
-        Raises:
-            ValueError: The state says nothing of steps, and `step` is None; or as
-                `WMATeacher.load_average`.
-        """
-        step = self.step if step is None else step
-        if step is None:
-            raise ValueError(
-                f"the state of {self.source} does not say how many steps it has averaged: pass step=..., the "
-                "optimizer steps of the run so far"
-            )
-        teacher.load_average(self.weights, step)
+    Args:
+        state: As in `load`.
+
+    Raises:
+        ValueError: If the state belongs to none of the libraries that `load` knows.
+    """
+    return _recognise(state)[0]
 
 
-def read(state: Mapping[str, Any], model: nn.Module) -> Average:
-    """Find the average in a state or checkpoint of another library.
+def load(teacher: WMATeacher, state: Mapping[str, Any], step: int | None = None) -> Description:
+    """Let a teacher continue the average that another library has made.
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel
-        >>> from wmateacher import WMATeacher
         >>> model = nn.Linear(2, 2)
         >>> swa = AveragedModel(model)
         >>> for _ in range(5):
         ...     swa.update_parameters(model)
-        >>> average = read(swa.state_dict(), model)
         >>> teacher = WMATeacher(model, "uniform", total_steps=20)
-        >>> average.into(teacher)
-        >>> average.source, teacher.step
+        >>> load(teacher, swa.state_dict()).source, teacher.step
         ('torch', 4)
 
     Args:
-        state: What its `state_dict()` gave, or the checkpoint that holds it: torch's `AveragedModel`,
-            Lightning's `WeightAveraging` callbacks, `ema_pytorch.EMA`, diffusers' `EMAModel`, torch_ema's
-            `ExponentialMovingAverage`, or timm (`state_dict_ema`, or the weights alone).
-        model: The student, whose names and shapes the average must have.
+        teacher: The teacher, built from the student as it is now.
+        state: The result of the library's `state_dict()`, or the checkpoint that contains it. The libraries
+            are torch (`AveragedModel`), Lightning (the `WeightAveraging` callbacks), ema-pytorch (`EMA`),
+            diffusers (`EMAModel`), torch-ema (`ExponentialMovingAverage`) and timm (`state_dict_ema`, or the
+            weights alone).
+        step: The number of optimizer steps in the run so far. Default: the number in the state.
+
+    Returns:
+        What the state says about its average.
 
     Raises:
-        ValueError: It is none of these, or of another architecture.
+        ValueError: If the state belongs to none of these libraries or to another architecture, or if it does
+            not contain the number of steps and `step` is None.
+        RuntimeError: If the teacher is inside `swap`.
     """
+    found, weights = _recognise(state)
+    step = found.step if step is None else step
+    if step is None:
+        raise ValueError(
+            f"the state of {found.source} does not say how many steps it has averaged: pass step=..., the "
+            "number of optimizer steps in the run so far"
+        )
+    teacher.load_average(weights(pairing.unwrap(teacher._student[0])), step)
+    return found
+
+
+_Weights = Callable[[nn.Module], Mapping[str, Tensor]]
+"""A function that returns the averaged weights by the names of the student's parameters."""
+
+
+def _recognise(state: Mapping[str, Any]) -> tuple[Description, _Weights]:
     for source, (keys, reader) in _READERS.items():
         if keys <= state.keys():
-            return reader(source, state, model)
+            step, kernel, weights = reader(state)
+            return Description(source, step, kernel), weights
     if state and all(isinstance(value, Tensor) for value in state.values()):
-        return Average("timm", dict(state), None, None)
+        return Description("timm", None, None), lambda model: state
     raise ValueError(
-        f"a state with {', '.join(map(repr, list(state)[:5])) or 'nothing in it'} is of no library that is "
-        f"known here ({', '.join(_READERS)}): pass weights by name to WMATeacher.load_average"
+        f"a state with {', '.join(map(repr, list(state)[:5])) or 'no entries'} belongs to none of the known "
+        f"libraries ({', '.join(_READERS)}): pass weights by name to WMATeacher.load_average"
     )
 
 
-def _averaged_model(source: str, state: Mapping[str, Any], model: nn.Module) -> Average:
-    # The first of its updates copies the student, which is what W^0 is here.
-    return Average(source, _under("module.", state), int(state["n_averaged"]) - 1, None)
+_Reading = tuple[int | None, Kernel | None, _Weights]
+"""The step, the kernel and the weights of a state."""
 
 
-def _lightning(source: str, state: Mapping[str, Any], model: nn.Module) -> Average:
-    step = int(state["averaging_state"]["n_averaged"]) - 1
-    return Average(source, dict(state["state_dict"]), step, None)
+def _torch(state: Mapping[str, Any]) -> _Reading:
+    # The first of its updates copies the student, which is W^0 here.
+    return int(state["n_averaged"]) - 1, None, lambda model: _under("module.", state)
 
 
-def _ema_pytorch(source: str, state: Mapping[str, Any], model: nn.Module) -> Average:
-    return Average(source, _under("ema_model.", state), int(state["step"]), None)
+def _lightning(state: Mapping[str, Any]) -> _Reading:
+    return int(state["averaging_state"]["n_averaged"]) - 1, None, lambda model: state["state_dict"]
 
 
-def _timm(source: str, state: Mapping[str, Any], model: nn.Module) -> Average:
-    return Average(source, dict(state["state_dict_ema"]), None, None)
+def _ema_pytorch(state: Mapping[str, Any]) -> _Reading:
+    return int(state["step"]), None, lambda model: _under("ema_model.", state)
 
 
-def _diffusers(source: str, state: Mapping[str, Any], model: nn.Module) -> Average:
+def _timm(state: Mapping[str, Any]) -> _Reading:
+    return None, None, lambda model: state["state_dict_ema"]
+
+
+def _diffusers(state: Mapping[str, Any]) -> _Reading:
     kernel = PeerEMA(
         state["decay"], "inverse_gamma" if state["use_ema_warmup"] else "ratio", state["inv_gamma"],
         state["power"], state["min_decay"], state["update_after_step"],
     )  # fmt: skip
-    named = dict(model.named_parameters())
-    return Average(source, _in_order(source, state, named), int(state["optimization_step"]), kernel)
+    return int(state["optimization_step"]), kernel, lambda model: _in_order("diffusers", state, model)
 
 
-def _torch_ema(source: str, state: Mapping[str, Any], model: nn.Module) -> Average:
+def _torch_ema(state: Mapping[str, Any]) -> _Reading:
     counted = state["num_updates"]
     kernel = (
         PeerEMA(state["decay"], delay=-2) if counted is None else PeerEMA(state["decay"], "ratio", delay=-1)
     )
-    named = dict(model.named_parameters())
-    if len(state["shadow_params"]) < len(named):  # older versions leave out what is frozen
-        named = {name: p for name, p in named.items() if p.requires_grad}
-    return Average(source, _in_order(source, state, named), counted, kernel)
+    return counted, kernel, lambda model: _in_order("torch-ema", state, model)
 
 
 def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _in_order(source: str, state: Mapping[str, Any], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names for a list of weights without names: those of the model's parameters, one after the other."""
-    shadows = list(state["shadow_params"])
-    shapes = [tuple(s.shape) for s in shadows]
-    for (name, own), shape in zip(named.items(), shapes, strict=False):
-        if tuple(own.shape) != shape:
+def _in_order(source: str, state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Name a list of weights by the model's parameters, which are in the same order."""
+    named, shadows = dict(model.named_parameters()), list(state["shadow_params"])
+    if source == "torch-ema" and len(shadows) < len(named):  # older versions leave out frozen parameters
+        named = {name: p for name, p in named.items() if p.requires_grad}
+    for (name, own), shadow in zip(named.items(), shadows, strict=False):
+        if own.shape != shadow.shape:
             raise ValueError(
                 f"the state of {source} is of another architecture: its weights have no names, and the one "
-                f"in the place of {name!r} has shape {shape}, the model's {tuple(own.shape)}"
+                f"in the place of {name!r} has shape {tuple(shadow.shape)}, the model's {tuple(own.shape)}"
             )
     if len(shadows) != len(named):
         raise ValueError(
             f"the state of {source} is of another architecture: it has {len(shadows)} weights, the model "
-            f"{len(named)}; pass the model whose parameters it was made of"
+            f"{len(named)}; build the teacher from the model whose parameters were averaged"
         )
     return dict(zip(named, shadows, strict=True))
 
 
-_READERS: dict[str, tuple[set[str], Callable[[str, Mapping[str, Any], nn.Module], Average]]] = {
+_READERS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], _Reading]]] = {
     "diffusers": ({"shadow_params", "optimization_step"}, _diffusers),
     "torch-ema": ({"shadow_params", "num_updates"}, _torch_ema),
     "ema-pytorch": ({"initted", "step"}, _ema_pytorch),
     "lightning": ({"averaging_state", "state_dict"}, _lightning),
-    "torch": ({"n_averaged"}, _averaged_model),
+    "torch": ({"n_averaged"}, _torch),
     "timm": ({"state_dict_ema"}, _timm),
 }
-"""Source -> the keys that tell it, and what reads it."""
+"""For each library, the keys that identify its state and the function that reads it."""

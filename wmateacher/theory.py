@@ -1,76 +1,95 @@
 r"""The paper's linear world, in which the bias of every method and the gap of every teacher have a formula.
 
-Source: the linear world of the theory section of TRACER (Asadollahzadeh et al., ICML 2026).
+The source is the theory section of TRACER (Asadollahzadeh et al., ICML 2026).
 
-A linear image encoder `W [d, d_I]` sees features `X [d_I, n]`; the text features are frozen. The
-contrastive task pulls `W X` to targets `Y` ($\frac12 \|W X - Y\|_F^2$), and starts at `W^0`. With the
-projector `P` onto the span of `X`, the task's subspace, and its optimum `W*`:
+A linear image encoder `W [d, d_I]` maps image features `X [d_I, n]`; the text features are frozen. The
+contrastive task pulls `W X` towards targets `Y`, with the loss $\frac12 \|W X - Y\|_F^2$, and training starts
+at `W^0`. Let `P` be the projector onto the span of `X` (the task's subspace), `W*` the task's optimum, and
+$\lambda$ the weight of the distillation loss (`distill_weight`) or of the L2 penalty (`penalty`). Then
 
 - fine-tuning by gradient descent ends at $W^0 (I - P) + W^*$;
-- an L2 pull to the start at $(Y X^T + \lambda W^0)(C + \lambda I)^{-1}$, $C = X X^T$;
-- distillation from a static teacher at $W^0 (I - \frac{P}{1 + \lambda}) + \frac{W^*}{1 + \lambda}$;
-- distillation from an average M, one exact inner solution a step, obeys with $E^t = (M^t - W^*) P$
+- fine-tuning with an L2 penalty on the distance from the start ends at
+  $(Y X^T + \lambda W^0)(C + \lambda I)^{-1}$ with $C = X X^T$;
+- distillation from a static teacher ends at $W^0 (I - \frac{P}{1 + \lambda}) + \frac{W^*}{1 + \lambda}$;
+- distillation from an average M, with each step solved exactly, obeys for $E^t = (M^t - W^*) P$
 
   $$E^t = \Big(1 - \frac{\omega_t}{1 + \lambda}\Big) E^{t-1}, \qquad
-    (W^t - W^*) P = \frac{\lambda}{1 + \lambda} E^{t-1},$$
+    (W^t - W^*) P = \frac{\lambda}{1 + \lambda} E^{t-1}.$$
 
-  so that kernel, horizon and lambda alone say which share of the start's bias is left: `predict`.
+  The kernel, the horizon and $\lambda$ alone therefore determine how much of the bias towards the start is
+  left. `predict` computes it.
 
-What the algebra does not say, though it is easily read into it:
+These statements are easily misread:
 
-- The L2 pull, too, leaves what lies outside the task's subspace exactly where it was. It differs from
-  distillation inside, where it mixes start and optimum by the eigenvalues of `C`.
-- The bias under a weighted average does not vanish at any finite horizon. It shrinks as
-  T^(-a / (1 + lambda)) for Beta(a, b), whose early exponent alone decides, and vanishes in the limit
-  because the omegas sum to infinity.
-- An EMA collapses onto its student if its retention is short against the horizon. A slow one does not
-  within it: look at `predict("ema(0.999)", 2_000, 0.9)`.
-- The bound of `persistence_bound` is weak, W^0's own weight being small over a long run (0.00285 for
-  Beta(0.5, 0.5) over 25,030 steps), and it needs the right direction: the one from W^0 to W^T.
+- The L2 penalty also leaves the weights outside the task's subspace exactly where they were. It differs from
+  distillation inside the subspace, where it mixes the start and the optimum by the eigenvalues of `C`.
+- The bias under a weighted average does not vanish at any finite horizon. For Beta(a, b) it shrinks as
+  T^(-a / (1 + lambda)), so that only the early exponent a matters. It vanishes in the limit because the
+  omegas sum to infinity.
+- An EMA collapses onto its student if its window is short compared with the horizon. A slow EMA does not
+  collapse within the run: see `predict("ema(0.999)", 2_000, 0.9)`.
+- `persistence_bound` is weak, because the weight of W^0 is small after a long run (0.00285 for Beta(0.5, 0.5)
+  after 25,030 steps). It also needs the right direction: the one from W^0 to W^T.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from wmateacher import kernels
+from wmateacher import checks, kernels
 from wmateacher.kernels import Array, Kernel, KernelLike
 from wmateacher.schedule import Clock
+
+__all__ = [
+    "Distillation",
+    "LinearWorld",
+    "Prediction",
+    "contrastive_targets",
+    "distil",
+    "persistence_bound",
+    "predict",
+    "projector",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 # Singular values up to this share of the largest count as 0.
 _RANK = 1e-10
 
 
 def contrastive_targets(text_weights: Array, text_features: Array) -> Array:
-    r"""What the contrastive task pulls the images' embeddings to: $Y = W_T^0 X_T (n I - J)$.
+    r"""Return the targets of the contrastive task for the image embeddings: $Y = W_T^0 X_T (n I - J)$.
 
     Args:
-        text_weights: `W_T^0 [d, d_T]`, the frozen text encoder.
-        text_features: `X_T [d_T, n]`, the text of each image.
+        text_weights: The frozen text encoder `W_T^0`, shape `[d, d_T]`.
+        text_features: The features `X_T` of each image's text, shape `[d_T, n]`.
 
     Returns:
-        float64 `[d, n]`: n times each text's embedding minus all embeddings' sum.
+        float64 `[d, n]`: n times each text's embedding minus the sum of all embeddings.
     """
     weights, features = _matrix("text_weights", text_weights), _matrix("text_features", text_features)
     if weights.shape[1] != features.shape[0]:
         raise ValueError(
-            f"text_weights {weights.shape} and text_features {features.shape} do not multiply: "
-            "[d, d_T] and [d_T, n] are needed"
+            f"text_weights {weights.shape} and text_features {features.shape} cannot be multiplied: "
+            "pass [d, d_T] and [d_T, n]"
         )
     embedded = weights @ features
     return embedded.shape[1] * embedded - embedded.sum(axis=1, keepdims=True)
 
 
 def projector(features: Array) -> Array:
-    r"""The projector onto the task's subspace, $P = X (X^T X)^+ X^T$.
+    r"""Return the projector onto the task's subspace, $P = X (X^T X)^+ X^T$.
 
     Args:
-        features: `X [d_I, n]`, of any rank; directions below 1e-10 of the largest count as none.
+        features: The features `X`, shape `[d_I, n]`, of any rank. Singular values below 1e-10 of the largest
+            count as 0.
 
     Returns:
         float64 `[d_I, d_I]`.
@@ -80,7 +99,7 @@ def projector(features: Array) -> Array:
 
 
 def _svd(features: Array) -> tuple[Array, Array, Array]:
-    """The singular vectors and values of X that count: `[d_I, r]`, `[r]`, `[r, n]`."""
+    """Return the singular vectors and values of X that are not 0: `[d_I, r]`, `[r]`, `[r, n]`."""
     left, values, right = np.linalg.svd(features, full_matrices=False)
     rank = int(np.sum(values > _RANK * values[0]))
     return left[:, :rank], values[:rank], right[:rank]
@@ -88,12 +107,12 @@ def _svd(features: Array) -> tuple[Array, Array, Array]:
 
 @dataclass(frozen=True, eq=False)
 class LinearWorld:
-    """A linear task and where its training starts.
+    """A linear task and the weights at which its training starts.
 
     Attributes:
-        features: `X [d_I, n]`.
-        targets: `Y [d, n]`; `contrastive_targets` gives the paper's.
-        start: `W^0 [d, d_I]`.
+        features: The features `X`, shape `[d_I, n]`.
+        targets: The targets `Y`, shape `[d, n]`. `contrastive_targets` returns those of the paper.
+        start: The weights `W^0`, shape `[d, d_I]`.
     """
 
     features: Array
@@ -102,55 +121,69 @@ class LinearWorld:
 
     def __post_init__(self) -> None:
         for name in ("features", "targets", "start"):
-            # A copy of its own: what is cached must not age when the caller's array changes.
+            # A read-only copy, so that the cached properties stay valid when the caller's array changes.
             matrix = _matrix(name, getattr(self, name)).copy()
             matrix.flags.writeable = False
             object.__setattr__(self, name, matrix)
         (width, examples), (out, rows), start = self.features.shape, self.targets.shape, self.start.shape
         if rows != examples or start != (out, width):
             raise ValueError(
-                f"features {self.features.shape}, targets {self.targets.shape} and start {start} do not fit: "
-                "[d_I, n], [d, n] and [d, d_I] are needed"
+                f"features {self.features.shape}, targets {self.targets.shape} and start {start} do not fit "
+                "together: pass [d_I, n], [d, n] and [d, d_I]"
             )
 
     @cached_property
     def projector(self) -> Array:
-        """P `[d_I, d_I]`."""
+        """The projector P onto the task's subspace, `[d_I, d_I]`."""
         return projector(self.features)
 
     @cached_property
     def covariance(self) -> Array:
-        """C = X X^T `[d_I, d_I]`."""
+        """The covariance C = X X^T, `[d_I, d_I]`."""
         return self.features @ self.features.T
 
     @cached_property
     def optimum(self) -> Array:
-        """W* = Y X^T C^+ `[d, d_I]`, the task's solution of least norm."""
+        """The task's solution of least norm, W* = Y X^T C^+, `[d, d_I]`."""
         return self.targets @ np.linalg.pinv(self.features, rcond=_RANK)
 
     def task_loss(self, weights: Array) -> float:
-        """1/2 |W X - Y|_F^2."""
+        """Return the loss 1/2 |W X - Y|_F^2."""
         return 0.5 * float(np.sum((self._encoder(weights) @ self.features - self.targets) ** 2))
 
     def residual(self, weights: Array) -> float:
-        """|(W - W*) P|_F: how far from the task's optimum inside its subspace."""
+        """Return |(W - W*) P|_F, the distance from the task's optimum inside its subspace."""
         return float(np.linalg.norm((self._encoder(weights) - self.optimum) @ self.projector))
 
     def finetuned(self) -> Array:
-        """Where gradient descent on the task ends: W^0 (I - P) + W*."""
+        """Return the weights at which gradient descent on the task ends: W^0 (I - P) + W*."""
         return self.start - self.start @ self.projector + self.optimum
 
-    def l2_sp(self, lam: float) -> Array:
-        """Where it ends with lam / 2 |W - W^0|^2 added: (Y X^T + lam W^0)(C + lam I)^-1."""
-        lam = _strength(lam, positive=True)
-        # By singular vectors: with a small lam, C + lam I is numerically singular outside the subspace.
+    def l2_sp(self, penalty: float) -> Array:
+        """Return the weights at which gradient descent ends with an L2 pull to the start (L2-SP).
+
+        With lambda / 2 |W - W^0|^2 added to the loss, these are (Y X^T + lambda W^0)(C + lambda I)^-1.
+
+        Args:
+            penalty: The weight lambda of the pull, above 0.
+        """
+        lam = checks.number("l2_sp", "penalty", penalty, lambda v: v > 0, "a finite number above 0")
+        # The inverse is taken by singular vectors, because with a small lambda C + lambda I is numerically
+        # singular outside the subspace.
         left, values, right = _svd(self.features)
         inside = (self.targets @ right.T * values + lam * (self.start @ left)) / (values**2 + lam)
         return self.start - self.start @ self.projector + inside @ left.T
 
-    def static_distillation(self, lam: float) -> Array:
-        """Where it ends with lam / 2 |(W - W^0) X|^2 added: W^0 (I - P / (1 + lam)) + W* / (1 + lam)."""
-        share = 1.0 / (1.0 + _strength(lam))
+    def static_distillation(self, distill_weight: float) -> Array:
+        """Return the weights at which distillation from a static teacher, the start, ends.
+
+        With lambda / 2 |(W - W^0) X|^2 added to the loss, these are
+        W^0 (I - P / (1 + lambda)) + W* / (1 + lambda).
+
+        Args:
+            distill_weight: The weight lambda of the distillation loss.
+        """
+        share = 1.0 / (1.0 + _distill_weight("static_distillation", distill_weight))
         return self.start - share * (self.start @ self.projector) + share * self.optimum
 
     def _encoder(self, weights: Array) -> Array:
@@ -163,14 +196,14 @@ class LinearWorld:
 
 @dataclass(frozen=True, eq=False)
 class Distillation:
-    """A run of `distil`.
+    """The result of `distil`.
 
     Attributes:
-        student: W^T `[d, d_I]`.
-        teacher: M^T `[d, d_I]`.
+        student: The student's final weights W^T, `[d, d_I]`.
+        teacher: The teacher's final weights M^T, `[d, d_I]`.
         teacher_residual: |(M^t - W*) P| for t = 0..T.
-        student_residual: |(W^t - W*) P|.
-        gap: |M^t - W^t|.
+        student_residual: |(W^t - W*) P| for t = 0..T.
+        gap: |M^t - W^t| for t = 0..T.
     """
 
     student: Array
@@ -181,21 +214,22 @@ class Distillation:
 
 
 def distil(
-    world: LinearWorld, kernel: KernelLike, total_steps: int, lam: float, update_every: int = 1
+    world: LinearWorld, kernel: KernelLike, total_steps: int, distill_weight: float, update_every: int = 1
 ) -> Distillation:
-    r"""Distil from a weighted average, solving each step exactly.
+    r"""Train a student against a weighted average of itself, solving each step exactly.
 
-    $W^t = W^{t-1} (I - P) + a M^{t-1} P + W^* / (1 + \lambda)$ with $a = \lambda / (1 + \lambda)$, the
-    minimum of $\frac12 \|W X - Y\|^2 + \frac\lambda2 \|(W - M^{t-1}) X\|^2$ nearest to $W^{t-1}$.
+    Step t goes to $W^t = W^{t-1} (I - P) + a M^{t-1} P + W^* / (1 + \lambda)$ with
+    $a = \lambda / (1 + \lambda)$. This is the minimum of
+    $\frac12 \|W X - Y\|^2 + \frac\lambda2 \|(W - M^{t-1}) X\|^2$ nearest to $W^{t-1}$.
 
     Args:
         world: The task.
-        kernel: The teacher's.
+        kernel: The teacher's kernel.
         total_steps: The horizon T.
-        lam: Strength of the distillation.
-        update_every: Steps between the teacher's snapshots.
+        distill_weight: The weight lambda of the distillation loss.
+        update_every: The number of steps between the teacher's updates.
     """
-    lam = _strength(lam)
+    lam = _distill_weight("distil", distill_weight)
     clock = Clock(kernels.build(kernel), total_steps, update_every)
     inside, optimum = world.projector, world.optimum
     student, teacher = world.start, world.start
@@ -214,21 +248,23 @@ def _distances(world: LinearWorld, student: Array, teacher: Array) -> tuple[floa
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a kernel leaves of the start's bias |(W^0 - W*) P|, as shares of it; `str` gives a small table.
+    """The bias that a kernel leaves, as shares of the bias |(W^0 - W*) P| of the start.
+
+    `str` gives a small table.
 
     Attributes:
-        kernel: Its text.
+        kernel: The kernel as a string.
         total_steps: The horizon T.
-        lam: Strength of the distillation.
-        teacher_residual: |(M^T - W*) P|.
-        student_residual: |(W^T - W*) P|.
-        gap: |M^T - W^T|: how far teacher and student are apart at the end.
-        start_weight: w_{0|T}, W^0's own weight in the teacher.
+        distill_weight: The weight lambda of the distillation loss.
+        teacher_residual: The teacher's final bias |(M^T - W*) P|.
+        student_residual: The student's final bias |(W^T - W*) P|.
+        gap: The final distance |M^T - W^T| between teacher and student.
+        start_weight: The weight w_{0|T} of W^0 in the teacher.
     """
 
     kernel: str
     total_steps: int
-    lam: float
+    distill_weight: float
     teacher_residual: float
     student_residual: float
     gap: float
@@ -237,7 +273,7 @@ class Prediction:
     def __str__(self) -> str:
         return "\n".join(
             [
-                f"{self.kernel} over {self.total_steps} steps, lambda = {self.lam:g}",
+                f"{self.kernel} over {self.total_steps} steps, distill_weight = {self.distill_weight:g}",
                 f"  bias left, teacher     {self.teacher_residual:.2%}",
                 f"  bias left, student     {self.student_residual:.2%}",
                 f"  gap at the end         {self.gap:.2%}",
@@ -246,12 +282,14 @@ class Prediction:
         )
 
 
-def predict(kernel: KernelLike, total_steps: int, lam: float = 0.9, update_every: int = 1) -> Prediction:
-    r"""What a kernel leaves of the start's bias in the linear world, before any training.
+def predict(
+    kernel: KernelLike, total_steps: int, distill_weight: float = 0.9, update_every: int = 1
+) -> Prediction:
+    r"""Predict how much of the start's bias a kernel leaves in the linear world, without training.
 
-    The teacher's share is $e_T = \prod_t (1 - \omega_t / (1 + \lambda))$, the student's
-    $\frac{\lambda}{1 + \lambda} e_{T-1}$. Teacher and student lie on one line from the optimum to the
-    start, so that the gap is the difference of the two, $\frac{1 - \omega_T}{1 + \lambda} e_{T-1}$.
+    The teacher's share is $e_T = \prod_t (1 - \omega_t / (1 + \lambda))$ and the student's is
+    $\frac{\lambda}{1 + \lambda} e_{T-1}$. Teacher and student lie on the line from the optimum to the start,
+    so the gap is the difference of the two, $\frac{1 - \omega_T}{1 + \lambda} e_{T-1}$.
 
     Example:
         >>> prediction = predict("beta(0.5,0.5)", 25_030)
@@ -259,12 +297,12 @@ def predict(kernel: KernelLike, total_steps: int, lam: float = 0.9, update_every
         (0.048, 0.023)
 
     Args:
-        kernel: The teacher's.
+        kernel: The teacher's kernel.
         total_steps: The horizon T.
-        lam: Strength of the distillation. Default 0.9, the published recipes'.
-        update_every: Steps between the teacher's snapshots.
+        distill_weight: The weight lambda of the distillation loss. Default: 0.9, as in the published recipes.
+        update_every: The number of steps between the teacher's updates.
     """
-    lam = _strength(lam)
+    lam = _distill_weight("predict", distill_weight)
     built = kernels.build(kernel)
     omegas = _omegas(built, total_steps, update_every)
     left = np.cumprod(1.0 - omegas / (1.0 + lam))
@@ -272,32 +310,34 @@ def predict(kernel: KernelLike, total_steps: int, lam: float = 0.9, update_every
     return Prediction(
         kernel=str(built),
         total_steps=total_steps,
-        lam=lam,
+        distill_weight=lam,
         teacher_residual=float(left[-1]),
         student_residual=lam / (1.0 + lam) * before,
-        gap=float(1.0 - omegas[-1]) / (1.0 + lam) * before,  # the difference, without its cancellation
+        # Written out instead of subtracting the two shares, which cancel at large lambda.
+        gap=float(1.0 - omegas[-1]) / (1.0 + lam) * before,
         start_weight=float(np.prod(1.0 - omegas)),
     )
 
 
 def persistence_bound(kernel: KernelLike, total_steps: int, update_every: int = 1) -> float:
-    r"""The least share of the way gone that a teacher stays behind: $w_{0|T}$.
+    r"""Return $w_{0|T}$, a lower bound on the teacher's distance from its student.
 
-    If no state lies beyond the last along the way gone, $\langle W^T - W^k, W^T - W^0 \rangle \ge 0$ for
-    all k, as on a trajectory that is monotone along $W^T - W^0$, then
-    $\|W^T - M^T\| \ge w_{0|T} \|W^T - W^0\|$. Monotone along another direction is not enough: there
-    the bound holds for the components along that direction only.
+    If no state lies beyond the last one in the direction of travel, that is
+    $\langle W^T - W^k, W^T - W^0 \rangle \ge 0$ for all k, then
+    $\|W^T - M^T\| \ge w_{0|T} \|W^T - W^0\|$. This is the case for a trajectory that is monotone along
+    $W^T - W^0$. It is not enough that it is monotone along another direction: then the bound holds only for
+    the components along that direction.
 
     Args:
-        kernel: The teacher's.
+        kernel: The teacher's kernel.
         total_steps: The horizon T.
-        update_every: Steps between the teacher's snapshots.
+        update_every: The number of steps between the teacher's updates.
     """
     return float(np.prod(1.0 - _omegas(kernels.build(kernel), total_steps, update_every)))
 
 
 def _omegas(kernel: Kernel, total_steps: int, update_every: int) -> Array:
-    """The weight of each student W^1..W^T when it comes, 0 where no snapshot is due."""
+    """Return omega_1..omega_T, with 0 for the steps that `update_every` skips."""
     clock = Clock(kernel, total_steps, update_every)
     if clock.update_every == 1:
         return 1.0 - kernel.retention(np.arange(1, total_steps + 1), total_steps)
@@ -313,18 +353,11 @@ def _matrix(argument: str, value: Any) -> Array:
         raise ValueError(f"{argument} must be a matrix, got shape {matrix.shape}")
     if not np.isfinite(matrix).all():
         raise ValueError(
-            f"{argument} must be finite, got {np.sum(~np.isfinite(matrix))} entries that are not"
+            f"{argument} must be finite, got {np.sum(~np.isfinite(matrix))} entries that are not finite"
         )
     return matrix
 
 
-def _strength(lam: Any, *, positive: bool = False) -> float:
-    try:
-        strength = float(lam)
-    except (TypeError, ValueError):
-        strength = math.nan
-    if not math.isfinite(strength) or strength < 0 or (positive and strength == 0):
-        raise ValueError(
-            f"lam must be a finite number {'above' if positive else 'of at least'} 0, got {lam!r}"
-        )
-    return strength
+def _distill_weight(function: str, value: Any) -> float:
+    rule = "a finite number of at least 0"
+    return checks.number(function, "distill_weight", value, lambda v: v >= 0, rule)

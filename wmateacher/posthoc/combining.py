@@ -1,0 +1,160 @@
+"""Weighted sums of checkpoints, computed a part at a time.
+
+Sums are float64. Besides the result, which is in CPU memory, about a third of its size is needed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wmateacher import pairing
+from wmateacher.files import Checkpoint, TensorSpec, open_checkpoint
+from wmateacher.kernels import Array
+
+__all__ = ["combine", "matched", "parts", "pieces", "wide"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+# A part is this share of all averaged tensors, counted in float64. Files are reopened for each part, because
+# the pages of a mapped file count as memory of this process until it is closed.
+_SHARE = 1 / 16
+_LEAST_BYTES = 2**20
+# Elements of a part that are summed at once, so that they stay in the processor's cache.
+_PIECE = 2**16
+
+_Rows = tuple[str, int, int]
+"""A tensor's name, and the first row and the end of a range of its rows."""
+
+
+@torch.no_grad()
+def combine(
+    sources: Sequence[Checkpoint],
+    coefficients: Callable[[str], Sequence[float] | Array],
+    *,
+    last: int = -1,
+    only: frozenset[str] | None = None,
+) -> dict[str, Any]:
+    """Return `sum_i coefficients(name)[i] * source_i[name]` for every floating-point tensor.
+
+    Args:
+        sources: The state dicts or files.
+        coefficients: The function that returns the coefficient of each source, given a tensor's name. Sources
+            with coefficient 0 are not read.
+        last: The index of the source whose dtypes the result has, and from which it takes everything that is
+            not averaged.
+        only: The names of the tensors to average. Default: all floating-point tensors.
+
+    Raises:
+        ValueError: If the sources have different tensors.
+    """
+    specs = matched(sources, last)
+    names = [n for n, s in specs.items() if s.is_floating and (only is None or n in only)]
+    averaged = set(names)
+    with open_checkpoint(sources[last]) as opened:
+        result: dict[str, Any] = {
+            name: torch.empty(spec.shape, dtype=spec.dtype)
+            if name in averaged
+            else opened.read(name).to("cpu", copy=True)
+            for name, spec in specs.items()
+        }
+        result.update(opened.rest)
+    factors = {name: [float(c) for c in coefficients(name)] for name in names}
+    for part in parts(specs, names, _SHARE):
+        sums = {
+            rows: torch.zeros_like(_select(result, rows), dtype=_wide_dtype(specs[rows[0]])) for rows in part
+        }
+        for i, source in enumerate(sources):
+            needed = [rows for rows in part if factors[rows[0]][i]]
+            if needed:
+                with open_checkpoint(source) as opened:
+                    for rows in needed:
+                        aligned = zip(pieces(sums[rows]), pieces(opened.read(*rows)), strict=True)
+                        for total, piece in aligned:
+                            total.add_(wide(piece), alpha=factors[rows[0]][i])
+        for rows in part:
+            _select(result, rows).copy_(sums[rows])
+    return result
+
+
+def matched(sources: Sequence[Checkpoint], last: int) -> dict[str, TensorSpec]:
+    """Return the tensors of the source with index `last`, after checking that all others have the same.
+
+    Raises:
+        ValueError: If a source lacks a tensor, has another one, or has one of another shape or kind.
+    """
+    found = []
+    for source in sources:
+        with open_checkpoint(source) as opened:
+            found.append(opened.specs)
+    labels = [
+        f"state dict {i}" if isinstance(s, Mapping) else repr(os.fspath(s)) for i, s in enumerate(sources)
+    ]
+    reference = found[last]
+    for label, specs in zip(labels, found, strict=True):
+        missing = [n for n in reference if n not in specs]
+        extra = [n for n in specs if n not in reference]
+        if missing or extra:
+            raise ValueError(
+                f"{label} does not have the tensors of {labels[last]}: "
+                f"{pairing.describe_difference(missing, extra)}; only checkpoints of one architecture can be "
+                "averaged"
+            )
+        for name, spec in reference.items():
+            if specs[name].shape != spec.shape or specs[name].is_floating != spec.is_floating:
+                raise ValueError(
+                    f"{name!r} is {specs[name].dtype} of shape {specs[name].shape} in {label}, and "
+                    f"{spec.dtype} of shape {spec.shape} in {labels[last]}; only checkpoints of one "
+                    "architecture can be averaged"
+                )
+    return reference
+
+
+def parts(specs: Mapping[str, TensorSpec], names: Sequence[str], share: float) -> Iterator[list[_Rows]]:
+    """Split the named tensors into parts that each take, in float64, about that share of their memory."""
+    budget = max(sum(specs[n].bytes for n in names) * share, _LEAST_BYTES)
+    part: list[_Rows] = []
+    room = budget
+    for name in names:
+        shape = specs[name].shape or (1,)
+        each = _wide_dtype(specs[name]).itemsize * math.prod(shape[1:])
+        first = 0
+        while first < shape[0]:
+            fitting = max(int(room // each), 0 if part else 1) if each else shape[0]
+            end = min(shape[0], first + fitting)
+            if end > first:
+                part.append((name, first, end))
+                room -= (end - first) * each
+                first = end
+            if first < shape[0]:
+                yield part
+                part, room = [], budget
+    if part:
+        yield part
+
+
+def pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Split a tensor into flat pieces that fit the processor's cache."""
+    return tensor.reshape(-1).split(_PIECE)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor on the CPU in float64 or complex128."""
+    return tensor.to("cpu", torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _wide_dtype(spec: TensorSpec) -> torch.dtype:
+    return torch.complex128 if spec.dtype.is_complex else torch.float64
+
+
+def _select(state: Mapping[str, Tensor], rows: _Rows) -> Tensor:
+    name, first, end = rows
+    return state[name][first:end] if state[name].ndim else state[name]
