@@ -1,4 +1,4 @@
-"""The two lines in a plain training loop: a student that learns from noisy labels, and its average."""
+"""Two lines in a plain training loop: a student learns from noisy labels, and its average teaches it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def main() -> None:
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     total_steps = EPOCHS * (len(train) // BATCH)
-    # A random start deserves little weight; where fine-tuning starts, "beta(0.5,0.5)" keeps it.
+    # Random initial weights should count little; for fine-tuning, "beta(0.5,0.5)" keeps the pretrained ones.
     teacher = WMATeacher(model, kernel="beta(2,1)", total_steps=total_steps)  # the first line
     distill = losses.build("kl")
 

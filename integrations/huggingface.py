@@ -1,19 +1,19 @@
-"""A teacher of the model that a transformers Trainer trains: a callback, and a Trainer that distils."""
+"""A callback that averages the model while a transformers Trainer trains it, and a Trainer that distils."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wmateacher import WMATeacher, losses
+from wmateacher import WMATeacher, checks, losses
 from wmateacher.attachment import Attachment
-from wmateacher.checks import nearest
 from wmateacher.integrations import resuming
 from wmateacher.integrations.engine.loop import write_atomically
+from wmateacher.integrations.resuming import Weights
 from wmateacher.kernels import KernelLike
 from wmateacher.losses import Criterion
 
@@ -26,16 +26,19 @@ except ImportError as error:
         "pip install 'wmateacher[huggingface]'"
     ) from error
 
+__all__ = ["FILE", "TeacherCallback", "TeacherMixin", "TeacherTrainer"]
+
 FILE = "teacher.pt"
-"""In a `checkpoint-*` folder."""
+"""The name of the teacher's file in a `checkpoint-*` folder."""
 
 
 class TeacherCallback(TrainerCallback):
-    """Keeps the kernel-weighted average of the model that a Trainer trains.
+    """Keep the kernel-weighted average of the model that a Trainer trains.
 
-    The average starts at the weights that training starts from, and counts one step after each that the
-    optimizer takes: not the batches of an accumulated gradient, nor steps that a gradient scaler skips. It is
-    saved to `teacher.pt` in each `checkpoint-*` folder, weights and clock, and goes on from there.
+    The average starts at the weights with which training starts, and counts one step each time the optimizer
+    takes one: not the other batches of an accumulated gradient, and not the steps that a gradient scaler
+    skips. Each `checkpoint-*` folder holds the average and its step count in `teacher.pt`, and a resumed run
+    continues both.
 
     Example:
         >>> teacher_callback = TeacherCallback("beta(0.5,0.5)")
@@ -45,7 +48,7 @@ class TeacherCallback(TrainerCallback):
 
     Attributes:
         teacher: The `WMATeacher`; None before training.
-        resume_from: The folder that a resumed run takes the teacher from.
+        resume_from: The folder from which a resumed run loads the teacher.
     """
 
     def __init__(
@@ -56,16 +59,16 @@ class TeacherCallback(TrainerCallback):
         resume_from: str | Path | None = None,
         **options: Any,
     ):
-        """Describe the teacher; it is built when training begins.
+        """Set the options of the teacher, which `train` builds.
 
         Args:
-            kernel: As `WMATeacher`'s.
-            total_steps: Optimizer steps of the run; None: the Trainer's `max_steps`, or what it makes of
+            kernel: The kernel, as for `WMATeacher`.
+            total_steps: The optimizer steps of the run. None for the Trainer's number, from `max_steps` or
                 `num_train_epochs`.
-            resume_from: The `checkpoint-*` folder of a resumed run; None: the one in `output_dir`. A
-                Trainer with `TeacherMixin` knows it.
-            **options: More of `WMATeacher`'s: `update_every`, `dtype`, `device`, `buffers`, `frozen`,
-                `exclude`.
+            resume_from: The `checkpoint-*` folder from which a resumed run loads the teacher; None for the
+                one in `output_dir`. A Trainer with `TeacherMixin` sets it.
+            **options: Further options of `WMATeacher`: `update_every`, `dtype`, `device`, `buffers`,
+                `frozen`, `exclude`.
         """
         self.teacher: WMATeacher | None = None
         self.resume_from = resume_from
@@ -75,10 +78,10 @@ class TeacherCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Build the teacher, or go on with that of the checkpoint, and count the optimizer's steps.
+        """Build the teacher, load it from the checkpoint of a resumed run, and count the optimizer's steps.
 
         Raises:
-            FileNotFoundError: The run is resumed, and its checkpoint is not where it was looked for.
+            FileNotFoundError: If the folder of the checkpoint does not exist.
         """
         self._detach()
         total_steps = state.max_steps if self._total_steps is None else self._total_steps
@@ -90,10 +93,10 @@ class TeacherCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop counting; say so where the run had another length than the kernel was given."""
+        """Stop counting, and warn if the run was shorter than the kernel's horizon."""
         self._detach()
         if self.teacher is not None and state.global_step >= state.max_steps:
-            _tell(resuming.shortened(self.teacher))
+            resuming.warn_if_short(self.teacher, warnings.warn)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,25 +104,22 @@ class TeacherCallback(TrainerCallback):
         """Write the teacher into the checkpoint."""
         if self.teacher is not None and args.should_save:
             folder = _folder(args, state.global_step)
-            write_atomically(resuming.saved(self.teacher), folder / FILE)
+            write_atomically(resuming.saved_state(self.teacher), folder / FILE)
 
     def _resume(self, teacher: WMATeacher, args: TrainingArguments, step: int, total_steps: int) -> None:
         folder = _folder(args, step) if self.resume_from is None else Path(self.resume_from)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"the run goes on at step {step}, and there is no folder {folder} to take the teacher from: "
-                "pass TeacherCallback(resume_from=CHECKPOINT)"
+                f"the run continues at step {step}, and there is no folder {folder} to load the teacher "
+                "from: pass TeacherCallback(resume_from=CHECKPOINT)"
             )
         file = folder / FILE
         if file.exists():
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            _tell(resuming.take_over(teacher, state, total_steps))
-            return
-        _tell(
-            f"the checkpoint {folder} has no {FILE}: the teacher starts here, from the student as it is, "
-            f"over the {total_steps - step} steps that are left"
-        )
-        teacher.set_total_steps(max(1, total_steps - step))
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            resuming.restore(teacher, saved, total_steps, warnings.warn)
+        else:
+            missing = f"the checkpoint {folder} has no {FILE}"
+            resuming.start_late(teacher, step, total_steps, missing, warnings.warn)
 
     def _detach(self) -> None:
         if self._attachment is not None:
@@ -127,11 +127,11 @@ class TeacherCallback(TrainerCallback):
 
 
 class TeacherMixin:
-    """A Trainer whose loss has a distillation from the average of its own model, before `Trainer`.
+    """Add distillation from the average of its own model to a Trainer; a base class before the Trainer's.
 
-    The teacher sees the batch that the model sees, without dropout and gradient, and their logits are
-    compared: `loss + distill_weight * distillation(model(batch).logits, teacher(batch).logits)`. The mean
-    of the term, before its weight, is logged as `distillation`.
+    The teacher gets the same batch as the model, without dropout and gradient, and the loss is
+    `loss + distill_weight * distillation(model(batch).logits, teacher(batch).logits)`. The mean of the
+    distillation, before its weight, is logged as `distillation`.
 
     Example:
         >>> class MyTrainer(TeacherMixin, Trainer): ...
@@ -146,29 +146,26 @@ class TeacherMixin:
         teacher_callback: TeacherCallback | None = None,
         distillation: str | Criterion | None = "kl",
         distill_weight: float = 1.0,
-        evaluate_with: Literal["student", "teacher"] = "student",
+        evaluate_with: Weights = "student",
         **kwargs: Any,
     ):
-        """Add to the arguments of the Trainer that this stands before.
+        """Create the Trainer, with these arguments besides its own.
 
         Args:
-            *args: The Trainer's.
-            teacher_callback: The teacher; None: `TeacherCallback()`.
-            distillation: A spec of `wmateacher.losses.build` for logits, or what it builds; None: no term.
-            distill_weight: Of the term, beside the model's own loss.
-            evaluate_with: Whose weights `evaluate` and `predict` use.
-            **kwargs: The Trainer's.
+            *args: Arguments of the Trainer.
+            teacher_callback: The callback that keeps the teacher; None for `TeacherCallback()`.
+            distillation: The distillation loss, a criterion for logits or its spec (see
+                `wmateacher.losses.build`); None for no distillation.
+            distill_weight: The weight of the distillation beside the model's own loss.
+            evaluate_with: The weights that `evaluate` and `predict` use.
+            **kwargs: Keyword arguments of the Trainer.
 
         Raises:
-            ValueError: `evaluate_with` is neither, the distillation does not compare logits, or the weight
-                is no number.
-            TypeError: `teacher_callback` is no `TeacherCallback`.
+            ValueError: If `evaluate_with` is neither "student" nor "teacher", the distillation does not
+                compare logits, or `distill_weight` is not a number of at least 0.
+            TypeError: If `teacher_callback` is not a `TeacherCallback`.
         """
-        if evaluate_with not in ("student", "teacher"):
-            raise ValueError(
-                f"evaluate_with must be 'student' or 'teacher', got {evaluate_with!r}; "
-                f"{nearest(str(evaluate_with), ('student', 'teacher'))}"
-            )
+        checks.one_of("weights for evaluate_with", evaluate_with, ("student", "teacher"))
         if not isinstance(distill_weight, int | float) or distill_weight < 0:
             raise ValueError(f"distill_weight must be a number of at least 0, got {distill_weight!r}")
         if not isinstance(teacher_callback, TeacherCallback | None):
@@ -179,8 +176,8 @@ class TeacherMixin:
         built = None if distillation is None else losses.build(distillation)
         if built is not None and built.family not in (None, "logits"):
             raise ValueError(
-                f"distillation {distillation!r} takes {built.family}, models of transformers give logits: "
-                f"choose from {', '.join(losses.available('logits'))}"
+                f"distillation {distillation!r} compares {built.family}, but models of transformers return "
+                f"logits: choose from {', '.join(losses.available('logits'))}"
             )
         super().__init__(*args, **kwargs)
         self.teacher_callback = TeacherCallback() if teacher_callback is None else teacher_callback
@@ -190,17 +187,17 @@ class TeacherMixin:
 
     @property
     def teacher(self) -> WMATeacher | None:
-        """The average; None before training."""
+        """The teacher; None before training."""
         return self.teacher_callback.teacher
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; the teacher goes on from the same folder."""
+        """Train as the Trainer does, and resume the teacher from the same folder."""
         if isinstance(resume_from_checkpoint, str | Path):
             self.teacher_callback.resume_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The Trainer's loss, with the distillation while training."""
+        """Return the Trainer's loss, plus the distillation in training."""
         loss, outputs = super().compute_loss(model, dict(inputs), return_outputs=True, **kwargs)  # type: ignore[misc]
         if self._distillation is not None and self.teacher is not None and model.training:
             term = self._distillation(_logits(outputs), _logits(self.teacher(**inputs)))
@@ -209,23 +206,23 @@ class TeacherMixin:
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, with the weights asked for; the student has its own again after."""
+        """Evaluate as the Trainer does, with the weights of `evaluate_with`."""
         if self._evaluate_with == "student" or self.teacher is None:
             return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
         with self.teacher.swap():
             return super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with the mean of the distillation since the last time."""
+        """Log as the Trainer does, with the mean of the distillation since the last log."""
         if self._terms and "loss" in logs:
             logs = {**logs, "distillation": torch.stack(self._terms).mean().item()}
             self._terms = []
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def _micro_batches(self, items: Any) -> int:
-        """What the mean of a micro-batch must be divided by here, because the Trainer does not do it.
+        """Return the number of micro-batches to divide the distillation by, or 1 if the Trainer divides.
 
-        It does not where the model has divided its own loss by the items of the whole batch.
+        The Trainer does not divide if the model has divided its own loss by the items of the whole batch.
         """
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
@@ -235,7 +232,7 @@ class TeacherMixin:
 
 
 class TeacherTrainer(TeacherMixin, Trainer):  # type: ignore[misc]
-    """transformers' Trainer with a teacher: see `TeacherMixin`."""
+    """The Trainer of transformers with a teacher; see `TeacherMixin`."""
 
 
 def _folder(args: TrainingArguments, step: int) -> Path:
@@ -244,8 +241,3 @@ def _folder(args: TrainingArguments, step: int) -> Path:
 
 def _logits(outputs: Any) -> Tensor:
     return outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-
-
-def _tell(message: str | None) -> None:
-    if message is not None:
-        warnings.warn(message, stacklevel=3)

@@ -1,19 +1,19 @@
-"""A Lightning callback that keeps a teacher of the module that a Trainer trains."""
+"""A Lightning callback that averages the module while a Trainer trains it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from wmateacher import WMATeacher, kernels
+from wmateacher import WMATeacher, checks, kernels
 from wmateacher.attachment import Attachment
-from wmateacher.checks import nearest
 from wmateacher.integrations import resuming
+from wmateacher.integrations.resuming import Weights
 from wmateacher.kernels import KernelLike
 
 try:
@@ -25,17 +25,19 @@ except ImportError as error:
         "wmateacher.integrations.lightning needs Lightning: pip install 'wmateacher[lightning]'"
     ) from error
 
-Weights = Literal["student", "teacher"]
+__all__ = ["TeacherCallback"]
+
 _STUDENT = "student_state_dict"
 
 
 class TeacherCallback(Callback):
-    """Keeps the kernel-weighted average of the module in training, and puts it on the module.
+    """Keep the kernel-weighted average of the module in training, as its attribute `teacher`.
 
-    The average starts at the weights that `fit` starts from, and counts one step after each that the
-    optimizer takes: not the batches of an accumulated gradient, nor steps that a gradient scaler skips. It is
-    in the Trainer's checkpoints, weights and clock, and goes on from there. In `training_step` it is
-    `self.teacher`, which is no submodule: it enters neither `parameters()` nor `state_dict()`.
+    The average starts at the weights with which `fit` starts, and counts one step each time the optimizer
+    takes one: not the other batches of an accumulated gradient, and not the steps that a gradient scaler
+    skips. The Trainer's checkpoints hold the average and its step count, and a resumed run continues both.
+    In `training_step` the average is `self.teacher`. It is no submodule, so it enters neither
+    `parameters()` nor `state_dict()`.
 
     Example:
         >>> trainer = Trainer(max_epochs=10, callbacks=[TeacherCallback("beta(0.5,0.5)")])  # doctest: +SKIP
@@ -56,41 +58,38 @@ class TeacherCallback(Callback):
         optimizer: int | None = None,
         evaluate_with: Weights = "student",
         checkpoint: Weights = "student",
-        module: Callable[[LightningModule], nn.Module] | None = None,
+        module_factory: Callable[[LightningModule], nn.Module] | None = None,
         **options: Any,
     ):
-        """Describe the teacher; it is built when `fit` starts.
+        """Set the options of the teacher, which `fit` builds.
 
         Args:
-            kernel: As `WMATeacher`'s.
-            total_steps: Optimizer steps of the run; None: what the Trainer estimates from its limits and data
-                (`estimated_stepping_batches`).
-            student: Path of the submodule to average, such as `"backbone"`; None: the whole LightningModule.
-            name: Attribute of the module that the teacher is put under; callbacks of different names may
-                stand side by side.
-            optimizer: Index of the optimizer whose steps count; None: the one that trains the student.
-            evaluate_with: Whose weights validation, test and prediction see.
-            checkpoint: Whose weights a checkpoint has as its `state_dict`, which
-                `load_from_checkpoint` reads. With `"teacher"` the student's are beside them, and resuming
-                takes those.
-            module: Makes the averaged module, of the LightningModule, where the student is sharded by
-                `fully_shard`: see `WMATeacher`.
-            **options: More of `WMATeacher`'s: `update_every`, `dtype`, `device`, `buffers`, `frozen`,
-                `exclude`.
+            kernel: The kernel, as for `WMATeacher`.
+            total_steps: The optimizer steps of the run. None for the Trainer's estimate from its limits and
+                the data, `estimated_stepping_batches`.
+            student: The path of the submodule to average, such as `"backbone"`; None for the whole
+                LightningModule.
+            name: The attribute of the LightningModule that holds the teacher. Several callbacks need
+                different names.
+            optimizer: The index of the optimizer whose steps count; None for the one that trains the student.
+            evaluate_with: The weights that validation, test and prediction use.
+            checkpoint: The weights in a checkpoint's `state_dict`, which `load_from_checkpoint` reads. With
+                `"teacher"` the checkpoint has the student's weights as well, and a resumed run trains those.
+            module_factory: A function that builds the averaged module from the LightningModule, for a
+                student that is sharded by `fully_shard`; see `WMATeacher`.
+            **options: Further options of `WMATeacher`: `update_every`, `dtype`, `device`, `buffers`,
+                `frozen`, `exclude`.
 
         Raises:
-            ValueError: `evaluate_with` or `checkpoint` is neither.
+            ValueError: If `evaluate_with` or `checkpoint` is neither "student" nor "teacher".
         """
         for argument, value in (("evaluate_with", evaluate_with), ("checkpoint", checkpoint)):
-            if value not in ("student", "teacher"):
-                raise ValueError(
-                    f"{argument} must be 'student' or 'teacher', got {value!r}; "
-                    f"{nearest(str(value), ('student', 'teacher'))}"
-                )
+            checks.one_of(f"weights for {argument}", value, ("student", "teacher"))
         self.teacher: WMATeacher | None = None
         self._kernel, self._total_steps, self._options = kernel, total_steps, options
         self._student, self._name, self._optimizer = student, name, optimizer
-        self._evaluate_with, self._checkpoint, self._module = evaluate_with, checkpoint, module
+        self._evaluate_with, self._checkpoint = evaluate_with, checkpoint
+        self._module_factory = module_factory
         self._attachment: Attachment | None = None
         self._restored: Mapping[str, Any] | None = None
         self._horizon: int | None = None
@@ -98,57 +97,54 @@ class TeacherCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Of this callback in a checkpoint."""
+        """The key of this callback in a checkpoint."""
         return self._generate_state_key(name=self._name)
 
     # --- the run ------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Build the teacher from the student on its device, and count the optimizer's steps.
+        """Build the teacher on the student's device, and count the optimizer's steps.
 
         Raises:
-            ValueError: The Trainer cannot tell the horizon; the module has an attribute or no submodule of
-                the name; no or several optimizers train the student.
+            ValueError: If the Trainer cannot estimate the number of steps, `student` is not a submodule,
+                `name` is taken, or not exactly one optimizer trains the student.
         """
         student = self._student_of(pl_module)
         self._horizon = self._estimated(trainer) if self._total_steps is None else self._total_steps
-        goes_on = self.teacher is not None and self.teacher is getattr(pl_module, self._name, None)
+        continues = self.teacher is not None and self.teacher is getattr(pl_module, self._name, None)
         if self._restored is not None:
             self._build(pl_module, student)
-            self._take_over(self._restored)
-        elif goes_on and trainer.global_step:
+            self._restore(self._restored)
+        elif continues and trainer.global_step:  # a second `fit` of the same Trainer
             assert self.teacher is not None
-            _tell(resuming.extend(self.teacher, self._horizon))
+            resuming.extend(self.teacher, self._horizon, rank_zero_warn)
         else:
             self._build(pl_module, student)
         assert self.teacher is not None
         self._attachment = self.teacher.attach(self._counted(trainer, student))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where a run goes on that had no teacher, one that starts here has the steps that are left."""
+        """If the checkpoint of a resumed run has no teacher, average over the remaining steps."""
         assert self.teacher is not None
-        done, total = trainer.global_step, self.teacher.total_steps
-        if self._total_steps is None and total is not None and done and not self.teacher.step:
-            rank_zero_warn(
-                f"the checkpoint at step {done} has no {self._name}: it starts here, from the student as it "
-                f"is, over the {total - done} steps that are left"
-            )
-            self.teacher.set_total_steps(max(1, total - done))
+        step, total = trainer.global_step, self.teacher.total_steps
+        if self._total_steps is None and total is not None and step and not self.teacher.step:
+            missing = f"the checkpoint at step {step} has no {self._name}"
+            resuming.start_late(self.teacher, step, total, missing, rank_zero_warn)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so where the run had another length than the kernel was given."""
+        """Warn if the run was shorter than the kernel's horizon."""
         assert self.teacher is not None
         if not (trainer.should_stop or trainer.interrupted):
-            _tell(resuming.shortened(self.teacher))
+            resuming.warn_if_short(self.teacher, rank_zero_warn)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop counting, and follow the module to where the Trainer leaves it."""
+        """Stop counting, and move the teacher to the device on which the Trainer leaves the module."""
         self._detach()
-        if self.teacher is not None and not resuming.sharded(self.teacher):
+        if self.teacher is not None and not resuming.is_sharded(self.teacher):
             self.teacher.to(pl_module.device)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the student its own weights back, and stop counting."""
+        """Give the student its own weights back and stop counting."""
         self._swap.close()
         self._detach()
 
@@ -165,17 +161,17 @@ class TeacherCallback(Callback):
                 f"{type(pl_module).__name__} has an attribute {self._name!r} of its own: pass another name "
                 "for the teacher, TeacherCallback(name=...)"
             )
-        make = self._module
+        factory = self._module_factory
         self.teacher = WMATeacher(
             student, self._kernel, self._horizon,
-            module_factory=None if make is None else lambda: make(pl_module), **self._options,
+            module_factory=None if factory is None else lambda: factory(pl_module), **self._options,
         )  # fmt: skip
-        # Past nn.Module's own __setattr__, which would make it a submodule.
+        # nn.Module's own __setattr__ would make it a submodule.
         object.__setattr__(pl_module, self._name, self.teacher)
 
     def _estimated(self, trainer: Trainer) -> int | None:
-        """The Trainer's number of optimizer steps; None where there is none and the kernel needs none."""
-        # Against max_steps the Trainer counts the steps of all optimizers together.
+        """Return the Trainer's number of optimizer steps; None if it is unknown and the kernel needs none."""
+        # `max_steps` limits the steps of all optimizers together, so it says nothing about one of several.
         several = trainer.max_steps != -1 and len(trainer.optimizers) > 1
         steps = math.inf if several else trainer.estimated_stepping_batches
         if math.isfinite(steps) and steps > 0:
@@ -191,14 +187,8 @@ class TeacherCallback(Callback):
     def _student_of(self, pl_module: LightningModule) -> nn.Module:
         if self._student is None:
             return pl_module
-        try:
-            return pl_module.get_submodule(self._student)
-        except AttributeError:
-            children = [name for name, _ in pl_module.named_children()]
-            raise ValueError(
-                f"student: {type(pl_module).__name__} has no submodule {self._student!r}; "
-                f"{nearest(self._student, children)}"
-            ) from None
+        submodules = {name: m for name, m in pl_module.named_modules(remove_duplicate=False) if name}
+        return checks.lookup("submodule for student", self._student, submodules)
 
     def _counted(self, trainer: Trainer, student: nn.Module) -> Optimizer:
         optimizers = trainer.optimizers
@@ -210,69 +200,66 @@ class TeacherCallback(Callback):
                 )
             return optimizers[self._optimizer]
         ours = {id(p) for p in student.parameters()}
-        training = [
-            i
-            for i, o in enumerate(optimizers)
-            if any(id(p) in ours for g in o.param_groups for p in g["params"])
-        ]
+        training = [o for o in optimizers if any(id(p) in ours for g in o.param_groups for p in g["params"])]
         if len(training) != 1:
             raise ValueError(
                 f"{len(training)} of the module's {len(optimizers)} optimizers train the student: "
                 "pass TeacherCallback(optimizer=INDEX), the one whose steps count, or student='...', "
                 "the submodule to average"
             )
-        return optimizers[training[0]]
+        return training[0]
 
     # --- evaluation ---------------------------------------------------------------------------------
 
-    def _lend(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._evaluate_with != "teacher":
             return
-        if self.teacher is None and self._restored is not None:  # evaluated from a checkpoint, without fit
+        if self.teacher is None and self._restored is not None:  # a checkpoint is evaluated without `fit`
             self._horizon = self._restored["total_steps"]
             self._build(pl_module, self._student_of(pl_module))
-            self._take_over(self._restored)
+            self._restore(self._restored)
         if self.teacher is not None:
             self._swap.enter_context(self.teacher.swap())
 
-    def _take_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _swap_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap.close()
 
-    on_validation_start = on_test_start = on_predict_start = _lend
-    on_validation_end = on_test_end = on_predict_end = _take_back
+    on_validation_start = on_test_start = on_predict_start = _swap_in
+    on_validation_end = on_test_end = on_predict_end = _swap_out
 
     # --- checkpoints --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The teacher's state, in whole tensors; a collective where it is sharded."""
+        """Return the teacher's state in whole tensors; a collective if the teacher is sharded."""
         if self.teacher is None:
             return dict(self._restored or {})
-        return resuming.saved(self.teacher)
+        return resuming.saved_state(self.teacher)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the teacher's state, when there is a teacher."""
+        """Load the teacher's state, once there is a teacher."""
         self._restored = state_dict
-        if self._attachment is not None and self._attachment.active:  # sharded: restored after on_fit_start
-            self._take_over(state_dict)
+        # Lightning restores a sharded module, and with it the callbacks, after `on_fit_start`.
+        if self._attachment is not None and self._attachment.active:
+            self._restore(state_dict)
 
-    def _take_over(self, restored: Mapping[str, Any]) -> None:
+    def _restore(self, state: Mapping[str, Any]) -> None:
         assert self.teacher is not None
         self._restored = None
-        _tell(resuming.take_over(self.teacher, restored, self._horizon))
+        resuming.restore(self.teacher, state, self._horizon, rank_zero_warn)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """With `checkpoint="teacher"`, let the averaged weights be the checkpoint's.
+        """With `checkpoint="teacher"`, write the averaged weights as the checkpoint's `state_dict`.
 
         Raises:
-            ValueError: The teacher is sharded.
+            ValueError: If the teacher is sharded.
         """
         if self._checkpoint != "teacher" or self.teacher is None:
             return
-        if resuming.sharded(self.teacher):
+        if resuming.is_sharded(self.teacher):
             raise ValueError(
-                "checkpoint='teacher' is not for a teacher that is sharded: leave it out, and save "
+                "checkpoint='teacher' does not work with a sharded teacher: leave it out, and save "
                 "teacher.averaged_state_dict(full=True)"
             )
         checkpoint[_STUDENT] = dict(checkpoint["state_dict"])
@@ -283,11 +270,6 @@ class TeacherCallback(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on training from the student's weights, whichever the checkpoint's are."""
+        """Continue training from the student's weights, also if the `state_dict` has the teacher's."""
         if trainer.state.fn == TrainerFn.FITTING and _STUDENT in checkpoint:
             pl_module.load_state_dict(checkpoint[_STUDENT])
-
-
-def _tell(message: str | None) -> None:
-    if message is not None:
-        rank_zero_warn(message)

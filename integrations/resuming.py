@@ -1,9 +1,12 @@
-"""A teacher's state as a framework's checkpoint holds it, and the run that goes on from it."""
+"""Saving a teacher in a framework's checkpoints, and continuing a run from one.
+
+Where a function has an argument `warn`, it is the framework's function for warnings: it gets the message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,61 +14,78 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from wmateacher import WMATeacher
 
+__all__ = ["Weights", "extend", "is_sharded", "restore", "saved_state", "start_late", "warn_if_short"]
 
-def sharded(teacher: WMATeacher) -> bool:
-    """Whether the average is spread over processes by `fully_shard`."""
+Weights = Literal["student", "teacher"]
+Warn = Callable[[str], Any]
+
+
+def is_sharded(teacher: WMATeacher) -> bool:
+    """Return whether the average is spread over processes by `fully_shard`."""
     return any(isinstance(p, DTensor) for p in teacher.parameters())
 
 
-def saved(teacher: WMATeacher) -> dict[str, Any]:
-    """Weights, in whole tensors, and clock; a collective where the teacher is sharded."""
+def saved_state(teacher: WMATeacher) -> dict[str, Any]:
+    """Return the teacher's state in whole tensors; a collective if the teacher is sharded."""
     state = {key: _whole(value) for key, value in teacher.state_dict().items()}
     return {"total_steps": teacher.total_steps, "teacher": state}
 
 
-def take_over(teacher: WMATeacher, state: Mapping[str, Any], total_steps: int | None) -> str | None:
-    """Go on from what `saved` gave, over a run of `total_steps`.
+def restore(teacher: WMATeacher, state: Mapping[str, Any], total_steps: int | None, warn: Warn) -> None:
+    """Load a state that `saved_state` returned; warn if the horizon has changed.
 
     Args:
-        teacher: Built as the saved one was, on a student of the same architecture.
-        state: What to go on from.
-        total_steps: Of the whole run as it is now; None: as it was.
-
-    Returns:
-        What to tell the user, where the horizon has changed.
+        teacher: A teacher with the same options, of a student with the same architecture.
+        state: The saved state.
+        total_steps: The horizon of the continued run, in optimizer steps from its beginning; None to keep
+            the saved one.
+        warn: See above.
 
     Raises:
-        ValueError: Another kernel, interval or architecture wrote it; or it is past `total_steps`.
+        ValueError: If the state is of another kernel, interval or architecture, or is past `total_steps`.
     """
-    before = state["total_steps"]
-    if before is not None and before != teacher.total_steps:
-        teacher.set_total_steps(before)
+    saved = state["total_steps"]
+    if saved is not None and saved != teacher.total_steps:
+        teacher.set_total_steps(saved)
     own = teacher.state_dict()
     teacher.load_state_dict({key: _like(value, own.get(key)) for key, value in state["teacher"].items()})
-    return extend(teacher, total_steps)
+    extend(teacher, total_steps, warn)
 
 
-def extend(teacher: WMATeacher, total_steps: int | None) -> str | None:
-    """Let the horizon be `total_steps`, if it is not; what to tell the user then."""
+def extend(teacher: WMATeacher, total_steps: int | None, warn: Warn) -> None:
+    """Set the horizon to `total_steps`; warn if it was another. None keeps it."""
     before = teacher.total_steps
-    if total_steps is None or total_steps == before:
-        return None
-    teacher.set_total_steps(total_steps)
-    return f"the run is now {total_steps} steps long, the teacher began with {before}"
+    if total_steps is not None and total_steps != before:
+        teacher.set_total_steps(total_steps)
+        warn(f"the run is now {total_steps} steps long, the teacher began with {before}")
 
 
-def shortened(teacher: WMATeacher) -> str | None:
-    """What to tell the user where a finished run had less than nine tenths of the steps it was to have.
+def start_late(teacher: WMATeacher, step: int, total_steps: int, missing: str, warn: Warn) -> None:
+    """Start the average in a continued run whose checkpoint has no teacher, over the remaining steps.
 
-    A gradient scaler skips a few.
+    Args:
+        teacher: A teacher that has counted no step.
+        step: The optimizer step at which the run continues.
+        total_steps: The horizon of the whole run.
+        missing: What the checkpoint lacks, the beginning of the warning.
+        warn: See above.
     """
-    step, total = teacher.step, teacher.total_steps
-    if total is None or step >= 0.9 * total:
-        return None
-    return (
-        f"the teacher counted {step} optimizer steps of a horizon of {total}: its weights are those of an "
-        f"unfinished run; pass total_steps={step}"
+    left = max(1, total_steps - step)
+    warn(
+        f"{missing}: the teacher starts here, from the student as it is, over the {left} steps that are left"
     )
+    teacher.set_total_steps(left)
+
+
+def warn_if_short(teacher: WMATeacher, warn: Warn) -> None:
+    """Warn if a finished run had clearly fewer steps than its horizon."""
+    step, total = teacher.step, teacher.total_steps
+    # A gradient scaler skips a few steps of any run, so a tenth may be missing.
+    if total is not None and step < 0.9 * total:
+        warn(
+            f"the teacher counted {step} optimizer steps of a horizon of {total}: its weights are those of "
+            f"an unfinished run; pass total_steps={step}"
+        )
 
 
 def _whole(value: Any) -> Any:
@@ -73,7 +93,7 @@ def _whole(value: Any) -> Any:
 
 
 def _like(value: Any, own: Any) -> Any:
-    """A whole tensor sharded as its counterpart is."""
+    """Return a whole tensor sharded like its counterpart in the teacher."""
     if not isinstance(own, DTensor) or not isinstance(value, Tensor):
         return value
     device = torch.device(own.device_mesh.device_type)

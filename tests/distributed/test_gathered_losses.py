@@ -189,6 +189,29 @@ def test_a_registered_loss_gathers_in_full_only(folder):
         losses.build("mine + fd", gather="rows")
 
 
+@on_ranks(1, 2)
+def test_a_direct_call_gathers_as_the_criterion_does(folder):
+    _, own = batches(even=False)
+    student, teacher = Towers().to(device())(own), teacher_of(own)
+    for name in ("fd", "crd", "gd"):
+        assert torch.equal(
+            getattr(losses.paired, name)(student, teacher), losses.build(name)(student, teacher)
+        )
+
+
+@on_ranks(2)
+def test_a_registered_loss_may_call_another_one(folder):
+    registry._ENTRIES.pop("around", None)
+
+    @losses.register("around", family="paired", by_rows=True)
+    def around(student, teacher):
+        moved = student._replace(image=student.image + 0.5 * student.text)
+        return losses.paired.icl(moved, losses.PairedEmbeddings(*(2 * x for x in teacher)))
+
+    for gather in ("full", "rows"):
+        check(losses.build("around", gather=gather), losses.build("around", gather="off"), even=False)
+
+
 @on_ranks(1, 2, 4)
 def test_dino_moves_one_centre(folder):
     size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()

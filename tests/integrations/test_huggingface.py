@@ -103,11 +103,11 @@ def assert_average(watch, teacher):
 
 @pytest.mark.parametrize(("accumulated", "steps"), [(1, 12), (2, 6), (4, 4)])
 def test_optimizer_steps_count_and_the_trainer_gives_the_horizon(tmp_path, accumulated, steps):
-    teaching, watch = TeacherCallback(), Watch()
+    callback, watch = TeacherCallback(), Watch()
     args = arguments(tmp_path, gradient_accumulation_steps=accumulated)
-    trainer = Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[teaching, watch])
+    trainer = Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[callback, watch])
     trainer.train()
-    teacher = teaching.teacher
+    teacher = callback.teacher
     assert teacher.step == teacher.total_steps == trainer.state.global_step == steps
     assert_average(watch, teacher)
     model = classifier()
@@ -115,9 +115,9 @@ def test_optimizer_steps_count_and_the_trainer_gives_the_horizon(tmp_path, accum
     assert torch.equal(weights(model), weights(teacher.module))
 
 
-def test_another_horizon_is_said_at_the_end(tmp_path):
-    teaching = TeacherCallback(total_steps=30)
-    trainer = Trainer(classifier(), arguments(tmp_path), train_dataset=Sentences(), callbacks=[teaching])
+def test_a_run_shorter_than_its_horizon_warns(tmp_path):
+    callback = TeacherCallback(total_steps=30)
+    trainer = Trainer(classifier(), arguments(tmp_path), train_dataset=Sentences(), callbacks=[callback])
     with pytest.warns(UserWarning, match="counted 12 optimizer steps of a horizon of 30: .*total_steps=12"):
         trainer.train()
 
@@ -200,7 +200,7 @@ def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, 
     torch.testing.assert_close(gradient(2.0) - gradient(0.0), 2.0 * expected, rtol=1e-3, atol=1e-5)
 
 
-def test_it_stands_before_any_trainer(tmp_path):
+def test_the_mixin_works_with_any_trainer(tmp_path):
     class Halved(Trainer):
         def compute_loss(self, *args, **kwargs):
             loss, outputs = super().compute_loss(*args, **{**kwargs, "return_outputs": True})
@@ -263,7 +263,7 @@ def test_a_longer_run_another_kernel_and_a_checkpoint_without_a_teacher(tmp_path
         ValueError, match="written with kernel='beta.0.5,0.5.', this teacher has kernel='unif"
     ):
         saving(tmp_path, epochs=3, kernel="uniform").train(resume_from_checkpoint=True)
-    with pytest.raises(FileNotFoundError, match=r"goes on at step 18, .*resume_from=CHECKPOINT"):
+    with pytest.raises(FileNotFoundError, match=r"continues at step 18, .*resume_from=CHECKPOINT"):
         saving(tmp_path, epochs=4, resume_from=tmp_path / "elsewhere").train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-18" / FILE).unlink()
     without = saving(tmp_path, epochs=4)
@@ -328,11 +328,11 @@ def test_a_lora_teacher_costs_the_adapter(tmp_path):
 
 def test_bad_arguments_say_what_to_do(tmp_path):
     with pytest.raises(
-        ValueError, match="evaluate_with must be 'student' or 'teacher', got 'techer'; did you"
+        ValueError, match="unknown weights for evaluate_with 'techer'; did you mean 'teacher'"
     ):
         TeacherTrainer(classifier(), arguments(tmp_path), evaluate_with="techer")
     with pytest.raises(
-        ValueError, match="takes paired, models of transformers give logits: choose from .*kl"
+        ValueError, match="compares paired, but models of transformers return logits: choose from .*kl"
     ):
         TeacherTrainer(classifier(), arguments(tmp_path), distillation="fd")
     with pytest.raises(ValueError, match="distill_weight must be a number of at least 0, got '1'"):

@@ -185,7 +185,7 @@ def test_the_optimizer_that_trains_the_student_is_the_one_that_counts(tmp_path):
     assert module.teacher.step == 10
 
 
-def test_the_teacher_is_no_part_of_the_module(tmp_path):
+def test_the_teacher_is_not_a_submodule(tmp_path):
     names = set(Network().state_dict())
     module, run = fitted(tmp_path, TeacherCallback())
     assert set(module.state_dict()) == names
@@ -202,7 +202,7 @@ def test_several_teachers_of_one_student(tmp_path):
     assert not torch.equal(weights(module.fast), weights(module.teacher))
 
 
-def test_a_second_fit_goes_on_or_starts_anew(tmp_path):
+def test_a_second_fit_continues_or_starts_anew(tmp_path):
     callback = TeacherCallback("ema(0.9)")
     module, run = fitted(tmp_path, callback)
     first = module.teacher
@@ -262,14 +262,14 @@ def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path, kept):
         return TeacherCallback("beta(0.5,0.5)", evaluate_with="teacher", checkpoint=kept), saves
 
     options = {"max_epochs": 4, "accumulate_grad_batches": 2, "validate": True, "enable_checkpointing": True}
-    teaching, saves = callbacks("whole")
-    whole, _ = fitted(tmp_path, teaching, None, saves, **options)
-    teaching, saves = callbacks("crashed")
+    callback, saves = callbacks("whole")
+    whole, _ = fitted(tmp_path, callback, None, saves, **options)
+    callback, saves = callbacks("crashed")
     with pytest.raises(RuntimeError, match="stopped here"):
-        fitted(tmp_path, teaching, None, saves, Stop(13), **options)
+        fitted(tmp_path, callback, None, saves, Stop(13), **options)
     last = tmp_path / "crashed/last.ckpt"
-    teaching, saves = callbacks("crashed")
-    resumed, run = fitted(tmp_path, teaching, None, saves, path=last, **options)
+    callback, saves = callbacks("crashed")
+    resumed, run = fitted(tmp_path, callback, None, saves, path=last, **options)
     assert resumed.teacher.step == run.global_step == 12
     for name, value in whole.teacher.state_dict().items():
         ours = resumed.teacher.state_dict()[name]
@@ -335,7 +335,7 @@ class Endless(IterableDataset):
         return iter([(torch.randn(4), 0)] * 8)
 
 
-def test_a_horizon_that_nobody_knows_is_asked_for(tmp_path):
+def test_an_unknown_horizon_is_an_error(tmp_path):
     message = r"cannot tell how many steps .*max_epochs=2, max_steps=-1, 1 optimizers.*total_steps=\.\.\."
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, TeacherCallback()).fit(Network(), DataLoader(Endless(), 8))
@@ -351,10 +351,10 @@ def test_a_horizon_that_nobody_knows_is_asked_for(tmp_path):
     [
         (
             {"evaluate_with": "teachers"},
-            "evaluate_with must be 'student' or 'teacher', got 'teachers'; did you mean",
+            "unknown weights for evaluate_with 'teachers'; did you mean 'teacher'",
         ),
-        ({"checkpoint": True}, "checkpoint must be 'student' or 'teacher', got True"),
-        ({"student": "nett"}, "Network has no submodule 'nett'; did you mean 'net'"),
+        ({"checkpoint": True}, "unknown weights for checkpoint True; available: student, teacher"),
+        ({"student": "nett"}, "unknown submodule for student 'nett'; did you mean 'net'"),
         ({"name": "net"}, "Network has an attribute 'net' of its own: pass another name"),
         ({"total_steps": 0}, "total_steps must be a whole number of at least 1, got 0"),
         ({"optimizer": 1}, "optimizer must be an index below 1, .* got 1"),
@@ -398,7 +398,7 @@ def test_a_teacher_is_a_wmateacher(tmp_path):
     assert module.teacher.trajectory_weights()[1] == 0
 
 
-def test_lightnings_own_average_is_gone_on_from(tmp_path):
+def test_lightnings_own_average_is_continued(tmp_path):
     class Plain(Network):
         def training_step(self, batch, index):
             return F.cross_entropy(self(batch[0]), batch[1])

@@ -99,7 +99,7 @@ def test_it_is_the_teacher_of_the_same_kernel(tmp_path):
     same(teachers[0], ours)
 
 
-def test_a_state_of_model_ema_v3_is_gone_on_from(tmp_path):
+def test_a_state_of_model_ema_v3_is_continued(tmp_path):
     train(lambda m: ModelEmaV3(m, decay=0.8), tmp_path / "a", epochs=2)
     file = tmp_path / "a/last.pth.tar"
     _, peer = train(lambda m: ModelEmaV3(m, decay=0.8), tmp_path / "b", resume=file)
@@ -121,7 +121,7 @@ def test_a_gap_in_the_count_gives_the_kernels_mass_to_what_is_there():
         ours.update(model, step=13)
 
 
-def test_half_precision_goes_on_from_what_timm_saved(tmp_path):
+def test_half_precision_continues_what_timm_saved(tmp_path):
     model = network(torch.bfloat16)
     _, ours = train(lambda m: ModelWma(m, "ema(0.9)"), tmp_path, epochs=2, model=model)
     again = ModelWma(model, "ema(0.9)")

@@ -163,12 +163,12 @@ def test_inputs_are_checked(student, teacher, error, message):
         ("kl(0)", "kl: temperature must be a finite number > 0, got 0"),
         (
             "mse(space=logit)",
-            "mse: unknown space 'logit'; did you mean 'logits'\\? available: logits, probabilities",
+            "unknown mse space 'logit'; did you mean 'logits'\\? available: logits, probabilities",
         ),
         ("dino(0)", r"dino: dim must be an integer >= 1, got 0; give the size.*dino\(512\)"),
         ("dino(4,student_temperature=0)", "dino: student_temperature must be a finite number > 0"),
         ("dino(4,teacher_temperature=-1)", "dino: teacher_temperature must be a finite number > 0"),
-        ("dino(4,centering=none)", "dino: unknown centering 'none'; .*available: mean, sinkhorn"),
+        ("dino(4,centering=none)", "unknown dino centering 'none'; .*available: mean, sinkhorn"),
         ("dino(4,center_momentum=1)", r"dino: center_momentum must be a number in \[0, 1\), got 1"),
     ],
 )

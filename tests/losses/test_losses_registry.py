@@ -1,6 +1,7 @@
 """build, register, available and the criterion."""
 
 import copy
+import importlib
 import pickle
 from collections import OrderedDict
 
@@ -204,6 +205,23 @@ class TestRegister:
         assert seen["raw"][0] is student
         assert not seen["raw"][1].image.requires_grad
 
+    def test_a_paired_loss_may_call_another_one(self):
+        @losses.register("shifted", family="paired")
+        def shifted(student, teacher):
+            return losses.paired.icl(student._replace(image=3 * student.image + 1), teacher)
+
+        @losses.register("fresh", family="paired")
+        def fresh(student, teacher):
+            return losses.paired.icl(student, losses.PairedEmbeddings(*(2 * x for x in teacher)))
+
+        student, teacher = paired(0), paired(1)
+        image = student.image / student.image.norm(dim=-1, keepdim=True)
+        expected = losses.build("icl")(student._replace(image=3 * image + 1), teacher)
+        torch.testing.assert_close(losses.build("shifted")(student, teacher), expected)
+        torch.testing.assert_close(
+            losses.build("fresh")(student, teacher), losses.build("icl")(student, teacher)
+        )
+
     @pytest.mark.parametrize("wrap", [dict, OrderedDict])
     def test_without_a_family_anything_is_taken_and_the_teacher_is_detached(self, wrap):
         @losses.register("nested")
@@ -282,6 +300,20 @@ class TestRegister:
         losses.register("mine")(lambda student, teacher: result)
         with pytest.raises(error, match=message):
             losses.build("mine")(None, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".registry", ".paired", ".logits", ".features", ".gathering", ".numerics"]
+)
+def test_modules_show_public_names_only(name):
+    module = importlib.import_module("wmateacher.losses" + name)
+    assert dir(module) == sorted(module.__all__)
+    assert all(hasattr(module, public) for public in module.__all__)
+
+
+def test_an_unknown_gather_mode():
+    with pytest.raises(ValueError, match="unknown gather mode 'row'; did you mean 'rows'"):
+        losses.build("fd", gather="row")
 
 
 def test_names_in_cases_are_registered():

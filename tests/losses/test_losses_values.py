@@ -95,6 +95,49 @@ def test_no_gradient_reaches_the_teacher(spec):
 
 
 @every_loss
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_direct_call_is_the_criterion_of_that_loss_alone(spec, dtype):
+    criterion = criterion_for(spec, torch.float32)
+    results = []
+    for call in (criterion, criterion.terms[name_of(spec)]):
+        student, teacher = (require_grad(x) for x in inputs_for(spec, dtype=dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = call(student, teacher)
+        loss.backward()
+        assert all(t.grad is None for t in leaves(teacher))
+        results.append([loss, *(t.grad for t in leaves(student) if t.grad is not None)])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", [losses.paired, losses.logits, losses.features])
+def test_the_public_losses_are_the_registered_ones(family):
+    registered = losses.available(family.__name__.rsplit(".", 1)[1])
+    for name in family.__all__:
+        term = getattr(family, name)
+        if name in registered:
+            assert losses.build(name).terms[name].function is term
+
+
+def test_fd_of_raw_features_compares_directions():
+    student, teacher = (paired(0, dim=512) for _ in "ab")
+    opposite = teacher._replace(image=-30 * teacher.image)
+    assert losses.paired.fd(student, opposite).item() == pytest.approx(4.0)
+    assert losses.paired.fd(teacher=opposite, student=student).item() == pytest.approx(4.0)
+    with pytest.raises(TypeError, match="missing a required argument: 'teacher'"):
+        losses.paired.fd(student)
+    with pytest.raises(TypeError, match="teacher must be PairedEmbeddings"):
+        losses.paired.fd(student, teacher.image)
+
+
+def test_targets_of_dino_are_computed_in_float32():
+    logits = inputs_for("kl", dtype=torch.float16)[1]
+    dino = losses.logits.DINO(logits.shape[-1]).eval()
+    dino.center.normal_()
+    assert torch.equal(dino.targets(logits), dino.targets(logits.float()))
+
+
+@every_loss
 def test_terms_are_detached(spec):
     student, teacher = inputs_for(spec)
     total, terms = criterion_for(spec)(require_grad(student), teacher, return_terms=True)

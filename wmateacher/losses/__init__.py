@@ -16,3 +16,7 @@ __all__ = [
     "register",
     "similarity_logits",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

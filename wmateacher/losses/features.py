@@ -1,4 +1,7 @@
-"""Losses between features [B, ...] of one layer or embedding."""
+"""Losses between the features `[B, ...]` of one layer, or between embeddings.
+
+f_S and f_T are the student's and the teacher's features.
+"""
 
 from __future__ import annotations
 
@@ -11,42 +14,48 @@ from wmateacher import checks
 from wmateacher.losses.numerics import upcast
 from wmateacher.losses.registry import add_family, register
 
+__all__ = ["cosine", "feature_mse", "relational"]
+
 _TAKES = "a tensor of features [B, ...]"
 
 # Keeps a batch of identical rows, whose mean distance is 0, from dividing by it.
 _SMALLEST_MEAN_DISTANCE = 1e-12
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def _prepare(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
-    student = checks.floating_tensor("student", student, _TAKES)
-    teacher = checks.floating_tensor("teacher", teacher, _TAKES)
     for who, value in (("student", student), ("teacher", teacher)):
-        if value.ndim == 0:
+        if checks.floating_tensor(who, value, _TAKES).ndim == 0:
             raise ValueError(f"{who} must be {_TAKES}, got a 0-d tensor")
     checks.same_batch("a features loss", student, teacher)
-    return upcast(student, teacher)
+    return upcast(student, teacher.detach())
 
 
-add_family("features", _TAKES, _prepare)
+_family = add_family("features", _TAKES, _prepare)
 
 
 @register("feature_mse", family="features")
+@_family.standalone
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Element-wise mean of (f_S - f_T)^2.
+    """Mean squared error, the element-wise mean of (f_S - f_T)^2.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: If the shapes differ.
     """
     checks.same_shape("feature_mse", student, teacher)
     return F.mse_loss(student, teacher)
 
 
 @register("cosine", family="features")
+@_family.standalone
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cos(f_S, f_T), the cosine taken over the last dimension.
+    """Cosine distance, the mean of 1 - cos(f_S, f_T) over all but the last dimension.
 
     Raises:
-        ValueError: The shapes differ, or there is no dimension after the batch.
+        ValueError: If the shapes differ, or there is no dimension after the batch.
     """
     checks.same_shape("cosine", student, teacher)
     if student.ndim < 2:
@@ -58,15 +67,16 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 @register("relational", family="features")
+@_family.standalone
 def relational(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over pairs i < j of huber(psi_S(i, j) - psi_T(i, j)), psi a distance over its mean.
+    """Relational distillation, the mean over pairs i < j of huber(psi_S(i, j) - psi_T(i, j)).
 
-    The distance-wise term of RKD (Park et al. 2019, eqs. 4-7): psi(i, j) = |f_i - f_j| / mu with mu
-    the mean over the batch's pairs, huber with threshold 1. Only relations are compared, so the
+    The distance-wise loss of RKD (Park et al. 2019, eqs. 4-7): psi(i, j) = |f_i - f_j| / mu, where mu is
+    the mean distance in the batch, and huber has the threshold 1. Only relations are compared, so the
     shapes after the batch may differ.
 
     Raises:
-        ValueError: A batch of one has no pairs.
+        ValueError: If the batch has fewer than two rows.
     """
     if student.shape[0] < 2:
         raise ValueError(
@@ -77,7 +87,7 @@ def relational(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _relative_distances(features: Tensor) -> Tensor:
-    """[B (B - 1) / 2]: the Euclidean distance of every pair over their mean."""
-    # pdist, and not the square root of a Gram matrix: its gradient at distance 0 is 0, not NaN.
+    """Return the distance of every pair divided by their mean, shape `[B (B - 1) / 2]`."""
+    # Not the square root of a Gram matrix: its gradient at distance 0 is NaN, that of pdist is 0.
     distances = F.pdist(features.reshape(len(features), -1))
     return distances / distances.mean().clamp_min(_SMALLEST_MEAN_DISTANCE)

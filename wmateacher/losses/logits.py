@@ -1,7 +1,7 @@
 """Losses between logits: Hinton's KL, Mean Teacher's MSE, soft cross-entropy and DINO's.
 
-z_S, z_T [..., C]: the student's and the teacher's logits of one shape; p = softmax(z) over the last
-dimension; every loss is the mean over the leading dimensions.
+z_S and z_T are the student's and the teacher's logits of one shape `[..., C]`, and p = softmax(z) over the
+last dimension. Every loss is the mean over the leading dimensions.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher import checks
-from wmateacher.checks import nearest
 from wmateacher.losses.gathering import GatherMode
 from wmateacher.losses.numerics import (
     cross_entropy,
@@ -21,101 +20,108 @@ from wmateacher.losses.numerics import (
     sinkhorn_knopp,
     soft_cross_entropy,
     upcast,
+    working_dtype,
 )
 from wmateacher.losses.registry import add_family, register
 
+__all__ = ["DINO", "KL", "MSE", "ce"]
+
 _TAKES = "a tensor of logits [..., C]"
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def _prepare(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
     student = checks.floating_tensor("student", student, _TAKES)
     teacher = checks.floating_tensor("teacher", teacher, _TAKES)
     if student.ndim == 0:
-        raise ValueError("student must be a tensor of logits [..., C], got a 0-d tensor")
+        raise ValueError(f"student must be {_TAKES}, got a 0-d tensor")
     checks.same_shape("a logits loss", student, teacher)
-    return upcast(student, teacher)
+    return upcast(student, teacher.detach())
 
 
-add_family("logits", _TAKES, _prepare)
+_family = add_family("logits", _TAKES, _prepare)
 
 
 @register("ce", family="logits")
+@_family.standalone
 def ce(student: Tensor, teacher: Tensor) -> Tensor:
-    """Soft cross-entropy, -sum_c p_T log p_S: `kl` plus the teacher's entropy, so not 0 at equality."""
+    """Soft cross-entropy, -sum_c p_T log p_S.
+
+    It is `kl` plus the teacher's entropy, and therefore not 0 if both are equal.
+    """
     return soft_cross_entropy(student, teacher)
 
 
 @register("kl", family="logits")
 class KL(nn.Module):
-    """tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)).
+    """Distillation at a temperature, tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)).
 
-    Hinton et al. 2015, section 2; tau^2 keeps the gradient's size as tau changes.
+    Hinton et al. 2015, section 2. The factor tau^2 keeps the size of the gradient as tau changes.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
         """Set the temperature.
 
         Args:
-            temperature: tau, for both sides.
+            temperature: tau, which divides the logits of both sides.
 
         Raises:
-            ValueError: It is not a finite number above 0.
+            ValueError: If it is not a finite number above 0.
         """
         super().__init__()
         self.temperature = checks.positive("kl", "temperature", temperature)
 
+    @_family.standalone
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of logits [..., C], 0-d."""
+        """Compute the loss of logits `[..., C]`, a 0-d tensor."""
         tau = self.temperature
         return tau**2 * kl_divergence(student / tau, teacher / tau)
 
 
 @register("mse", family="logits")
 class MSE(nn.Module):
-    """Element-wise mean of (p_S - p_T)^2, or of (z_S - z_T)^2.
+    """Mean squared error, the element-wise mean of (p_S - p_T)^2 or of (z_S - z_T)^2.
 
-    On probabilities the consistency cost of Mean Teacher (Tarvainen & Valpola 2017, section 2).
+    On probabilities it is the consistency cost of Mean Teacher (Tarvainen & Valpola 2017, section 2).
     """
 
     def __init__(self, space: str = "probabilities") -> None:
-        """Choose what is compared.
+        """Choose what to compare.
 
         Args:
             space: "probabilities" (Mean Teacher) or "logits".
 
         Raises:
-            ValueError: It is neither.
+            ValueError: If it is neither of the two.
         """
         super().__init__()
-        if space not in ("probabilities", "logits"):
-            options = nearest(str(space), ("probabilities", "logits"))
-            raise ValueError(f"mse: unknown space {space!r}; {options}")
-        self.space = space
+        self.space = checks.one_of("mse space", space, ("probabilities", "logits"))
 
+    @_family.standalone
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of logits [..., C], 0-d."""
+        """Compute the loss of logits `[..., C]`, a 0-d tensor."""
         if self.space == "logits":
             return F.mse_loss(student, teacher)
         return F.mse_loss(student.softmax(-1), teacher.softmax(-1))
 
 
-_CENTERINGS = ("mean", "sinkhorn")
-
-
 @register("dino", family="logits")
 class DINO(nn.Module):
-    """Cross-entropy between the centred, sharpened teacher and the student.
+    """Cross-entropy between the centred and sharpened teacher and the student.
 
     -sum_c p_T log softmax(z_S / tau_S) with p_T = softmax((z_T - center) / tau_T), Caron et al. 2021,
-    section 3.1, algorithm 1. The centre in use is the one from before this batch; then, in training mode
-    only, center <- m center + (1 - m) mean(z_T), over the batches of all ranks. Every call moves it:
-    where several views make one batch, give them in one call.
+    section 3.1, algorithm 1. Each call uses the centre as it is, and then, in training mode only, moves
+    it: center <- m center + (1 - m) mean(z_T), the mean over the batches of all ranks. If several views
+    make one batch, pass them in one call.
 
-    With `centering="sinkhorn"` there is no centre: p_T is the batch's softmax(z_T / tau_T), rescaled by
-    Sinkhorn-Knopp until all outputs are used alike (SwAV, Caron et al. 2020, section 3.1; DINOv2).
+    With `centering="sinkhorn"` there is no centre: p_T is softmax(z_T / tau_T), rescaled by Sinkhorn-Knopp
+    until the batch uses all outputs equally (SwAV, Caron et al. 2020, section 3.1; DINOv2).
 
     Attributes:
-        across: Which ranks' batches make one; `build` sets it.
+        gather_mode: The `GatherMode` that says which ranks' batches are one; set by `build`.
     """
 
     center: Tensor
@@ -128,55 +134,54 @@ class DINO(nn.Module):
         center_momentum: float = 0.9,
         centering: str = "mean",
     ) -> None:
-        """Start with a centre of 0.
+        """Start with a centre of 0. The defaults of the numbers are those of Caron et al. 2021.
 
         Args:
-            dim: C, the head's output width.
-            student_temperature: tau_S; default of Caron et al. 2021.
-            teacher_temperature: tau_T; default of the same (its start value, where it is warmed up:
-                set the attribute `teacher_temperature` to follow a schedule).
-            center_momentum: m; default of the same.
+            dim: C, the width of the head's output.
+            student_temperature: tau_S.
+            teacher_temperature: tau_T. The paper warms it up from this value: set the attribute
+                `teacher_temperature` to follow a schedule.
+            center_momentum: m, the share of the centre that each call keeps.
             centering: "mean" (DINO) or "sinkhorn" (three iterations, as in DINOv2).
 
         Raises:
-            ValueError: `dim` is not an integer of at least 1, a temperature not a finite number above
-                0, the momentum not in [0, 1), or the centring is unknown.
+            ValueError: If `dim` is not an integer of at least 1, a temperature is not a finite number
+                above 0, the momentum is not in [0, 1), or the centering is unknown.
         """
         super().__init__()
-        if centering not in _CENTERINGS:
-            raise ValueError(f"dino: unknown centering {centering!r}; {nearest(str(centering), _CENTERINGS)}")
-        self.centering = centering
-        self.across = GatherMode()
+        self.centering = checks.one_of("dino centering", centering, ("mean", "sinkhorn"))
+        self.gather_mode = GatherMode()
         self.dim = checks.width("dino", "dim", dim)
         self.student_temperature = checks.positive("dino", "student_temperature", student_temperature)
         self.teacher_temperature = checks.positive("dino", "teacher_temperature", teacher_temperature)
         self.center_momentum = checks.fraction("dino", "center_momentum", center_momentum)
         self.register_buffer("center", torch.zeros(self.dim))
 
+    @_family.standalone
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of head outputs [..., dim], 0-d; updates the centre in training mode.
+        """Compute the loss of head outputs `[..., dim]`, 0-d; in training mode, move the centre.
 
         Raises:
-            ValueError: The last dimension is not `dim`.
+            ValueError: If the last dimension is not `dim`.
         """
-        targets = self.targets(teacher)
-        return cross_entropy(student / self.student_temperature, targets)
+        return cross_entropy(student / self.student_temperature, self.targets(teacher))
 
     @torch.no_grad()
     def targets(self, teacher: Tensor) -> Tensor:
-        """p_T of head outputs [..., dim]; moves the centre in training mode.
+        """Return p_T, shape `[..., dim]`; in training mode, move the centre.
+
+        Args:
+            teacher: The teacher's head outputs, shape `[..., dim]`.
 
         Raises:
-            ValueError: The last dimension is not `dim`.
+            ValueError: If the last dimension is not `dim`.
         """
         checks.last_dimension("dino", "dim", self.dim, teacher)
+        teacher = teacher.to(working_dtype(teacher))
         if self.centering == "sinkhorn":
-            return sinkhorn_knopp(teacher / self.teacher_temperature, self.across.logsumexp)
+            return sinkhorn_knopp(teacher / self.teacher_temperature, self.gather_mode.logsumexp)
         targets = ((teacher - self.center.to(teacher.dtype)) / self.teacher_temperature).softmax(-1)
         if self.training:
-            self._update_center(teacher)
+            batch_mean = self.gather_mode.mean(teacher.reshape(-1, self.dim))
+            self.center.lerp_(batch_mean.to(self.center.dtype), 1 - self.center_momentum)
         return targets
-
-    def _update_center(self, teacher: Tensor) -> None:
-        batch_mean = self.across.mean(teacher.reshape(-1, self.dim))
-        self.center.lerp_(batch_mean.to(self.center.dtype), 1 - self.center_momentum)

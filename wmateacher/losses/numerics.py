@@ -1,6 +1,6 @@
-"""The pieces that several losses share: float32 arithmetic and divergences written on log-softmax.
+"""The numerics that several losses share: the working precision, and divergences written on log-softmax.
 
-Shapes: [..., C], a distribution over the last dimension; every result is the mean over the others.
+Shapes: `[..., C]`, a distribution over the last dimension; a divergence is the mean over the others.
 """
 
 from __future__ import annotations
@@ -14,29 +14,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+__all__ = [
+    "cross_entropy",
+    "diagonal_cross_entropy",
+    "first_tensor",
+    "full_precision",
+    "kl_divergence",
+    "sinkhorn_knopp",
+    "soft_cross_entropy",
+    "upcast",
+    "working_dtype",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which to compute with these: float32, or float64 where one of them is float64."""
+    """Return the dtype to compute in: float64 if one of the tensors has it, else float32."""
     return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
 
 
 def upcast(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors in their working dtype."""
+    """Return both tensors in their working dtype."""
     dtype = working_dtype(student, teacher)
     return student.to(dtype), teacher.to(dtype)
 
 
 def full_precision(value: Any) -> AbstractContextManager[Any]:
-    """A context without autocast for the device on which the tensors in `value` are."""
+    """Return a context without autocast on the device of the tensors in `value`."""
     tensor = first_tensor(value)
     device_type = "cpu" if tensor is None else tensor.device.type
-    if not torch.amp.is_autocast_available(device_type):
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor in a nest of tuples, lists and mappings."""
+    """Return the first tensor in a nest of tuples, lists and mappings; None if there is none."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -47,29 +63,33 @@ def first_tensor(value: Any) -> Tensor | None:
 
 
 def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
-    """-sum_c p_c log p_S of targets p, probabilities; mean over the leading dimensions."""
+    """Compute -sum_c p_c log p_S for target probabilities p, averaged over the leading dimensions."""
     return -(targets * student.log_softmax(-1)).sum(-1).mean()
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    """`cross_entropy` against p_T = softmax(teacher)."""
+    """Compute the cross-entropy of the student's logits against p_T = softmax(teacher)."""
     return cross_entropy(student, teacher.softmax(-1))
 
 
 def sinkhorn_knopp(
     logits: Tensor, over_rows: Callable[[Tensor], Tensor] | None = None, iterations: int = 3
 ) -> Tensor:
-    """exp(logits), rescaled in turn to equal sums of all outputs and to sums of 1 over the outputs.
+    """Balance exp(logits) by Sinkhorn-Knopp, so that the batch uses all outputs equally.
 
-    In the log domain, so that no logit is too large. The last rescaling makes distributions.
+    Columns and rows are normalised in turn. The rows come last, so that each is a distribution.
 
     Args:
-        logits: [..., C].
-        over_rows: [N, C] to [C], the log of the sum of exponentials over all rows there are; by default
-            those given.
-        iterations: Of both rescalings.
+        logits: The logits, shape `[..., C]`.
+        over_rows: A function from rows `[N, C]` to the log-sum-exp over all rows, `[C]`. By default over
+            the given ones; over those of all ranks in a distributed run.
+        iterations: How often both are normalised.
+
+    Returns:
+        The probabilities, shape `[..., C]`.
     """
     over_rows = over_rows or (lambda rows: rows.logsumexp(0))
+    # In the log domain, because exp(logits) overflows for a small temperature.
     flat = logits.reshape(-1, logits.shape[-1])
     for _ in range(iterations):
         flat = flat - over_rows(flat)
@@ -78,12 +98,12 @@ def sinkhorn_knopp(
 
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(p_T || p_S) = sum_c p_T (log p_T - log p_S), mean over the leading dimensions."""
+    """Compute KL(p_T || p_S) = sum_c p_T (log p_T - log p_S), averaged over the leading dimensions."""
     log_p_teacher = teacher.log_softmax(-1)
     log_ratio = log_p_teacher - student.log_softmax(-1)
     return (log_p_teacher.exp() * log_ratio).sum(-1).mean()
 
 
 def diagonal_cross_entropy(logits: Tensor, first: int = 0) -> Tensor:
-    """Cross-entropy of logits [B_r, B] whose right answers are `first`, `first` + 1, ..., mean over rows."""
+    """Compute the cross-entropy of logits `[B_r, B]` whose row i has the label `first` + i."""
     return F.cross_entropy(logits, torch.arange(first, first + logits.shape[0], device=logits.device))

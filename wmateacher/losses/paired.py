@@ -1,10 +1,12 @@
 """Losses between paired image-text embeddings: those of TRACER, CLIP-KD and CaRot, and InfoNCE.
 
-Notation: I, T [B, d] L2-normalised image and text features, s the logit scale, indices S and T the
-student's and the teacher's; p = softmax over a row of the [B, B] logits s I T^t (image->text) and of
-their transpose (text->image). The criterion passes features that `_prepare` has normalised, the
-teacher's detached; s_S receives gradient. Over several ranks they are those of all (`gather="full"`), or the
-rank's own rows with everybody's as candidates beside them ("rows").
+Notation: I and T `[B, d]` are L2-normalised image and text features, s is the logit scale, and the indices S
+and T mean student and teacher. p = softmax over a row of the `[B, B]` logits s I T^t (image->text) or of
+their transpose (text->image). The losses normalise the features, so raw ones are fine. No gradient reaches
+the teacher; the student's scale receives one.
+
+With several ranks, B counts the rows of all of them: every rank computes with all rows (`gather="full"`),
+or with its own rows against the candidates of all ranks (`gather="rows"`).
 """
 
 from __future__ import annotations
@@ -27,15 +29,34 @@ from wmateacher.losses.numerics import (
 )
 from wmateacher.losses.registry import add_family, register
 
+__all__ = [
+    "AFD",
+    "PairedEmbeddings",
+    "TemperatureKL",
+    "candidates",
+    "crd",
+    "cross_kd",
+    "fd",
+    "gd",
+    "icl",
+    "info_nce",
+    "paired_ce",
+    "similarity_logits",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
 
 class PairedEmbeddings(NamedTuple):
-    """What a CLIP-like model gives for a batch of image-text pairs.
+    """The output of a CLIP-like model for a batch of image-text pairs.
 
     Attributes:
-        image: [B, d] image features. The losses normalise them, so they may be raw or normalised.
-        text: [B, d] text features; row i belongs to row i of `image`.
-        logit_scale: 0-d, the multiplier s of the cosine similarities itself (the exponential of the
-            parameter that CLIP learns).
+        image: The image features, shape `[B, d]`. The losses normalise them.
+        text: The text features, shape `[B, d]`; row i belongs to row i of `image`.
+        logit_scale: The factor s of the cosine similarities, a 0-d tensor. CLIP learns its logarithm: pass
+            `model.logit_scale.exp()`.
     """
 
     image: Tensor
@@ -44,105 +65,67 @@ class PairedEmbeddings(NamedTuple):
 
 
 def similarity_logits(anchors: Tensor, candidates: Tensor, logit_scale: Tensor) -> Tensor:
-    """The logits s A C^t: one row of logits over the candidates for each anchor.
+    """Compute the logits s A C^t, a row over all candidates for each anchor.
 
     Args:
-        anchors: [B, d], L2-normalised.
-        candidates: [N, d], L2-normalised.
-        logit_scale: 0-d.
+        anchors: The anchors, shape `[B, d]`, L2-normalised.
+        candidates: The candidates, shape `[N, d]`, L2-normalised.
+        logit_scale: The factor s, a 0-d tensor.
 
     Returns:
-        [B, N].
+        The logits, shape `[B, N]`.
     """
     return logit_scale * (anchors @ candidates.mT)
 
 
-def columns(embeddings: PairedEmbeddings) -> tuple[Tensor, Tensor]:
-    """The candidates of prepared embeddings, image and text [B, d]: all ranks', or just its own rows."""
-    return embeddings.columns if isinstance(embeddings, _Rows) else (embeddings.image, embeddings.text)
+def candidates(embeddings: PairedEmbeddings) -> tuple[Tensor, Tensor]:
+    """Return the features that the rows are compared with, for a loss registered with `by_rows=True`.
+
+    Args:
+        embeddings: The student's or the teacher's embeddings, as a registered loss gets them.
+
+    Returns:
+        Image and text features, shape `[B, d]`: the rows of all ranks with `gather="rows"`, otherwise those
+        of `embeddings` itself.
+    """
+    return embeddings.candidates if isinstance(embeddings, _Gathered) else (embeddings.image, embeddings.text)
 
 
-class _Rows(PairedEmbeddings):
-    """The rows that this rank answers for, and all ranks' beside them."""
+class _Gathered(PairedEmbeddings):
+    """Embeddings that a loss can compute with: normalised, and with their candidates.
 
-    ranks: BatchLayout
-    columns: tuple[Tensor, Tensor]
+    Attributes:
+        candidates: Image and text features of all ranks, shape `[B, d]`.
+        layout: Where the rows stand among those of all ranks; None if they are all rows.
+    """
+
+    candidates: tuple[Tensor, Tensor]
+    layout: BatchLayout | None
 
     @classmethod
-    def of(cls, embeddings: PairedEmbeddings, ranks: BatchLayout) -> _Rows:
+    def of(cls, embeddings: PairedEmbeddings, layout: BatchLayout | None) -> _Gathered:
         rows = cls(*embeddings)
-        image, text = ranks.gather_columns(torch.cat(embeddings[:2], -1)).chunk(2, -1)
-        rows.ranks, rows.columns = ranks, (image, text)
+        rows.layout, rows.candidates = layout, (rows.image, rows.text)
+        if layout is not None:
+            rows.candidates = layout.gather_columns(torch.cat(embeddings[:2], -1)).chunk(2, -1)  # type: ignore[assignment]
         return rows
 
-    def _replace(self, **changes: Any) -> _Rows:
+    def _replace(self, **changes: Any) -> _Gathered:
         changed = super()._replace(**changes)
-        changed.ranks, changed.columns = self.ranks, self.columns
+        if changes.keys() & {"image", "text"}:
+            return _Gathered.of(_normalised(PairedEmbeddings(*changed)), self.layout)
+        changed.candidates, changed.layout = self.candidates, self.layout
         return changed
 
 
-def info_nce(
-    image: Tensor, text: Tensor, logit_scale: Tensor, *, gather: Gather = "full", group: Any = None
-) -> Tensor:
-    """CLIP's symmetric InfoNCE, 1/2 (CE(s I T^t) + CE(s T I^t)) with the diagonal as labels.
-
-    Radford et al. 2021, figure 3; the contrastive part of TRACER's L_MMCL. Features are normalised
-    here and logits computed in float32 (float64 stays), also under autocast.
-
-    Args:
-        image: [B, d], raw or normalised.
-        text: [B, d], raw or normalised.
-        logit_scale: 0-d, the multiplier itself.
-        gather: Over the ranks of a process group, as in `wmateacher.losses.build`.
-        group: As there.
-
-    Returns:
-        0-d, the mean over the batch.
-
-    Raises:
-        TypeError: An argument is not a floating-point tensor.
-        ValueError: Shapes that do not fit, an empty batch, or `gather` is none of the three.
-    """
-    across = GatherMode(gather, group)
-    with full_precision(image):
-        embeddings = _normalised(_checked("info_nce", PairedEmbeddings(image, text, logit_scale)))
-        spread, _, ranks = _spread(embeddings, None, across)
-        loss = _info_nce(spread)
-        return loss if ranks is None else ranks.mean(loss[None])[0]
-
-
-def _info_nce(embeddings: PairedEmbeddings) -> Tensor:
-    return _pairs_cross_entropy(embeddings, _logits(embeddings, embeddings))
-
-
-def _pairs_cross_entropy(rows: PairedEmbeddings, logits: tuple[Tensor, Tensor]) -> Tensor:
-    """Half of both directions' cross-entropy where the right answer is the own pair."""
-    first = rows.ranks.first if isinstance(rows, _Rows) else 0
-    return (diagonal_cross_entropy(logits[0], first) + diagonal_cross_entropy(logits[1], first)) / 2
-
-
-def _logits(rows: PairedEmbeddings, candidates: PairedEmbeddings) -> tuple[Tensor, Tensor]:
-    """Image->text and text->image logits, [rows, columns], of one side's rows and a side's candidates."""
-    image, text = columns(candidates)
-    image_to_text = similarity_logits(rows.image, text, rows.logit_scale)
-    if candidates is rows and not isinstance(rows, _Rows):
-        return image_to_text, image_to_text.mT
-    return image_to_text, similarity_logits(rows.text, image, rows.logit_scale)
-
-
-def _both_ways(
-    measure: Callable[[Tensor, Tensor], Tensor], student: PairedEmbeddings, teacher: PairedEmbeddings
-) -> Tensor:
-    """measure(image->text logits) + measure(text->image logits), each side against itself."""
-    pairs = zip(_logits(student, student), _logits(teacher, teacher), strict=True)
-    there, back = (measure(*logits) for logits in pairs)
-    return there + back
-
+# --- the family -----------------------------------------------------------------------------------
 
 _TAKES = "PairedEmbeddings(image [B, d], text [B, d], logit_scale [])"
 
 
 def _checked(who: str, embeddings: Any) -> PairedEmbeddings:
+    if isinstance(embeddings, _Gathered):
+        return embeddings
     if not isinstance(embeddings, PairedEmbeddings):
         raise TypeError(
             f"{who} must be {_TAKES}, got {type(embeddings).__name__}; wrap the model's output in "
@@ -166,7 +149,9 @@ def _checked(who: str, embeddings: Any) -> PairedEmbeddings:
 
 
 def _normalised(embeddings: PairedEmbeddings, *others: Tensor) -> PairedEmbeddings:
-    """In the working dtype of all features, rows of length 1."""
+    """Return the embeddings with rows of length 1, in the working dtype of all features."""
+    if isinstance(embeddings, _Gathered):  # normalising twice would change the last bits
+        return embeddings
     image, text, scale = embeddings
     dtype = working_dtype(image, text, *others)
     image, text = (F.normalize(x.to(dtype), dim=-1) for x in (image, text))
@@ -176,31 +161,113 @@ def _normalised(embeddings: PairedEmbeddings, *others: Tensor) -> PairedEmbeddin
 def _prepare(student: Any, teacher: Any) -> tuple[PairedEmbeddings, PairedEmbeddings]:
     student, teacher = _checked("student", student), _checked("teacher", teacher)
     checks.same_batch("a paired loss", student.image, teacher.image)
+    if not isinstance(teacher, _Gathered):
+        teacher = PairedEmbeddings(*(x.detach() for x in teacher))
     return (
         _normalised(student, teacher.image, teacher.text),
         _normalised(teacher, student.image, student.text),
     )
 
 
-def _spread(student: Any, teacher: Any, across: GatherMode) -> tuple[Any, Any, BatchLayout | None]:
-    """Prepared embeddings with those of other ranks; for a loss by rows, its `BatchLayout`."""
-    ranks = across.ranks(student.image)
-    if ranks is None:
-        return student, teacher, None
-    make = _Rows.of if across.gather == "rows" else _joined
-    joined = (None if side is None else make(side, ranks) for side in (student, teacher))
-    return *joined, (ranks if across.gather == "rows" else None)  # type: ignore[return-value]
+def _gather(
+    student: PairedEmbeddings, teacher: PairedEmbeddings, gather_mode: GatherMode
+) -> tuple[_Gathered, _Gathered, BatchLayout | None]:
+    ready = next((side for side in (student, teacher) if isinstance(side, _Gathered)), None)
+    if ready is None:
+        layout = gather_mode.layout(student.image)
+    else:
+        # A registered loss calls another one: what it got from the criterion says how rows are spread.
+        layout, gather_mode = ready.layout, GatherMode("rows")
+    student = _gathered(student, layout, gather_mode)
+    return student, _gathered(teacher, layout, gather_mode), student.layout
 
 
-def _joined(embeddings: PairedEmbeddings, ranks: BatchLayout) -> PairedEmbeddings:
-    image, text = ranks.gather_replicated(torch.cat(embeddings[:2], -1)).chunk(2, -1)
-    return PairedEmbeddings(image, text, embeddings.logit_scale)
+def _gathered(embeddings: PairedEmbeddings, layout: BatchLayout | None, gather_mode: GatherMode) -> _Gathered:
+    if isinstance(embeddings, _Gathered):
+        return embeddings
+    if layout is None or gather_mode.gather == "rows":
+        return _Gathered.of(embeddings, layout)
+    image, text = layout.gather_replicated(torch.cat(embeddings[:2], -1)).chunk(2, -1)
+    return _Gathered.of(PairedEmbeddings(image, text, embeddings.logit_scale), None)
 
 
-add_family("paired", _TAKES, _prepare, _spread)
+_family = add_family("paired", _TAKES, _prepare, _gather)
+
+
+# --- the losses -----------------------------------------------------------------------------------
+
+
+def info_nce(
+    image: Tensor, text: Tensor, logit_scale: Tensor, *, gather: Gather = "full", group: Any = None
+) -> Tensor:
+    """CLIP's symmetric InfoNCE, 1/2 (CE(s I T^t) + CE(s T I^t)) with the diagonal as labels.
+
+    Radford et al. 2021, figure 3; the contrastive part of TRACER's L_MMCL. Features are normalised and
+    logits computed in float32 (float64 is kept), also under autocast.
+
+    Args:
+        image: The image features, shape `[B, d]`.
+        text: The text features, shape `[B, d]`.
+        logit_scale: The factor s of the cosine similarities, a 0-d tensor.
+        gather: How to use several ranks: "full", "rows" or "off", as in `wmateacher.losses.build`.
+        group: The process group, as in `wmateacher.losses.build`.
+
+    Returns:
+        The mean over the batch, a 0-d tensor.
+
+    Raises:
+        TypeError: If an argument is not a floating-point tensor.
+        ValueError: If shapes do not fit, the batch is empty, or `gather` is unknown.
+    """
+    gather_mode = GatherMode(gather, group)
+    with full_precision(image):
+        embeddings = _normalised(_checked("info_nce", PairedEmbeddings(image, text, logit_scale)))
+        rows = _gathered(embeddings, gather_mode.layout(embeddings.image), gather_mode)
+        loss = _info_nce(rows)
+        return loss if rows.layout is None else rows.layout.mean(loss[None])[0]
+
+
+def _info_nce(rows: PairedEmbeddings) -> Tensor:
+    return _pairs_cross_entropy(rows, _logits(rows, rows))
+
+
+def _pairs_cross_entropy(rows: PairedEmbeddings, logits: tuple[Tensor, Tensor]) -> Tensor:
+    """Return half the sum of both directions' cross-entropy, with each row's own pair as its label."""
+    first = _first(rows)
+    return (diagonal_cross_entropy(logits[0], first) + diagonal_cross_entropy(logits[1], first)) / 2
+
+
+def _layout(rows: PairedEmbeddings) -> BatchLayout | None:
+    """Return where the rows stand among those of all ranks; None if they are all rows."""
+    return rows.layout if isinstance(rows, _Gathered) else None
+
+
+def _first(rows: PairedEmbeddings) -> int:
+    """Return the index of the first row among the candidates."""
+    layout = _layout(rows)
+    return 0 if layout is None else layout.first
+
+
+def _logits(rows: PairedEmbeddings, others: PairedEmbeddings) -> tuple[Tensor, Tensor]:
+    """Return the image->text and text->image logits of the rows against the candidates of `others`."""
+    images, texts = candidates(others)
+    image_to_text = similarity_logits(rows.image, texts, rows.logit_scale)
+    if others is rows and _layout(rows) is None:
+        return image_to_text, image_to_text.mT
+    return image_to_text, similarity_logits(rows.text, images, rows.logit_scale)
+
+
+def _both_ways(
+    measure: Callable[[Tensor, Tensor], Tensor], student: PairedEmbeddings, teacher: PairedEmbeddings
+) -> Tensor:
+    """Return measure(image->text logits) + measure(text->image logits), each side against itself."""
+    pairs = zip(_logits(student, student), _logits(teacher, teacher), strict=True)
+    image_to_text, text_to_image = (measure(*logits) for logits in pairs)
+    return image_to_text + text_to_image
 
 
 @register("fd", family="paired", by_rows=True)
+@_family.standalone
 def fd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Feature distillation, mean_B |I_S - I_T|^2 + mean_B |T_S - T_T|^2.
 
@@ -208,7 +275,7 @@ def fd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     The authors' coefficient of 2000 on the element-wise mean is 3.90625 here at d = 512.
 
     Raises:
-        ValueError: The widths differ.
+        ValueError: If the widths differ.
     """
     checks.same_shape("fd", student.image, teacher.image)
     image = (student.image - teacher.image).square().sum(-1).mean()
@@ -216,36 +283,39 @@ def fd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 
 
 @register("crd", family="paired", by_rows=True)
+@_family.standalone
 def crd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Contrastive relational distillation, 1/2 (KL(p_T || p_S) image->text + text->image).
 
-    TRACER, term CRD, as its code has it (the paper's formula lacks the 1/2); CLIP-KD (Yang et al.
-    2024), CRD. Each side at its own scale; the widths of student and teacher may differ.
+    TRACER, term CRD, as in its code (the paper's formula lacks the 1/2); CLIP-KD (Yang et al. 2024), CRD.
+    Each side uses its own scale; the widths of student and teacher may differ.
     """
     return _both_ways(kl_divergence, student, teacher) / 2
 
 
 @register("icl", family="paired", by_rows=True)
+@_family.standalone
 def icl(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Interactive contrastive learning, 1/2 (CE(s_S I_S T_T^t) + CE(s_S T_S I_T^t)), labels diagonal.
 
     TRACER eq. 24; CLIP-KD (Yang et al. 2024), ICL. With the student as its own teacher it is InfoNCE.
 
     Raises:
-        ValueError: The widths differ.
+        ValueError: If the widths differ.
     """
     checks.same_shape("icl", student.image, teacher.image)
     return _pairs_cross_entropy(student, _logits(student, teacher))
 
 
 @register("cross_kd", family="paired", by_rows=True)
+@_family.standalone
 def cross_kd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Cross-KD, 1/2 (KL(p_T || softmax(s_S I_S T_T^t)) + KL(p_T' || softmax(s_S T_S I_T^t))).
 
     TRACER, term Cross-KD; p_T is the teacher's image->text and p_T' its text->image distribution.
 
     Raises:
-        ValueError: The widths differ.
+        ValueError: If the widths differ.
     """
     checks.same_shape("cross_kd", student.image, teacher.image)
     crossed, target = _logits(student, teacher), _logits(teacher, teacher)
@@ -253,20 +323,20 @@ def cross_kd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 
 
 @register("gd", family="paired", by_rows=True)
+@_family.standalone
 def gd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """Gradient distillation, MSE(dL_S/dI_S, dL_T/dI_T) + MSE(dL_S/dT_S, dL_T/dT_T), element-wise.
 
-    CLIP-KD (Yang et al. 2024), GD: L is the InfoNCE loss of each side at its own scale, and its
-    gradients are those with respect to the normalised features. In closed form, with the rows of
-    P summing to 1,
+    CLIP-KD (Yang et al. 2024), GD: L is the InfoNCE loss of each side at its own scale, differentiated with
+    respect to the normalised features. In closed form, with the rows of P summing to 1,
 
         dL/dI = s/(2B) [(P_i2t - 1) T + (P_t2i - 1)^t T],
 
-    and the same for T with the roles exchanged, so that the student gets second-order gradients from
-    one backward pass.
+    and the same for T with the roles exchanged. The closed form gives the student its second-order
+    gradients in one backward pass.
 
     Raises:
-        ValueError: The widths differ.
+        ValueError: If the widths differ.
     """
     checks.same_shape("gd", student.image, teacher.image)
     pairs = zip(_info_nce_gradients(student), _info_nce_gradients(teacher), strict=True)
@@ -274,33 +344,33 @@ def gd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     return image + text
 
 
-def _info_nce_gradients(embeddings: PairedEmbeddings) -> tuple[Tensor, Tensor]:
-    """The derivatives of the whole batch's `_info_nce` with respect to the rows' image and text."""
-    image_to_text, text_to_image = _logits(embeddings, embeddings)
-    images, texts = columns(embeddings)
-    # The other direction's softmax runs down this one's columns: its normalisers are all rows'.
+def _info_nce_gradients(rows: PairedEmbeddings) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the whole batch's InfoNCE with respect to the rows' image and text."""
+    image_to_text, text_to_image = _logits(rows, rows)
+    images, texts = candidates(rows)
+    # The softmax of the other direction runs down these columns, so it needs the normalisers of all rows.
     over_texts, over_images = image_to_text.logsumexp(-1), text_to_image.logsumexp(-1)
-    first = 0
-    if isinstance(embeddings, _Rows):
-        first = embeddings.ranks.first
-        both = embeddings.ranks.gather_columns(torch.stack([over_texts, over_images], -1))
+    layout = _layout(rows)
+    if layout is not None:
+        both = layout.gather_columns(torch.stack([over_texts, over_images], -1))
         over_texts, over_images = both.unbind(-1)
-    factor = embeddings.logit_scale / (2 * len(images))
+    factor = rows.logit_scale / (2 * len(images))
 
     def derivative(logits: Tensor, normalisers: Tensor, others: Tensor) -> Tensor:
         excess = logits.softmax(-1) + (logits - normalisers).exp()
-        excess.diagonal(first).sub_(2)
+        excess.diagonal(_first(rows)).sub_(2)
         return factor * (excess @ others)
 
     return derivative(image_to_text, over_images, texts), derivative(text_to_image, over_texts, images)
 
 
 @register("paired_ce", family="paired", by_rows=True)
+@_family.standalone
 def paired_ce(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-    """Cross-entropy distillation, -sum p_T log p_S over both directions, not halved, batch mean.
+    """Cross-entropy distillation, -sum p_T log p_S over both directions, not halved, averaged over the batch.
 
-    CaRot (Oh et al. 2024), its self-distillation term. It is 2 crd plus the teacher's entropies; the
-    widths of student and teacher may differ.
+    CaRot (Oh et al. 2024), its self-distillation term. It is 2 `crd` plus the teacher's entropies;
+    the widths of student and teacher may differ.
     """
     return _both_ways(soft_cross_entropy, student, teacher)
 
@@ -309,64 +379,65 @@ def paired_ce(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 class TemperatureKL(nn.Module):
     """1/2 of both directions of KL(softmax(z_T / temperature) || softmax(z_S)), z the logits.
 
-    From TRACER's registry of losses: the temperature flattens the teacher only, and there is no
-    factor temperature^2. At temperature 1 it is `crd`; the widths of student and teacher may differ.
+    From TRACER's registry of losses. The temperature flattens the teacher only, and there is no factor
+    temperature^2. At temperature 1 it is `crd`; the widths of student and teacher may differ.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
         """Set the temperature.
 
         Args:
-            temperature: Divides the teacher's logits; 1 leaves them as they are.
+            temperature: The divisor of the teacher's logits.
 
         Raises:
-            ValueError: It is not a finite number above 0.
+            ValueError: If it is not a finite number above 0.
         """
         super().__init__()
         self.temperature = checks.positive("temperature_kl", "temperature", temperature)
 
+    @_family.standalone
     def forward(self, student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-        """The loss of two prepared `PairedEmbeddings`, 0-d."""
+        """Compute the loss of two `PairedEmbeddings`, a 0-d tensor."""
         return crd(student, teacher._replace(logit_scale=teacher.logit_scale / self.temperature))
 
 
 @register("afd", family="paired", by_rows=True)
 class AFD(nn.Module):
-    """Augmented feature distillation: InfoNCE of I = W_I [I_S, I_T] and T = W_T [T_S, T_T].
+    """Augmented feature distillation, the InfoNCE of I = W_I [I_S, I_T] and T = W_T [T_S, T_T].
 
-    CLIP-KD (Yang et al. 2024), AFD. The two fusions are learned with the student, so give the
-    criterion's parameters to the optimizer. Fused features are normalised and compared at the
-    student's scale, where CLIP-KD learns a further one. The fusions have no bias: like those of
-    CLIP's own projections their outputs are normalised and compared, and an offset common to all
-    samples only makes them more alike.
+    CLIP-KD (Yang et al. 2024), AFD. The two fusions are learned with the student, so pass the criterion's
+    parameters to the optimizer. Fused features are normalised and compared at the student's scale, where
+    CLIP-KD learns another one. Like CLIP's own projections the fusions have no bias: an offset that all
+    samples share only makes the normalised outputs more alike.
     """
 
     def __init__(self, dim: int) -> None:
-        """Make the fusions, initialised as `torch.nn.Linear` does.
+        """Create the fusions, initialised as `torch.nn.Linear` does.
 
         Args:
             dim: The width d of student and teacher.
 
         Raises:
-            ValueError: It is not an integer of at least 1.
+            ValueError: If it is not an integer of at least 1.
         """
         super().__init__()
         self.dim = checks.width("afd", "dim", dim)
         self.image = nn.Linear(2 * self.dim, self.dim, bias=False)
         self.text = nn.Linear(2 * self.dim, self.dim, bias=False)
 
+    @_family.standalone
     def forward(self, student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-        """The loss of two prepared `PairedEmbeddings`, 0-d.
+        """Compute the loss of two `PairedEmbeddings`, a 0-d tensor.
 
         Raises:
-            ValueError: A width is not `dim`.
+            ValueError: If a width is not `dim`.
         """
         checks.same_shape("afd", student.image, teacher.image)
         checks.last_dimension("afd", "dim", self.dim, student.image)
         image = _fuse(self.image, student.image, teacher.image)
         text = _fuse(self.text, student.text, teacher.text)
         fused = PairedEmbeddings(image, text, student.logit_scale)
-        return _info_nce(_Rows.of(fused, student.ranks) if isinstance(student, _Rows) else fused)
+        return _info_nce(_Gathered.of(fused, _layout(student)))
 
 
 def _fuse(fusion: nn.Linear, student: Tensor, teacher: Tensor) -> Tensor:

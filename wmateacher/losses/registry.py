@@ -1,29 +1,36 @@
-"""Losses by name: registering one, and building a weighted sum of them from a spec.
+"""Losses by name: register a loss, and build a weighted sum of losses from a spec.
 
-A *family* says what its losses take and prepares it once for all terms of a criterion; nothing else
-here knows what a loss computes.
+A *family* says what its losses take, and prepares it once for all terms of a criterion. Nothing else in
+this module knows what a loss computes.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import keyword
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from wmateacher.checks import nearest
+from wmateacher import checks
 from wmateacher.losses.gathering import BatchLayout, Gather, GatherMode
 from wmateacher.losses.numerics import full_precision
 from wmateacher.spec import Call, parse_call, parse_sum
 
+__all__ = ["Criterion", "Family", "add_family", "available", "build", "register"]
+
 LossT = TypeVar("LossT", bound=Callable[..., Any])
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 @dataclass(frozen=True)
@@ -31,17 +38,46 @@ class Family:
     """Losses that take the same inputs.
 
     Attributes:
-        name: As given to `register(family=...)`.
-        takes: What student and teacher must be, in words.
-        prepare: (student, teacher) -> both, checked, in float32 or float64, ready for every term.
-        spread: (student, teacher, across) -> both with what other ranks hold, and where the terms are
-            then means over this rank's rows only, its `BatchLayout`. None: batches are never joined.
+        name: The name for `register(family=...)`.
+        takes: What student and teacher must be, in words, for errors.
+        prepare: A function from (student, teacher) to both: checked, in float32 or float64, the teacher
+            detached. It returns inputs that it has prepared already as they are.
+        gather: A function from prepared (student, teacher) and a `GatherMode` to both with the rows of other
+            ranks, and a `BatchLayout` if the losses are then means over this rank's rows only. It returns
+            gathered inputs as they are. None if the family does not gather.
     """
 
     name: str
     takes: str
     prepare: Callable[[Any, Any], tuple[Any, Any]]
-    spread: Callable[[Any, Any, GatherMode], tuple[Any, Any, BatchLayout | None]] | None = None
+    gather: Callable[[Any, Any, GatherMode], tuple[Any, Any, BatchLayout | None]] | None = None
+
+    def inputs(
+        self, student: Any, teacher: Any, gather_mode: GatherMode
+    ) -> tuple[Any, Any, BatchLayout | None]:
+        """Return student and teacher as the losses compute with them, and the layout as `gather` gives it."""
+        student, teacher = self.prepare(student, teacher)
+        if self.gather is None:
+            return student, teacher, None
+        return self.gather(student, teacher, gather_mode)
+
+    def standalone(self, loss: LossT) -> LossT:
+        """Decorate a loss so that a direct call gives what `build` of its name gives.
+
+        Args:
+            loss: A function of (student, teacher), or a method of (self, student, teacher).
+        """
+        signature = inspect.signature(loss)
+
+        @functools.wraps(loss)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            *owner, student, teacher = signature.bind(*args, **kwargs).args
+            with full_precision(student):
+                # Inside a criterion both are ready, and come back as they are.
+                student, teacher, _ = self.inputs(student, teacher, GatherMode())
+                return loss(*owner, student, teacher)
+
+        return cast(LossT, call)
 
 
 @dataclass(frozen=True)
@@ -59,16 +95,17 @@ def add_family(
     name: str,
     takes: str,
     prepare: Callable[[Any, Any], tuple[Any, Any]],
-    spread: Callable[[Any, Any, GatherMode], tuple[Any, Any, BatchLayout | None]] | None = None,
-) -> None:
-    """Make a family known, so that losses can be registered in it."""
-    _FAMILIES[name] = Family(name, takes, prepare, spread)
+    gather: Callable[[Any, Any, GatherMode], tuple[Any, Any, BatchLayout | None]] | None = None,
+) -> Family:
+    """Add a family, so that losses can be registered in it, and return it; see `Family`."""
+    family = _FAMILIES[name] = Family(name, takes, prepare, gather)
+    return family
 
 
 def register(
     name: str, *, family: str | None = None, override: bool = False, by_rows: bool = False
 ) -> Callable[[LossT], LossT]:
-    """Decorator that makes a loss available to `build` under `name`.
+    """Decorate a loss to make it available to `build` under `name`.
 
     Example:
         >>> @register("largest", family="logits", override=True)
@@ -77,30 +114,31 @@ def register(
         >>> build("2*largest")(torch.zeros(2, 3), torch.ones(2, 3)).item()
         2.0
 
-    It decorates a function `(student, teacher, *, parameters) -> 0-d tensor`, or an `nn.Module` class
-    whose `forward` takes (student, teacher) and whose `__init__` takes the parameters. In a spec the
-    parameters may be given by position or by keyword: `name(2.0)`, `name(temperature=2.0)`.
+    The loss is a function `(student, teacher, *, parameters) -> 0-d tensor`, or an `nn.Module` class whose
+    `forward` takes (student, teacher) and whose `__init__` takes the parameters. A spec gives the
+    parameters by position or by keyword: `name(2.0)`, `name(temperature=2.0)`. A paired loss may call another
+    one with the embeddings that it gets, or with `student._replace(image=...)`.
 
     Args:
-        name: A Python identifier.
-        family: "paired", "logits" or "features": the loss gets the family's checked inputs in float32
-            (float64 kept), for "paired" with image and text L2-normalised. None: it takes anything
-            and gets what the caller passed, the teacher detached.
-        override: Replace a loss of the same name.
-        by_rows: A paired loss can be built with `gather="rows"`: it is a mean over the rows it is given
-            and takes its candidates from `wmateacher.losses.paired.columns`.
+        name: The loss's name, a Python identifier.
+        family: "paired", "logits" or "features" for a loss that takes the family's checked inputs in float32
+            (or float64), image and text of "paired" L2-normalised. None for a loss that takes anything: it
+            gets what the caller passes, with the teacher detached.
+        override: Whether to replace a loss of the same name.
+        by_rows: Whether a paired loss can be built with `gather="rows"`: it must be a mean over the rows
+            that it is given, compared with the rows of `wmateacher.losses.paired.candidates`.
 
     Raises:
-        TypeError: `name` is not a string, or what is decorated is not callable.
-        ValueError: `name` is not an identifier or is taken, the family is unknown, or a function's
-            signature does not have the form above.
+        TypeError: If `name` is not a string, or the decorated object is not a function or a module class.
+        ValueError: If `name` is not an identifier or is taken, the family is unknown, or a function does
+            not have the signature above.
     """
     if not isinstance(name, str):
         raise TypeError(f"register needs the loss's name, got {name!r}; write @register('my_loss')")
-    # A term is a submodule of the criterion, so it cannot be called what a container already has.
+    # A term is a submodule of the criterion, so its name must not hide an attribute of the container.
     if not name.isidentifier() or keyword.iskeyword(name) or hasattr(nn.ModuleDict, name):
         raise ValueError(f"a loss's name must be a free identifier such as my_loss, got {name!r}")
-    known = None if family is None else _family(family)
+    known = None if family is None else checks.lookup("family", family, _FAMILIES)
 
     def add(loss: LossT) -> LossT:
         if name in _ENTRIES and not override:
@@ -115,25 +153,25 @@ def register(
 
 
 def available(family: str | None = None) -> list[str]:
-    """Names of the registered losses, sorted; those of one family where it is given.
+    """Return the sorted names of all registered losses, or of those in one family.
 
     Raises:
-        ValueError: The family is unknown.
+        ValueError: If the family is unknown.
     """
-    wanted = None if family is None else _family(family)
+    wanted = None if family is None else checks.lookup("family", family, _FAMILIES)
     return sorted(n for n, e in _ENTRIES.items() if wanted is None or e.family == wanted)
 
 
 def build(
     spec: str | Mapping[str, float] | Criterion, *, gather: Gather = "full", group: Any = None
 ) -> Criterion:
-    """Build a criterion: a weighted sum of registered losses.
+    """Build a criterion, a weighted sum of registered losses.
 
-    With an initialised process group the paired losses are those of all ranks' batches as one, also
-    where these are of different sizes: every rank gets the loss of the concatenated batch, and gradients
-    whose average over the ranks, which DDP and FSDP2 take, is its gradient. `dino` moves its centre by
-    the mean over all ranks. The other losses are means over the rank's own batch. Every rank must call
-    the criterion, with at least one row; sizes are exchanged at each call, for which the host waits.
+    With an initialised process group, the paired losses treat the batches of all ranks as one, which may
+    differ in size: every rank gets the loss of the concatenated batch, and gradients whose average over the
+    ranks (which DDP and FSDP2 take) is the gradient of that loss. `dino` moves its centre by the mean over
+    all ranks. All other losses are means over the rank's own batch. Every rank must call the criterion,
+    with at least one row. Each call exchanges the batch sizes, and the host waits for them.
 
     Example:
         >>> criterion = build("kl + 0.5*mse(logits)")
@@ -144,27 +182,28 @@ def build(
         ['kl', 'mse']
 
     Args:
-        spec: "3.90625*fd + crd + temperature_kl(2.0)", or a mapping of term to coefficient such as
-            {"fd": 3.90625, "temperature_kl(2.0)": 1.0}, or a criterion, which is returned as it is.
-        gather: "full": each rank computes the whole loss, B x B logits, with no communication backward;
-            "rows": each its own rows' part, B_r x B logits, with one sum of B x 2 d numbers backward;
-            "off": ranks stay apart, as without a process group.
-        group: The `torch.distributed.ProcessGroup` whose ranks hold different rows; None: all.
+        spec: A string such as "3.90625*fd + crd + temperature_kl(2.0)", or a mapping from term to
+            coefficient such as {"fd": 3.90625, "temperature_kl(2.0)": 1.0}. A criterion is returned as it is.
+        gather: How the paired losses use several ranks. "full": each rank computes the whole loss from
+            B x B logits, with no communication backward. "rows": each rank computes the part of its own
+            rows from B_r x B logits, and sums B x 2 d numbers over the ranks backward. "off": each
+            rank's batch stands alone.
+        group: The `torch.distributed.ProcessGroup` of the ranks that hold different rows; None for all.
 
     Raises:
-        TypeError: `spec` is none of these, a coefficient is not a number, or a term's arguments do not
-            fit.
-        ValueError: The spec cannot be read, is empty, names an unknown loss or one loss twice, mixes
-            families, or has a coefficient that is negative or not finite; `gather` is none of the
-            three, or "rows" with a loss that was not registered for it.
+        TypeError: If `spec` is none of these, a coefficient is not a number, or the arguments of a term do
+            not fit.
+        ValueError: If the spec cannot be parsed or is empty, names an unknown loss, names a loss twice, mixes
+            families, or has a coefficient that is negative or not finite. If `gather` is unknown, or is
+            "rows" with a loss that was not registered for it.
     """
     if isinstance(spec, Criterion):
         return spec
-    across = GatherMode(gather, group)
+    gather_mode = GatherMode(gather, group)
     if isinstance(spec, Mapping):
-        return Criterion(((coefficient, parse_call(term)) for term, coefficient in spec.items()), across)
+        return Criterion(((coefficient, parse_call(term)) for term, coefficient in spec.items()), gather_mode)
     if isinstance(spec, str):
-        return Criterion(parse_sum(spec), across)
+        return Criterion(parse_sum(spec), gather_mode)
     raise TypeError(
         "spec must be a string such as '0.5*fd + crd', a mapping of term to coefficient, or a "
         f"Criterion, got {type(spec).__name__}"
@@ -172,34 +211,34 @@ def build(
 
 
 class Criterion(nn.Module):
-    """The weighted sum sum_i c_i l_i(student, teacher); made by `build`.
+    """The weighted sum sum_i c_i l_i(student, teacher) of losses, made by `build`.
 
-    The teacher is detached here, for every loss. Autocast is switched off inside and the inputs are
-    raised to float32 (float64 stays), so that logits are never rounded to half precision. Losses with
-    parameters or buffers (`afd`, `dino`) are submodules: move the criterion to the device, give its
-    parameters to the optimizer and save its `state_dict`.
+    The teacher is detached for every loss. Autocast is off inside, and the inputs are raised to float32
+    (float64 is kept), so that logits are never rounded to half precision. Losses with parameters or
+    buffers (`afd`, `dino`) are submodules: move the criterion to the device, pass its parameters to the
+    optimizer and save its `state_dict`.
 
     Attributes:
-        coefficients: Name -> coefficient, read at every call. A term with coefficient 0 is computed
-            and reported.
-        terms: Name -> the loss as a module.
-        family: The family of its losses; None where all of them take anything.
-        across: Which processes' batches it takes as one.
+        coefficients: The coefficient of each term by name, read at every call. A term with coefficient 0 is
+            still computed and reported.
+        terms: The loss of each term by name, as a module.
+        family: The name of the losses' family; None if all of them take anything.
+        gather_mode: The `GatherMode` that says which ranks' batches are one.
     """
 
-    def __init__(self, terms: Iterable[tuple[float, Call]], across: GatherMode | None = None) -> None:
+    def __init__(self, terms: Iterable[tuple[float, Call]], gather_mode: GatherMode | None = None) -> None:
         """Build the terms.
 
         Args:
-            terms: (coefficient, call) pairs, as `wmateacher.spec.parse_sum` gives.
-            across: Which processes' batches it takes as one; None: all.
+            terms: The (coefficient, call) pairs, as `wmateacher.spec.parse_sum` returns them.
+            gather_mode: The `GatherMode`; None for all ranks.
 
         Raises:
             TypeError: As in `build`.
             ValueError: As in `build`.
         """
         super().__init__()
-        self.across = across or GatherMode()
+        self.gather_mode = gather_mode or GatherMode()
         self.coefficients: dict[str, float] = {}
         self.family: str | None = None
         self._calls: dict[str, Call] = {}
@@ -211,8 +250,9 @@ class Criterion(nn.Module):
                     f"the loss {call.name!r} is given twice; write it once with one coefficient, or "
                     "build a second criterion"
                 )
-            entry = _entry(call.name)
-            if self.across.gather == "rows" and entry.family and entry.family.spread and not entry.by_rows:
+            entry = checks.lookup("loss", call.name, _ENTRIES)
+            gathers = entry.family is not None and entry.family.gather is not None
+            if self.gather_mode.gather == "rows" and gathers and not entry.by_rows:
                 raise ValueError(
                     f"gather='rows' with {call.name!r}, which was not registered with by_rows=True: build it "
                     "with gather='full', which any loss of the family works with"
@@ -220,9 +260,10 @@ class Criterion(nn.Module):
             self.coefficients[call.name] = _coefficient(call.name, coefficient)
             self._calls[call.name] = call
             families[call.name] = entry.family
-            modules[call.name] = call.build(entry.factory)
-            if isinstance(getattr(modules[call.name], "across", None), GatherMode):
-                vars(modules[call.name])["across"] = self.across
+            module: Any = call.build(entry.factory)
+            if isinstance(getattr(module, "gather_mode", None), GatherMode):
+                module.gather_mode = self.gather_mode
+            modules[call.name] = module
         if not modules:
             raise ValueError("a criterion needs at least one term, got none; write such as 'fd + crd'")
         self.terms = nn.ModuleDict(modules)
@@ -242,7 +283,7 @@ class Criterion(nn.Module):
         return self.spec
 
     def extra_repr(self) -> str:
-        """The spec, shown in the module's repr."""
+        """Return the spec, for the module's repr."""
         return self.spec
 
     @overload
@@ -265,49 +306,43 @@ class Criterion(nn.Module):
         Args:
             student: The student's output, of the kind that the family takes.
             teacher: The teacher's output, which receives no gradient.
-            return_terms: Also return the value of each term, for logging.
+            return_terms: Whether to return the value of each term as well, for logging.
 
         Returns:
-            The loss, a 0-d tensor with the student's gradient. With `return_terms`, the pair of the
-            loss and a dictionary from name to term: 0-d, detached, *before* its coefficient, and
-            still on the device.
+            The loss, a 0-d tensor with the student's gradient. With `return_terms`, a pair of the loss and
+            a dictionary of the terms by name: 0-d tensors, detached, *before* their coefficients, still on
+            the device.
 
         Raises:
-            TypeError: An input is not what the family takes, or a registered function does not return
-                a tensor.
-            ValueError: Shapes that do not match, an empty batch, or a registered function that returns
-                more than one number.
+            TypeError: If an input is not of the kind that the family takes, or a registered function does
+                not return a tensor.
+            ValueError: If shapes do not match, the batch is empty, or a registered function returns more
+                than one number.
         """
         teacher = _detach(teacher)
+        inputs: tuple[Any, Any, BatchLayout | None] = (student, teacher, None)
         values: dict[str, Tensor] = {}
         with full_precision(student):
-            prepared, ranks = self._prepare(student, teacher)
+            if self.family is not None:
+                inputs = _FAMILIES[self.family].inputs(student, teacher, self.gather_mode)
+            *prepared, layout = inputs
             for name, term in self.terms.items():
                 value = term(*(prepared if name in self._with_family else (student, teacher)))
                 values[name] = _scalar(name, value)
-            if ranks is not None:
-                parts = [name for name in values if name in self._with_family]
-                whole = ranks.mean(torch.stack([values[name] for name in parts]))
-                values |= dict(zip(parts, whole, strict=True))
+            if layout is not None:
+                # One exchange for all terms: each is the mean over this rank's rows so far.
+                names = [name for name in values if name in self._with_family]
+                means = layout.mean(torch.stack([values[name] for name in names]))
+                values |= dict(zip(names, means, strict=True))
             weighted = [self.coefficients[name] * value for name, value in values.items()]
             total = torch.stack(weighted).sum()
         if not return_terms:
             return total
         return total, {name: value.detach() for name, value in values.items()}
 
-    def _prepare(self, student: Any, teacher: Any) -> tuple[tuple[Any, Any], BatchLayout | None]:
-        if self.family is None:
-            return (student, teacher), None
-        family = _FAMILIES[self.family]
-        student, teacher = family.prepare(student, teacher)
-        if family.spread is None:
-            return (student, teacher), None
-        student, teacher, ranks = family.spread(student, teacher, self.across)
-        return (student, teacher), ranks
-
 
 class _FunctionLoss(nn.Module):
-    """A registered function with its parameters."""
+    """A registered function with the values of its parameters."""
 
     def __init__(self, function: Callable[..., Tensor], parameters: Mapping[str, Any]) -> None:
         super().__init__()
@@ -326,45 +361,27 @@ def _factory(name: str, loss: Any) -> Callable[..., nn.Module]:
         return loss
     if not inspect.isfunction(loss):
         raise TypeError(f"{name}: register a function or an nn.Module class, got {loss!r}")
-    inputs, parameters = _split(list(inspect.signature(loss).parameters.values()))
+    parameters = list(inspect.signature(loss).parameters.values())
+    inputs = [p for p in parameters[:2] if p.kind in _POSITIONAL]
     if len(inputs) != 2 or any(p.kind in _VARIADIC for p in parameters):
         raise ValueError(
             f"{name}: a loss function takes (student, teacher, *, named parameters), got "
             f"{loss.__name__}{inspect.signature(loss)}"
         )
     signature = inspect.Signature(
-        [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters]
+        [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters[2:]]
     )
 
     def factory(*args: Any, **kwargs: Any) -> nn.Module:
         return _FunctionLoss(loss, signature.bind(*args, **kwargs).arguments)
 
-    # `Call.build` reads it to check a spec's arguments and to say what is allowed.
+    # `Call.build` checks a spec's arguments against it, and shows it in the error.
     factory.__signature__ = signature  # type: ignore[attr-defined]
     return factory
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-Parameters = list[inspect.Parameter]
-
-
-def _split(parameters: Parameters) -> tuple[Parameters, Parameters]:
-    inputs = [p for p in parameters[:2] if p.kind in _POSITIONAL]
-    return inputs, parameters[len(inputs) :]
-
-
-def _family(name: str) -> Family:
-    if name not in _FAMILIES:
-        raise ValueError(f"unknown family {name!r}; {nearest(str(name), _FAMILIES)}")
-    return _FAMILIES[name]
-
-
-def _entry(name: str) -> _Entry:
-    if name not in _ENTRIES:
-        raise ValueError(f"unknown loss {name!r}; {nearest(name, _ENTRIES)}")
-    return _ENTRIES[name]
 
 
 def _coefficient(name: str, value: Any) -> float:
@@ -404,7 +421,7 @@ def _scalar(name: str, value: Any) -> Tensor:
 
 
 def _detach(value: Any) -> Any:
-    """`value` with every tensor in its tuples, lists and dictionaries detached."""
+    """Return `value` with every tensor in its tuples, lists and dictionaries detached."""
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, tuple) and hasattr(value, "_fields"):

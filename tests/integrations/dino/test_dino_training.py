@@ -138,5 +138,5 @@ def test_bad_settings(changes, message):
 
 
 def test_an_unknown_centering_lists_those_there_are():
-    with pytest.raises(ValueError, match="dino: unknown centering 'mena'; did you mean 'mean'"):
+    with pytest.raises(ValueError, match="unknown dino centering 'mena'; did you mean 'mean'"):
         run(replace(SETTINGS, centering="mena"))
