@@ -1,4 +1,4 @@
-"""What the averaging benchmarks compare: models, and the helpers that average them."""
+"""The models and averaging helpers that the benchmarks compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RETENTION = 0.999
 
 
 class Small(nn.Module):
-    """3,000 tensors of 64 elements, one module each."""
+    """A network of 1,500 small linear layers: 3,000 tensors of 32 elements on average."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Averager:
-    """A helper around one student.
+    """An averaging helper with its student.
 
     Attributes:
-        update: Averages the student in.
-        keep: What holds the average, kept alive.
-        forward: Whether it also keeps the average in the student's dtype, to run the forward with.
+        update: Adds the student's current weights to the average.
+        keep: The object that holds the average, referenced here so that it stays alive.
+        forward: Whether the helper also keeps the average in the student's dtype, for the forward.
     """
 
     update: Callable[[], object]
@@ -162,13 +162,13 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def build(model: str, precision: str, device: str) -> nn.Module:
-    """A student of one of `MODELS`, in train mode."""
+    """Return a model of `MODELS` as a student in train mode."""
     torch.manual_seed(0)
     return MODELS[model]().to(device, PRECISIONS[precision])
 
 
 def start(averager: str, student: nn.Module) -> Averager | str:
-    """An averager that has made an update, or the error that it raises."""
+    """Return the averager after one update, or the text of the error that it raises."""
     try:
         made = AVERAGERS[averager](student)
         made.update()
@@ -178,17 +178,17 @@ def start(averager: str, student: nn.Module) -> Averager | str:
 
 
 def averaged(student: nn.Module) -> list[Tensor]:
-    """What a teacher has to average: the trained parameters, tied ones once."""
+    """Return the tensors that a teacher averages: the trained parameters, tied ones once."""
     return [p.detach() for p in student.parameters() if p.requires_grad]
 
 
 def colours(helpers: list[str]) -> list[str]:
-    """This library's bars in blue."""
+    """Return a bar colour for each helper: blue for this library."""
     return ["tab:blue" if h.startswith("wmateacher") else "tab:gray" for h in helpers]
 
 
 def panels(models: dict[str, Any], draw: Callable[[Any, Any], None], label: str, file: Path) -> None:
-    """One panel a model, drawn by `draw(axis, rows)`, over a common label of the horizontal axis."""
+    """Draw one panel per model with `draw(axis, rows)`, and label the shared horizontal axis."""
     from matplotlib.figure import Figure
 
     columns = min(2, len(models)) or 1

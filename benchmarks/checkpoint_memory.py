@@ -1,9 +1,9 @@
-"""Peak memory of averaging many large checkpoints.
+"""Measure the peak memory of averaging many large checkpoints.
 
     python benchmarks/checkpoint_memory.py
 
-Writes one checkpoint of the asked size, links it under as many names as asked (on the disk it is one
-file), averages them all in a process of its own, and reports by how much that process grew. Linux.
+Write one checkpoint, link it under many names (on disk it is one file), average them all in a separate
+process, and report how much that process grew. Runs on Linux only.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gib", type=float, default=2.0, help="size of a checkpoint (default: 2)")
-    parser.add_argument("--count", type=int, default=20, help="checkpoints (default: 20)")
+    parser.add_argument("--gib", type=float, default=2.0, help="size of each checkpoint in GiB (default: 2)")
+    parser.add_argument("--count", type=int, default=20, help="number of checkpoints (default: 20)")
     parser.add_argument("--suffix", default=".safetensors", choices=[".safetensors", ".pt"])
     parser.add_argument("--kernel", default="beta(0.5,0.5)")
     parser.add_argument("--output", type=Path, default=Path("runs/checkpoint-memory"))
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def average(files: list[Path], kernel: str) -> None:
-    """Average, and print the bytes by which this process grew and the seconds."""
+    """Average the files, and print by how many bytes this process grew and the seconds it took."""
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     started = time.perf_counter()
@@ -83,7 +83,7 @@ def _status(field: str) -> int:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures, as printed and as shown in benchmarks/results."""
+    """Return the line that is printed and shown in benchmarks/results."""
     row = results["checkpoints"]
     return (
         f"{row['count']} checkpoints of {row['gib']:.2f} GiB: peak {row['peak_gib']:.2f} GiB, "

@@ -1,12 +1,13 @@
-"""What it takes to migrate from a framework's own averaging, and what a training step costs then.
+"""Count the lines to change from a framework's own averaging, and time a training step with each.
 
     python benchmarks/frameworks.py
 
-`lines to change` are those that differ between two programs of the same training, one with the
-framework's own average and one with this library's, both of which run. A step is one of the framework's
-Trainer (timm: of a loop as in its train.py), on an MLP of 4.2 million parameters and batches of 16, so
-small that the average is a large share of it. Programs of one framework take turns; `ms a step` is the
-median over the rounds, and `over none` the median of what averaging adds to a step of the same round.
+`lines to change` counts the lines that differ between two complete programs, one with the framework's own
+average and one with this library's. Both programs run. A step is a step of the framework's Trainer (for
+timm, of a loop like its train.py) on an MLP of 4.2 million parameters with batches of 16. It is so small
+that averaging takes a large share of it. The programs of one framework take turns. `ms a step` is the
+median over the rounds. `over none` is the median of the ratios to the program without an average, in the
+same round.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ PROGRAMS: dict[str, dict[str, str]] = {
         "ours": TRANSFORMERS.format(callbacks=', callbacks=[TeacherCallback("ema(0.999)")]'),
     },
 }
-"""Framework -> the programs that are compared and run: without an average, with its own, with ours."""
+"""The programs of each framework: without an average, with the framework's own, and with this library's."""
 
 
 def main() -> None:
@@ -82,8 +83,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--frameworks", nargs="+", choices=PROGRAMS, default=list(PROGRAMS))
-    parser.add_argument("--steps", type=int, default=40, help="steps in a run (default: 40)")
-    parser.add_argument("--rounds", type=int, default=9, help="runs of each (default: 9)")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps per run (default: 40)")
+    parser.add_argument("--rounds", type=int, default=9, help="runs of each program (default: 9)")
     parser.add_argument("--output", type=Path, default=Path("runs/frameworks"))
     arguments = parser.parse_args()
     for name in ("steps", "rounds"):
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def measure(framework: str, steps: int, rounds: int) -> dict[str, dict[str, float | int]]:
-    """Each program's time of a step, and the lines by which ours differs from it."""
+    """Return the time of a step of each program, and the number of lines to change from it to ours."""
     programs = PROGRAMS[framework]
     taken: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(rounds + 1):
@@ -122,13 +123,13 @@ def measure(framework: str, steps: int, rounds: int) -> dict[str, dict[str, floa
 
 
 def changed(before: str, after: str) -> int:
-    """Lines that are added or replaced."""
+    """Return the number of lines that are added or replaced."""
     difference = difflib.ndiff(before.splitlines(), after.splitlines())
     return sum(line.startswith("+ ") for line in difference)
 
 
 def run(framework: str, program: str, steps: int) -> float:
-    """Seconds that a program takes from its first line to its last."""
+    """Run a program, and return the seconds that it takes."""
     names = SETUPS[framework](steps)
     code = compile(program, f"<{framework}>", "exec")
     begin = time.perf_counter()
@@ -138,20 +139,20 @@ def run(framework: str, program: str, steps: int) -> float:
 
 
 def network() -> nn.Module:
-    """An MLP with four square layers."""
+    """Return an MLP with four square layers."""
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
 
 
 def batches(steps: int) -> Any:
-    """`steps` batches of inputs and targets."""
+    """Return a loader of `steps` batches of inputs and targets."""
     data = torch.randn(steps * BATCH, WIDTH)
     dataset = torch.utils.data.TensorDataset(data, data)
     return torch.utils.data.DataLoader(dataset, batch_size=BATCH)
 
 
 def lightning_names(steps: int) -> dict[str, Any]:
-    """What a program with Lightning uses."""
+    """Return the names that the Lightning programs use."""
     import lightning as L
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
@@ -182,7 +183,7 @@ def lightning_names(steps: int) -> dict[str, Any]:
 
 
 def timm_names(steps: int) -> dict[str, Any]:
-    """What a loop as in timm's train.py uses."""
+    """Return the names that the loops like timm's train.py use."""
     from timm.utils import ModelEmaV3
 
     from wmateacher.integrations.timm import ModelWma
@@ -195,7 +196,7 @@ def timm_names(steps: int) -> dict[str, Any]:
 
 
 def transformers_names(steps: int) -> dict[str, Any]:
-    """What a program with transformers uses."""
+    """Return the names that the transformers programs use."""
     from transformers import Trainer, TrainingArguments
 
     from wmateacher.integrations.huggingface import TeacherCallback
@@ -229,7 +230,7 @@ SETUPS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def table(results: dict[str, Any]) -> str:
-    """One row a framework and average."""
+    """Return a table with a row per framework and average."""
     return tables.aligned(
         [
             {

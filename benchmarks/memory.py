@@ -1,11 +1,11 @@
-"""Memory of a teacher and of one update, against other helpers.
+"""Measure the memory of a teacher and of one update, beside other averaging helpers.
 
     python benchmarks/memory.py
 
-Each cell runs in a process of its own, which builds the student, then the helper, then updates. *Held* is
-what the helper adds to the process, beside the student; *peak* is by how much the most memory in use
-during the first two updates exceeds what was in use before them. On a CPU both are the process's resident
-memory (Linux), on a GPU what torch has allocated there.
+Each cell runs in a separate process, which builds the student, then the helper, and then updates. *Held* is
+the memory that the helper adds to the process beside the student. *Peak* is how far the memory in use
+rises during the first two updates. On a CPU both measure the resident memory of the process (Linux only),
+on a GPU the memory that torch has allocated.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def main() -> None:
 
 
 def measure(cell: tuple[str, str, str, str]) -> dict[str, Any]:
-    """Held and peak memory of one helper, in MiB."""
+    """Return the held and peak memory of one helper, in MiB."""
     model, precision, helper, device = cell
     torch.set_num_threads(1)
-    averagers.start(helper, averagers.Small().to(device))  # what a first use loads and keeps
+    averagers.start(helper, averagers.Small().to(device))  # a first use loads libraries that stay in memory
     student = averagers.build(model, precision, device)
     trained = sum(p.nbytes for p in averagers.averaged(student)) / MIB
     before = in_use(device)
@@ -84,7 +84,7 @@ def measure(cell: tuple[str, str, str, str]) -> dict[str, Any]:
 
 
 def in_use(device: str) -> int:
-    """Bytes in use now, freed ones given back to the system."""
+    """Return the bytes in use now, after returning freed memory to the system."""
     gc.collect()
     if device != "cpu":
         return torch.cuda.memory_allocated()
@@ -93,7 +93,7 @@ def in_use(device: str) -> int:
 
 
 def reset_peak(device: str) -> None:
-    """Let `peak` begin anew."""
+    """Reset the peak that `peak` returns."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -101,7 +101,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak(device: str) -> int:
-    """The most bytes in use since `reset_peak`."""
+    """Return the largest number of bytes in use since `reset_peak`."""
     return torch.cuda.max_memory_allocated() if device != "cpu" else _status("VmHWM")
 
 
@@ -111,7 +111,7 @@ def _status(field: str) -> int:
 
 
 def table(name: str, rows: dict[str, Any]) -> str:
-    """Rows of one model, as printed and as shown in benchmarks/results."""
+    """Return one model's table, as printed and as shown in benchmarks/results."""
     trained = max(row.get("trained_mib", 0) for row in rows.values())
     lines = [f"{name}: {trained:,.1f} MiB trained", f"{'':34} {'held MiB':>9} {'peak MiB':>9}"]
     for helper, row in rows.items():
@@ -123,7 +123,7 @@ def table(name: str, rows: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any], file: Path) -> None:
-    """Held and peak memory, one panel a model."""
+    """Draw held and peak memory, one panel per model."""
 
     def draw(axis: Any, rows: dict[str, Any]) -> None:
         helpers = [h for h in reversed(rows) if "error" not in rows[h]]
@@ -131,7 +131,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
         axis.barh(helpers, held, color=averagers.colours(helpers))
         axis.barh(helpers, [max(rows[h]["peak_mib"], 0) for h in helpers], left=held, color="tab:orange")
 
-    label = "MiB held beside the student, and in orange the peak of an update above it"
+    label = "MiB held beside the student; orange: peak of an update above it"
     averagers.panels(results["models"], draw, label, file)
 
 

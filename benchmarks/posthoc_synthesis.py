@@ -1,10 +1,10 @@
-"""Averages synthesised after a run, against teachers that were kept during it.
+"""Compare averages synthesised after a run with teachers that were kept during it.
 
     python benchmarks/posthoc_synthesis.py
 
-TRACER on the digits suite, once. Beside it run a recorder of two power-function averages and, for
-comparison, a teacher for each kernel. Afterwards each kernel's average is synthesised from the recorder's
-snapshots and scored beside the teacher that was kept.
+Run TRACER once on the digits, with a recorder of two power-function averages and, for comparison, a teacher
+for each kernel. Afterwards, synthesise each kernel's average from the recorder's snapshots, and evaluate it
+beside the teacher that was kept.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KERNELS = ("beta(0.5,0.5)", "uniform", "tail(0.25)", "ema(0.99)", "beta(1.5,1.5)
 
 
 def main() -> None:
-    """Train once, synthesise, score, print, and write results.json and profiles.png."""
+    """Train once, synthesise, evaluate, print, and write results.json and profiles.png."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="fine-tuning steps (default: the recipe's)")
     parser.add_argument("--pretrain-steps", type=int, help="pre-training steps (default: the recipe's)")
     parser.add_argument("--output", type=Path, default=Path("runs/posthoc-synthesis"))
-    parser.add_argument("--cache", type=Path, help="for pretrained towers; default: ~/.cache/wmateacher")
+    parser.add_argument(
+        "--cache", type=Path, help="folder for pretrained towers (default: ~/.cache/wmateacher)"
+    )
     arguments = parser.parse_args()
     specs = [str(kernels.build(kernel)) for kernel in arguments.kernels]
     recipe = recipes.DIGITS.with_pretraining(arguments.pretrain_steps).with_steps(arguments.steps)
@@ -49,7 +51,7 @@ def main() -> None:
     experiment.pretrain()
 
     snapshots = arguments.output / "snapshots"
-    shutil.rmtree(snapshots, ignore_errors=True)  # of an earlier run
+    shutil.rmtree(snapshots, ignore_errors=True)  # left by an earlier run
     towers, settings = deepcopy(experiment.towers), replace(recipe.finetune, seed=1)
     recorder = Recorder(towers, settings.steps, folder=snapshots, every=arguments.every)
     kept = {spec: WMATeacher(towers, spec, settings.steps) for spec in specs}
@@ -94,7 +96,7 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row a kernel, as printed and as shown in benchmarks/results."""
+    """Return a table with a row per kernel, as printed and as shown in benchmarks/results."""
     head = f"{'':16} {'ID kept':>8} {'made':>6} {'OOD kept':>9} {'made':>6} {'profile error':>14}"
     lines = [f"{head} {'weights apart':>14}"]
     for kernel, row in results["kernels"].items():
@@ -107,7 +109,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def picture(reports: dict[str, Synthesis], file: Path) -> None:
-    """The kernels' weights and the synthesised ones."""
+    """Draw the weights of each kernel and of its synthesised average."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")

@@ -1,4 +1,4 @@
-"""A sweep's results to read and to look at: table, CSV, pictures, one HTML page."""
+"""Turn the results of a sweep into a table, CSV, pictures and one HTML page."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CLIP_FIGURES: Figures = {
 
 
 def figures(results: dict[str, Any]) -> Figures:
-    """Key in a record -> heading and digits; the first two are the axes of the plane."""
+    """Return heading and number of digits by key; the first two keys are the axes of the plane."""
     return results.get("figures", CLIP_FIGURES)
 
 
 def rows(results: dict[str, Any]) -> list[Row]:
-    """Return one row per kernel and weight: means and deviations over seeds, and the kernel's numbers."""
+    """Return a row per kernel and weight: means and deviations over seeds, and the kernel's summary."""
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for cell in results["cells"]:
         groups.setdefault((cell["kernel"], cell["distill_weight"]), []).append(cell)
@@ -51,13 +51,13 @@ def rows(results: dict[str, Any]) -> list[Row]:
 
 
 def dominates(one: Row, other: Row, axes: list[str]) -> bool:
-    """Whether `one` is at least as good on both axes of the plane, and better on one of them."""
+    """Return whether `one` is at least as good on both axes of the plane, and better on one."""
     mine, theirs = ([row[axis] for axis in axes] for row in (one, other))
     return mine != theirs and all(a >= b for a, b in zip(mine, theirs, strict=True))
 
 
 def table(results: dict[str, Any]) -> str:
-    """Aligned text; `*` marks the Pareto front of the first two figures."""
+    """Return an aligned table; `*` marks the Pareto front of the first two figures."""
     lines = [[name for name, _ in cells(rows(results)[0], figures(results))]]
     lines += [[value for _, value in cells(row, figures(results))] for row in rows(results)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -70,7 +70,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def cells(row: Row, shown: Figures) -> list[tuple[str, str]]:
-    """A row's columns, by name."""
+    """Return the names and texts of a row's cells."""
 
     def figure(key: str, digits: int) -> str:
         if row[key] is None:
@@ -89,7 +89,7 @@ def cells(row: Row, shown: Figures) -> list[tuple[str, str]]:
 
 
 def write(results: dict[str, Any], output: Path, theory: bool = True) -> None:
-    """Everything that one looks at, beside results.json."""
+    """Write cells.csv, the pictures and report.html beside results.json."""
     found = rows(results)
     header = ["kernel", "distill_weight", "seed", *figures(results), "seconds"]
     write_csv(header, ([cell[key] for key in header] for cell in results["cells"]), output / "cells.csv")
@@ -106,7 +106,7 @@ def write(results: dict[str, Any], output: Path, theory: bool = True) -> None:
 
 
 def plane(found: list[Row], shown: Figures) -> Any:
-    """The first figure against the second, with the Pareto front."""
+    """Draw the first figure against the second, with the Pareto front."""
     figure, axis = _figure(9, 6)
     (x, (x_name, _)), (y, (y_name, _)), *_ = shown.items()
     front = sorted((r for r in found if r["front"]), key=lambda r: r[x])
@@ -122,7 +122,7 @@ def plane(found: list[Row], shown: Figures) -> Any:
     axis.set(
         xlabel=f"{x_name} accuracy (%)",
         ylabel=f"{y_name} accuracy (%)",
-        title="Outlined: not dominated in both",
+        title="Outlined: no other kernel is better in both",
     )
     axis.grid(alpha=0.3)
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
@@ -130,7 +130,7 @@ def plane(found: list[Row], shown: Figures) -> Any:
 
 
 def profiles(found: list[Row], total_steps: int) -> Any:
-    """The weight of every student state at the end, relative to the uniform kernel's."""
+    """Draw the final weight of every student state, relative to the uniform kernel's."""
     figure, axis = _figure(9, 5)
     names = list(dict.fromkeys(r["kernel"] for r in found if r["kernel"] != "none"))
     for i, name in enumerate(names):
@@ -146,7 +146,7 @@ def profiles(found: list[Row], total_steps: int) -> Any:
 
 
 def gaps(found: list[Row], output: Path) -> Any:
-    """The distance of each teacher from its student over training, first seed."""
+    """Draw the distance between each teacher and its student during training, for the first seed."""
     figure, axis = _figure(9, 5)
     for i, row in enumerate(r for r in found if r["gaps"]):
         with (output / row["gaps"]).open(newline="", encoding="utf-8") as stream:
@@ -154,7 +154,7 @@ def gaps(found: list[Row], output: Path) -> Any:
         steps, values = zip(*course, strict=True)
         style = ("-", "--", ":")[i // 10 % 3]
         axis.plot(steps, values, style, color=f"C{i % 10}", label=_label(row, found))
-    axis.set(xlabel="optimizer step", ylabel="|W - M| / |W|", yscale="log", title="Teacher and student apart")
+    axis.set(xlabel="optimizer step", ylabel="|W - M| / |W|", yscale="log", title="Teacher-student distance")
     axis.grid(alpha=0.3)
     if axis.has_data():
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
@@ -162,7 +162,7 @@ def gaps(found: list[Row], output: Path) -> Any:
 
 
 def predicted(found: list[Row], total_steps: int) -> Any:
-    """The final gap against what the linear world predicts for the kernel and distill_weight."""
+    """Draw the final gap against the gap that the linear theory predicts from kernel and distill_weight."""
     figure, axis = _figure(7.5, 6)
     compared = [r for r in found if r["final_gap"]]
     points = [
@@ -172,11 +172,11 @@ def predicted(found: list[Row], total_steps: int) -> Any:
         axis.plot(max(expected, 1e-6), measured, "o", color="C0")
         axis.annotate(_label(row, found), (max(expected, 1e-6), measured), xytext=(4, 4),
                       textcoords="offset points", fontsize=7)  # fmt: skip
-    title = "Teacher and student apart at the end"
+    title = "Final distance between teacher and student"
     if len(points) > 2:
         title += f": rank correlation {spearmanr(*zip(*points, strict=True)).statistic:.2f}"
     axis.set(
-        xlabel="predicted, as a share of the start's bias (below 1e-6 at 1e-6)",
+        xlabel="predicted, relative to the start's bias (clipped at 1e-6)",
         ylabel="measured |W - M| / |W|", xscale="log", yscale="log", title=title,
     )  # fmt: skip
     axis.grid(alpha=0.3)
@@ -184,7 +184,7 @@ def predicted(found: list[Row], total_steps: int) -> Any:
 
 
 def page(results: dict[str, Any], found: list[Row], pictures: list[Path]) -> str:
-    """One HTML file with everything in it."""
+    """Return one self-contained HTML page."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name, _ in cells(found[0], figures(results)))
     body = "".join(
         f"<tr{' class=front' if row['front'] else ''}>"
@@ -216,10 +216,10 @@ dl {{ display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; }
 dd {{ margin: 0; }}
 </style></head><body>
 <h1>Kernel sweep: {html.escape(results["config"]["task"])} on {html.escape(results["config"]["data"])}</h1>
-<p>Accuracies in percent, ECE in [0, 1]; bold: no other kernel is better in {axes} together.</p>
+<p>Accuracies in percent, ECE in [0, 1]; bold: no other kernel is better in both {axes}.</p>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 {images}
-<h2>How it was run</h2><dl>{listed}</dl>
+<h2>Configuration and versions</h2><dl>{listed}</dl>
 </body></html>
 """
 

@@ -1,13 +1,12 @@
-"""Time of one update of the average, against other helpers and against the memory's speed.
+"""Time one update of the average, beside other averaging helpers and the speed of the memory.
 
     python benchmarks/update_overhead.py
 
-The floor of an update is a flat lerp that moves as many bytes as the update must: it reads the student
-and reads and writes the float32 average, 12 bytes a parameter from float32 and 10 from bfloat16; and a
-helper that also keeps the average in the student's dtype, to run the forward with, writes 2 more. All
-helpers and the floors of one model take turns in one process; `ms`, `floor` and their `ratio` are medians
-over the rounds, `fastest` is the ratio of the fastest rounds, and `of copy` is the update's bytes per
-second as a share of a large copy's.
+An update must read the student, and read and write the float32 average: 12 bytes per parameter from
+float32, 10 from bfloat16. A helper that also keeps the average in the student's dtype, for the forward,
+writes 2 more. The floor is a flat lerp that moves as many bytes. All helpers and floors of one model take
+turns in one process. `ms`, `floor` and their `ratio` are medians over the rounds. `fastest` is the ratio
+of the fastest rounds. `of copy` is the bandwidth of the update relative to that of a large copy.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=averagers.MODELS, default=list(averagers.MODELS))
-    parser.add_argument("--rounds", type=int, default=15, help="updates timed of each helper (default: 15)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed updates per helper (default: 15)")
     parser.add_argument(
         "--helpers", nargs="+", choices=averagers.AVERAGERS, default=list(averagers.AVERAGERS)
     )
@@ -67,7 +66,7 @@ def main() -> None:
 
 
 def measure(model: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians over rounds in which every helper and every floor takes its turn."""
+    """Return medians over rounds; in each round every helper and every floor takes a turn."""
     device, rounds = arguments.device, arguments.rounds
     student = averagers.build(model, precision, device)
     numel = sum(p.numel() for p in averagers.averaged(student))
@@ -113,7 +112,7 @@ def measure(model: str, precision: str, arguments: argparse.Namespace) -> dict[s
 
 
 def timed(job: Callable[[], object], device: str) -> float:
-    """Seconds, the device's work included."""
+    """Return the seconds that a job takes, including its work on the device."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -124,14 +123,14 @@ def timed(job: Callable[[], object], device: str) -> float:
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s read and written by a large copy, the median of several."""
+    """Return the bandwidth of a large copy in GB/s, reads and writes together: the median of nine copies."""
     a, b = (torch.zeros(2**26, device=device) for _ in range(2))
     seconds = statistics.median(timed(lambda: a.copy_(b), device) for _ in range(9))
     return 2 * a.nbytes / seconds / 1e9
 
 
 def table(name: str, measured: dict[str, Any]) -> str:
-    """Rows of one model, as printed and as shown in benchmarks/results."""
+    """Return one model's table, as printed and as shown in benchmarks/results."""
     lines = [
         f"{name}: {measured['averaged_parameters']:,} averaged parameters in {measured['tensors']:,} tensors",
         f"{'':34} {'ms':>8} {'floor':>8} {'ratio':>7} {'fastest':>8} {'of copy':>8}",
@@ -147,7 +146,7 @@ def table(name: str, measured: dict[str, Any]) -> str:
 
 
 def picture(results: dict[str, Any], file: Path) -> None:
-    """Milliseconds and the floor's, one panel a model."""
+    """Draw the time of an update and its floor, one panel per model."""
 
     def draw(axis: Any, measured: dict[str, Any]) -> None:
         helpers = list(reversed(measured["helpers"]))
@@ -160,7 +159,7 @@ def picture(results: dict[str, Any], file: Path) -> None:
         axis.set_xlim(right=max(row["milliseconds"] for row in rows) * 8)
 
     drawn = {name: measured for name, measured in results["models"].items() if measured["helpers"]}
-    averagers.panels(drawn, draw, "an update in ms; black: a flat lerp that moves as many bytes", file)
+    averagers.panels(drawn, draw, "ms per update; black: a flat lerp that moves as many bytes", file)
 
 
 if __name__ == "__main__":

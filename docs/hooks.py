@@ -1,13 +1,11 @@
-"""Pages of the site that stand elsewhere in the repository: results, contributing, changelog."""
+"""Add to the site the pages that live elsewhere in the repository: results, contributing, changelog."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -16,22 +14,11 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "changelog.md": "CHANGELOG.md",
 }
-LINK = re.compile(r"\]\(([^)#:\s]+)(#[^)]*)?\)")
-
-
-@event_priority(100)  # before mkdocstrings reads it
-def on_config(config: Any) -> Any:
-    """Show mkdocstrings the package as it is installed, with `integrations/` inside."""
-    packages = Path(tempfile.mkdtemp(prefix="wmateacher-site-"))
-    (packages / "wmateacher").mkdir()
-    for part in [*(ROOT / "wmateacher").iterdir(), ROOT / "integrations"]:
-        (packages / "wmateacher" / part.name).symlink_to(part)
-    config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [str(packages)]
-    return config
+LINK = re.compile(r"\[([^\]]*)\]\(([^)#:\s]+)(#[^)]*)?\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add them, with their pictures, and point their links into the site where they can be."""
+    """Add the pages and their pictures, with links rewritten to point into the site."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=_relinked(ROOT / source)))
     for picture in sorted((ROOT / "benchmarks/results").glob("*/*.png")):
@@ -41,13 +28,15 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def _relinked(source: Path) -> str:
+    """Return a page's text; a link to a file that is not on the site becomes plain text."""
+
     def target(match: re.Match[str]) -> str:
-        path, anchor = (source.parent / match[1]).resolve(), match[2] or ""
+        text, path, anchor = match[1], (source.parent / match[2]).resolve(), match[3] or ""
         inside = path.relative_to(ROOT).as_posix()
         if path.suffix == ".png":
-            return f"](results/{path.parent.name}/{path.name})"
+            return f"[{text}](results/{path.parent.name}/{path.name})"
         if inside.startswith("docs/"):
-            return f"]({inside.removeprefix('docs/')}{anchor})"
-        return f"](#)<!-- {inside} -->"
+            return f"[{text}]({inside.removeprefix('docs/')}{anchor})"
+        return text
 
     return LINK.sub(target, source.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation, for light and dark pages: `python docs/pictures.py`."""
+"""Draw the pictures of the documentation, for light and dark pages: `python docs/pictures.py`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = {
 
 
 def profiles() -> Figure:
-    """How much each step's student counts at the end of the run."""
+    """Draw the weight of every student state at the end of the run."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     for kernel, colour in SHOWN.items():
@@ -41,7 +41,7 @@ def profiles() -> Figure:
 
 
 def bias() -> Figure:
-    """Which share of the start is left at the end in the linear world, over the horizon."""
+    """Draw the share of the start's bias that is left in the linear theory, over the horizon."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     horizons = np.unique(np.geomspace(10, 25_030, 30).astype(int))
@@ -56,7 +56,7 @@ def bias() -> Figure:
 
 
 def plane() -> Figure:
-    """The measured methods: accuracy in and out of distribution."""
+    """Draw the measured methods by accuracy in and out of distribution."""
     methods = json.loads((ROOT / "benchmarks/results/clip-digits/results.json").read_text())["methods"]
     teachers = {
         "zero-shot": "tab:gray", "flyp": "tab:red", "static-sd": "tab:blue", "ema": "tab:pink",
@@ -90,7 +90,7 @@ def plane() -> Figure:
 
 
 def main() -> None:
-    """Write every picture twice."""
+    """Write every picture for light and for dark pages."""
     ASSETS.mkdir(exist_ok=True)
     for style, settings in STYLES.items():
         with mpl.rc_context({**settings, "savefig.facecolor": "none", "axes.facecolor": "none"}):

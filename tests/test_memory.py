@@ -30,7 +30,7 @@ def test_bytes_per_parameter(student, dtype, held, moved, saved):
     count = sum(p.numel() for p in model.parameters())
     teacher = WMATeacher(model, "uniform", dtype=dtype)
     module = sum(p.nbytes for p in teacher.module.parameters())
-    assert module + sum(t.nbytes for t in teacher._beside.values()) == held * count
+    assert module + sum(t.nbytes for t in teacher._shadow._beside.values()) == held * count
     tensors = [t for t in teacher.state_dict().values() if isinstance(t, torch.Tensor)]
     assert sum(t.nbytes for t in tensors) == saved * count
     assert {t.dtype for t in tensors} == {torch.float32}

@@ -32,13 +32,14 @@ def test_the_python_blocks_run():
 
 
 def test_the_kernels_and_losses_that_it_lists_are_those_there_are():
-    table = README.split("## Kernels")[1].split("## Losses")[0]
-    named = [
-        k for k in re.findall(r"`([^`]+)`", table.split("print(")[0]) if "lambda" not in k and "a,b" not in k
-    ]
+    section = README.split("## Kernels")[1].split("## Losses")[0]
+    cells = "\n".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
+    named = [k for k in re.findall(r"`([^`]+)`", cells) if "lambda" not in k and "a,b" not in k]
     names = {str(kernels.build(k)).split("(")[0] for k in named}
     assert set(kernels.available()) <= names
-    listed = README.split("## Losses")[1].split("## Options")[0]
+    for typed in re.findall(r"`(kernels\.[A-Z][^`]+\))`", section):
+        assert isinstance(eval(typed), kernels.Kernel), typed
+    listed = README.split("## Losses")[1].split("\n## ")[0]
     for name in losses.available():
         assert f"`{name}`" in listed
     built = re.search(r'losses.build\("([^"]+)"\)` is', README)
