@@ -97,7 +97,7 @@ def test_value_and_gradient_are_those_of_the_concatenated_batch(folder):
 
 
 @on_ranks(1, 2, 4)
-def test_info_nce_too(folder):
+def test_info_nce_is_that_of_the_concatenated_batch(folder):
     for gather in ("full", "rows"):
         whole, own = batches(even=False)
         towers = Towers().to(device())
@@ -112,7 +112,7 @@ def test_info_nce_too(folder):
 
 
 @on_ranks(1, 2, 4)
-def test_switched_off_a_rank_is_alone(folder):
+def test_gather_off_uses_the_ranks_own_batch(folder):
     _, own = batches(even=False)
     student, teacher = Towers().to(device())(own), teacher_of(own)
     image, text = (torch.nn.functional.normalize(x, dim=-1) for x in student[:2])

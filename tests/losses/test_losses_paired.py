@@ -64,7 +64,7 @@ def test_crd_is_temperature_kl_at_one_and_zero_for_itself(seed, batch, dim):
 
 @property_test
 @given(seeds, st.integers(1, 6), st.integers(1, 5))
-def test_self_distillation(seed, batch, dim):
+def test_a_student_that_is_its_own_teacher(seed, batch, dim):
     student = paired(seed, batch, dim)
     info_nce = losses.info_nce(*student).item()
     assert value("icl", student, student).item() == pytest.approx(info_nce, rel=1e-12, abs=1e-12)

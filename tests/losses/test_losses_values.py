@@ -207,7 +207,7 @@ def test_finite_at_a_logit_gap_of_ten_thousand(spec):
 
 
 @pytest.mark.parametrize("spec", ["crd", "icl", "cross_kd", "paired_ce", "temperature_kl(0.5)"])
-def test_paired_gap_is_really_seen(spec):
+def test_a_large_gap_gives_a_large_paired_loss(spec):
     student, teacher = (paired(s, dtype=torch.float32, scale=1e4) for s in (0, 1))
     total = losses.build(spec)(student._replace(text=-student.image), teacher)
     assert total > 1e3

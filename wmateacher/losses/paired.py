@@ -6,7 +6,7 @@ their transpose (text->image). The losses normalise the features, so raw ones ar
 the teacher; the student's scale receives one.
 
 With several ranks, B counts the rows of all of them: every rank computes with all rows (`gather="full"`),
-or with its own rows against the candidates of all ranks (`gather="rows"`).
+or with its own rows against the candidates of all ranks (`gather="rows"`). A direct call does the former.
 """
 
 from __future__ import annotations
