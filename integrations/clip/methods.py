@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -74,6 +75,12 @@ class RandomTexts:
             positive_int(f"random_texts: {name}", getattr(self, name))
 
 
+_GUIDANCE: dict[str, Callable[..., Contexts | RandomTexts]] = {
+    "contexts": Contexts,
+    "random_texts": RandomTexts,
+}
+
+
 def parse_guidance(guidance: str) -> Contexts | RandomTexts:
     """Return the texts that a spec names.
 
@@ -84,8 +91,8 @@ def parse_guidance(guidance: str) -> Contexts | RandomTexts:
         ValueError: If the spec does not parse or names neither.
     """
     call = parse_call(guidance)
-    kinds: dict[str, type[Contexts | RandomTexts]] = {"contexts": Contexts, "random_texts": RandomTexts}
-    return call.build(lookup("guidance", call.name, kinds))
+    texts: Contexts | RandomTexts = call.build(lookup("guidance", call.name, _GUIDANCE))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -283,7 +290,8 @@ _METHODS = [
     ),
     # ARF adds two InfoNCE losses. The one on rich captions of the fine-tuning images is left out, because it
     # needs a captioning model. The one on pairs retrieved from web data uses the recipe's anchor pairs; on
-    # digits these are drawn as in pre-training, so ARF sees images that other methods do not. Weight 1 is ours.
+    # digits these are drawn as in pre-training, so ARF sees images that other methods do not. Weight 1 is our
+    # choice.
     Method(
         "arf",
         "FLYP + InfoNCE of anchor pairs like those of pre-training: half of ARF (Han et al. 2024)",

@@ -129,7 +129,10 @@ class Recipe:
         """
         if tuple(names) == ("all",):
             return list(self.methods)
-        return [self.method(name) and name for name in names or self.default or self.methods]
+        selected = list(names or self.default or self.methods)
+        for name in selected:
+            self.method(name)
+        return selected
 
     def trained(self, name: str) -> Method:
         """Return the method that is trained for a method: itself, or the one that a merge is of."""
@@ -276,10 +279,9 @@ class PhotoRecipe(Recipe):
         train: The training pairs: `imagenet-train`, a .csv or .tsv of captions, or .tar shards.
         anchors: Pairs like those of pre-training, likewise, for methods that need them.
         tests: The test sets; the first is in-distribution.
-        templates: Captions with one `{}` for the class, in training and in the zero-shot head. Empty: OpenAI's
-            80.
-        epochs: Passes over the training pairs. None: `finetune.steps` decides, which it also does if it is
-            changed.
+        templates: Captions with one `{}` for the class, in training and in the zero-shot head. Empty:
+            OpenAI's 80.
+        epochs: Passes over the training pairs. None: `finetune.steps` is used, as it is if it was changed.
         sampling: `epochs`, or `balanced`: all classes equally often.
         scale: The smallest and largest share of an image in a training crop.
         flip: The probability of a horizontal flip.
@@ -408,7 +410,7 @@ def get(name: str) -> Recipe:
 def adjust(recipe: Recipe) -> Recipe:
     """Return a changed recipe with the values that follow from the changes.
 
-    Larger data lengthens pre-training if its steps were not changed, and changed steps of fine-tuning take the
+    Larger data lengthens pre-training if its steps were not changed. Changed steps of fine-tuning take the
     place of epochs.
     """
     base = get(recipe.name)

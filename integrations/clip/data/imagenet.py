@@ -300,7 +300,7 @@ def _objectnet(folder: Path) -> Test:
         }
     except (KeyError, IndexError) as error:
         raise ValueError(
-            f"the mappings in {mappings} do not match each other ({error!r}): take all of them from one archive"
+            f"the mappings in {mappings} do not match each other ({error!r}): take all from one archive"
         ) from error
     ordered = sorted(groups)
     label = {name: i for i, name in enumerate(ordered)}
