@@ -16,9 +16,8 @@ from torch import nn
 
 from wmateacher.integrations.clip.datamodules import CLIPData, DigitsData, PhotoData
 from wmateacher.integrations.clip.evaluation import Scorer, Scores, summarise
-from wmateacher.integrations.clip.heads import Student, head_of, towers_of
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
-from wmateacher.integrations.clip.model import build
+from wmateacher.integrations.clip.model import Student, build, head_of, towers_of
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Recipe
 from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.engine import loop, processes
@@ -73,7 +72,7 @@ class Experiment:
     Attributes:
         recipe: With the number of steps that its data makes.
         towers: As pretrained, once `pretrain` has run.
-        world: The data.
+        data: The data.
 
     Raises:
         ValueError: The folder holds results of another configuration; the data is wrong.
@@ -97,23 +96,23 @@ class Experiment:
         self.recipe, self.output, self.progress, self.say = recipe, output, progress, say
         self.device = torch.device(device)
         self.cache = cache or default_cache()
-        self.world: CLIPData
+        self.data: CLIPData
         torch.manual_seed(recipe.finetune.seed)  # of towers without weights
         if isinstance(recipe, PhotoRecipe):
             with processes.main_process_first():  # the first may download
                 self.towers, tokenizer = build(recipe.model, recipe.pretrained)
             photos = PhotoData(recipe, self.towers, tokenizer, root=root, workers=workers)
-            self.world, self.recipe = photos, recipe.on(len(photos.train))
+            self.data, self.recipe = photos, recipe.resolve(len(photos.train))
         elif isinstance(recipe, DigitsRecipe):
             torch.manual_seed(recipe.pretrain.seed)
             self.towers, tokenizer = build(recipe.model)
-            self.world = DigitsData(recipe, self.towers, tokenizer, root=root, download=download)
+            self.data = DigitsData(recipe, self.towers, tokenizer, root=root, download=download)
         else:
             raise TypeError(f"recipe must be a DigitsRecipe or a PhotoRecipe, got {type(recipe).__name__}")
         if adapt is not None:
             self.recipe = adapt(self.recipe)
         self.towers.to(self.device)
-        self.prompts = self.world.prompts
+        self.prompts = self.data.prompts
         packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
         where = environment(self.device, packages)
         neutral = [f"{settings}.checkpoint_every" for settings in ("finetune", "pretrain")]
@@ -126,13 +125,13 @@ class Experiment:
 
         Towers that came with weights stay as they are.
         """
-        if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.world, DigitsData):
+        if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.data, DigitsData):
             return 0.0
         settings = self.recipe.pretrain
         key = hashlib.sha256(json.dumps(self._pretraining(), sort_keys=True).encode()).hexdigest()[:16]
         file = self.cache / f"{self.recipe.model}-{self.recipe.data}-{key}.pt"
         pretrained = fit(
-            self.towers, METHODS["flyp"], self.world.drawn(self.recipe.wide, settings), settings,
+            self.towers, METHODS["flyp"], self.data.draw(self.recipe.wide, settings), settings,
             checkpoint=file, label="pre-training", progress=self.progress,
         )  # fmt: skip
         return pretrained.seconds
@@ -144,9 +143,9 @@ class Experiment:
             ValueError: One cannot; it says what it needs.
         """
         for name in names:
-            lacking = self.recipe.lacking(name, labelled=self.world.labelled, anchored=self.world.anchored)
-            if lacking is not None:
-                raise ValueError(lacking)
+            reason = self.recipe.why_not(name, labelled=self.data.labelled, anchored=self.data.anchored)
+            if reason is not None:
+                raise ValueError(reason)
             method = self.recipe.trained(name)
             if method.trains:
                 processes.check_batch(self.recipe.finetune.batch_size, equal=method.head == "linear")
@@ -175,9 +174,9 @@ class Experiment:
             else {"student": end.student, "teacher": end.teacher}
         )
         scores = {side: self.evaluate(model) for side, model in sides.items()}
-        validation = self.evaluate(end.student, self.world.validation)
+        validation = self.evaluate(end.student, self.data.validation)
         gaps = end.series.get("gap", [])
-        in_distribution = next(iter(self.world.tests))
+        in_distribution = next(iter(self.data.tests))
         summaries = {side: summarise(s, in_distribution) for side, s in scores.items()}
         record = {
             "seed": seed,
@@ -195,7 +194,7 @@ class Experiment:
 
     def evaluate(self, student: Student, tests: Mapping[str, Scorer] | None = None) -> dict[str, Scores]:
         """Score a student's head on sets; on those of the world by default."""
-        chosen = self.world.tests if tests is None else tests
+        chosen = self.data.tests if tests is None else tests
         if not chosen:
             return {}
         towers, head = towers_of(student), head_of(student, self.prompts)
@@ -228,8 +227,8 @@ class Experiment:
         settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
         label = f"{method.name} (seed {seed})"
         fitted = fit(
-            student, method, self.world.pairs(settings), settings,
-            prompts=self.prompts, anchors=self.world.anchors(settings) if method.anchors else None,
+            student, method, self.data.pairs(settings), settings,
+            prompts=self.prompts, anchors=self.data.anchors(settings) if method.anchors else None,
             checkpoint=self.output / "checkpoints" / f"{file_name(method.name)}-{seed}.pt",
             label=label, progress=self.progress, after_step=after_step,
             evaluate=self._watched, evaluate_every=self.recipe.evaluate_every or 0,
@@ -280,13 +279,13 @@ class Experiment:
 
     def _pretraining(self) -> dict[str, Any]:
         """What the pretrained towers depend on."""
-        recipe, world = self.recipe, self.world
+        recipe, data = self.recipe, self.data
         assert isinstance(recipe, DigitsRecipe)
-        assert isinstance(world, DigitsData)
+        assert isinstance(data, DigitsData)
         return {
             "model": recipe.model,
             "data": recipe.data,
-            "images": len(world.train),
+            "images": len(data.train),
             "domain": asdict(recipe.wide),
             "pretrain": asdict(recipe.pretrain),
             "method": METHODS["flyp"].settings(),
