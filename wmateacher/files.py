@@ -11,10 +11,10 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -241,23 +241,65 @@ def _holds_tensors(content: Any) -> bool:
     return isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values())
 
 
-def write(state: Mapping[str, Any], path: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write a state dict, or with `about` a snapshot, by way of a file beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+@contextmanager
+def write_atomically(file: File) -> Iterator[BinaryIO]:
+    """Write a file so that it is complete or not there: an old file stays as it was until the new one is.
+
+    The context manager yields the open binary stream of `FILE.partial` beside the file. On leaving the
+    block, that file is flushed to the disk and renamed. If the block raises, it is deleted.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "new folder" / "state.pt"
+        >>> with write_atomically(file) as stream:
+        ...     torch.save({"step": 3}, stream)
+        >>> torch.load(file)
+        {'step': 3}
+
+    Args:
+        file: The file to write. Missing parent folders are created.
+
+    Raises:
+        OSError: If the file cannot be written, for example because the disk is full. The message names the
+            file and the reason, and says whether there is an old file, which is unchanged. `torch.save`
+            raises a RuntimeError for the same reasons, which becomes this error too.
+    """
+    file = Path(file)
+    partial = file.with_name(f"{file.name}.partial")
     try:
-        if path.suffix == ".safetensors":
-            require_safetensors(f"{path.name!r}")
-            metadata = {"format": "pt"} | ({} if about is None else {METADATA: json.dumps(about)})
-            writer = importlib.import_module("safetensors.torch")
-            writer.save_file(_separate(state), str(partial), metadata=metadata)
-        else:
-            torch.save(dict(state) if about is None else {METADATA: dict(about), "state": state}, partial)
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            yield stream
+        # Opened again, because safetensors replaces the file that it is told to write.
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        old = "the old file is unchanged" if file.exists() else "there was no old file"
+        raise OSError(
+            f"cannot write {file} ({cause.strerror or cause}); {old}. Check that {file.parent} is a folder "
+            "with free space that you may write to, and run the same command again"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write(state: Mapping[str, Any], path: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write a state dict; with `about`, a recorder's snapshot."""
+    with write_atomically(path) as stream:
+        if path.suffix == ".safetensors":
+            library = require_safetensors(f"{path.name!r}")
+            metadata = {"format": "pt"} | ({} if about is None else {METADATA: json.dumps(about)})
+            try:
+                library.torch.save_file(_separate(state), stream.name, metadata=metadata)
+            except library.SafetensorError as error:
+                raise OSError(str(error)) from error
+        else:
+            torch.save(dict(state) if about is None else {METADATA: dict(about), "state": state}, stream)
 
 
 def _separate(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def _resized(maps: Tensor, size: Any) -> Tensor:
     return F.interpolate(maps.float(), tuple(size), mode="bilinear")
 
 
-def maps(backbone: nn.Module, images: Tensor, file: Path) -> None:
+def draw_maps(backbone: nn.Module, images: Tensor, file: Path) -> None:
     """Images in the first column, and where the backbone looks beside them.
 
     Raises:
