@@ -19,7 +19,6 @@ __all__ = [
     "Merge",
     "Method",
     "RandomTexts",
-    "check_clip_norm",
     "parse_guidance",
     "tracer_terms",
 ]
@@ -38,16 +37,6 @@ TRACER_TERMS = tracer_terms(512)
 """TRACER's distillation at width 512."""
 CAROT_EMA = "ema(0.05,0.9,schedule=linear,warmup=0.2)"
 """CaRot's teacher: its decay rises from 0.05 to 0.9 over the first 20% of the run."""
-
-
-def check_clip_norm(clip_norm: float | None) -> None:
-    """Check that gradients can be clipped at a norm.
-
-    Raises:
-        ValueError: If it is neither positive nor None.
-    """
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be above 0, or None for no clipping, got {clip_norm}")
 
 
 @dataclass(frozen=True)
@@ -186,7 +175,8 @@ class Method:
         one_of("head", self.head, ("text", "linear"))
         one_of("clock", self.clock, clocks.CLOCKS)
         positive_int("update_every", self.update_every)
-        check_clip_norm(self.clip_norm)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, or None for no clipping, got {self.clip_norm}")
         if self.kernel is not None:
             kernels.build(self.kernel)
         if (self.kernel is None) != (self.distillation is None):

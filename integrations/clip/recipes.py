@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from wmateacher.checks import lookup, one_of
 from wmateacher.integrations.clip import paper
 from wmateacher.integrations.clip.data import imagenet
 from wmateacher.integrations.clip.data.batches import Sampling
-from wmateacher.integrations.clip.methods import METHODS, Method, check_clip_norm, tracer_terms
-from wmateacher.integrations.engine import schedules
+from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
+from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.sampling import steps_per_epoch
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
@@ -21,9 +21,9 @@ __all__ = ["RECIPES", "DigitsRecipe", "PhotoRecipe", "Recipe", "Settings", "adju
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a run is optimised: AdamW, linear warm-up, cosine decay to 0.
+@dataclass(frozen=True, kw_only=True)
+class Settings(settings.Settings):
+    """How a run is optimised: AdamW, a linear warm-up, then a cosine decay to 0.
 
     Attributes:
         steps: Optimizer steps T of the run.
@@ -43,34 +43,21 @@ class Settings:
         freeze_text: Train the image tower and the logit scale only.
     """
 
-    steps: int
-    learning_rate: float
+    precisions = ("fp32", "bf16", "fp16")
+
     batch_size: int
     weight_decay: float = 0.1
     warmup: int = 500
-    clip_norm: float | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
     micro_batch: int | None = None
     compile: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
     freeze_text: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("checkpoint_every", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        super().__post_init__()
+        settings.check_at_least(self, batch_size=1)
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}: None is all at once")
-        check_clip_norm(self.clip_norm)
-        one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of the optimizer step with index `step`, from 0."""
-        return schedules.warmup_cosine(step, self.steps, self.warmup, self.learning_rate)
 
     def scaled(self, steps: int | None) -> Settings:
         """Return the settings with other steps and the warm-up in proportion; None: unchanged."""

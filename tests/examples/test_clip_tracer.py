@@ -191,7 +191,7 @@ def test_help_names_every_option_and_fits_a_few_screens(capsys):
     text = capsys.readouterr().out
     for name in (
         "methods", "data", "data-root", "seeds", "output", "device", "ablate", "finetune.learning-rate",
-        "methods.tracer.kernel",
+        "methods.NAME.kernel",
     ):  # fmt: skip
         assert f"--{name} " in text
     assert "imagenet-vit-b-16: the paper's main experiment" in text

@@ -145,7 +145,7 @@ def test_bad_values_of_photo_recipes(changes, message):
     ("changes", "message"),
     [
         ({"clip_norm": -1.0}, "clip_norm must be above 0, or None for no clipping, got -1.0"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'; did you mean"),
+        ({"precision": "fp8"}, "precision must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
     ],
 )
 def test_bad_settings(changes, message):
