@@ -56,7 +56,7 @@ def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
             if getattr(options, name):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is for recipes of digits, got recipe {recipe.name!r}")
-    recipe = recipes.adjust(recipe).with_steps(options.steps)
+    recipe = recipe.adjust().with_steps(options.steps)
     return recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, DigitsRecipe) else recipe
 
 

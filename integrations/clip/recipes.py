@@ -16,7 +16,7 @@ from wmateacher.integrations.engine.sampling import steps_per_epoch
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
-__all__ = ["RECIPES", "DigitsRecipe", "PhotoRecipe", "Recipe", "Settings", "adjust", "get"]
+__all__ = ["RECIPES", "DigitsRecipe", "PhotoRecipe", "Recipe", "Settings", "get"]
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
@@ -149,6 +149,10 @@ class Recipe:
             )
         return None
 
+    def adjust(self: RecipeT) -> RecipeT:
+        """Return the recipe with the values that follow from those changed on the command line."""
+        return self
+
     def with_steps(self: RecipeT, steps: int | None) -> RecipeT:
         """Return the recipe with other steps of fine-tuning and the warm-up in proportion."""
         return replace(self, finetune=self.finetune.scaled(steps))
@@ -182,6 +186,17 @@ class DigitsRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("data", self.data, digits.SOURCES)
+
+    def adjust(self) -> DigitsRecipe:
+        """Return the recipe with more steps of pre-training if `data` was changed to larger data.
+
+        Steps that were changed stay as they are.
+        """
+        before = RECIPES.get(self.name)
+        if not isinstance(before, DigitsRecipe) or self.pretrain.steps != before.pretrain.steps:
+            return self
+        is_larger = self.data not in (before.data, "digits")
+        return self.with_pretraining(self.large_data_steps) if is_larger else self
 
     def with_pretraining(self, steps: int | None) -> DigitsRecipe:
         """Return the recipe with other steps of pre-training and the warm-up in proportion."""
@@ -308,6 +323,12 @@ class PhotoRecipe(Recipe):
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip must be a probability, got {self.flip}")
 
+    def adjust(self) -> PhotoRecipe:
+        """Return the recipe without `epochs` if the steps of fine-tuning were changed."""
+        before = RECIPES.get(self.name)
+        changed = before is not None and self.finetune.steps != before.finetune.steps
+        return replace(self, epochs=None) if changed else self
+
     def resolve(self, pairs: int) -> PhotoRecipe:
         """Return the recipe with the numbers of steps that follow from the number of training pairs.
 
@@ -392,19 +413,3 @@ def get(name: str) -> Recipe:
         ValueError: If there is none; the message lists the recipes.
     """
     return lookup("recipe", name, RECIPES)
-
-
-def adjust(recipe: Recipe) -> Recipe:
-    """Return a changed recipe with the values that follow from the changes.
-
-    Larger data lengthens pre-training if its steps were not changed. Changed steps of fine-tuning take the
-    place of epochs.
-    """
-    base = get(recipe.name)
-    if isinstance(recipe, DigitsRecipe) and isinstance(base, DigitsRecipe):
-        same_steps = recipe.pretrain.steps == base.pretrain.steps
-        if same_steps and recipe.data not in (base.data, "digits"):
-            return recipe.with_pretraining(recipe.large_data_steps)
-    elif isinstance(recipe, PhotoRecipe) and recipe.finetune.steps != base.finetune.steps:
-        return replace(recipe, epochs=None)
-    return recipe
