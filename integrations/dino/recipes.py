@@ -172,7 +172,7 @@ class Recipe:
         scale = steps / self.settings.steps
         first, last = self.redraw
         stretched = {n: round(getattr(self.settings, n) * scale) for n in ("warmup", "temperature_warmup")}
-        settings = replace(self.settings, steps=steps, **stretched)  # type: ignore[arg-type]
+        settings = replace(self.settings, steps=steps, **stretched)
         redraw = (round(first * scale), round(last * scale))
         return replace(self, settings=settings, redraw=redraw, epochs=None)
 

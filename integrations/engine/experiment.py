@@ -108,7 +108,7 @@ class Experiment(ABC, Generic[RecipeT]):
         """Return the file of one of the tables of a run, such as `"gaps"`."""
         return self.output / what / f"{file_name(name)}-{seed}.csv"
 
-    def loop_options(self, name: str, seed: int) -> loop.Options:
+    def loop_options(self, name: str, seed: int) -> loop.ResumeOptions:
         """Return the options of `loop.train` that make a run resumable and name it."""
         return {
             "checkpoint": self.output / "checkpoints" / f"{file_name(name)}-{seed}.pt",

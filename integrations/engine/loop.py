@@ -16,7 +16,18 @@ from tqdm import tqdm
 from wmateacher.files import write_atomically
 from wmateacher.integrations.engine import processes, signals, tracking
 
-__all__ = ["FORMAT", "BatchStream", "History", "Options", "Part", "Stream", "Task", "read", "train"]
+__all__ = [
+    "FORMAT",
+    "BatchStream",
+    "History",
+    "Options",
+    "Part",
+    "ResumeOptions",
+    "Stream",
+    "Task",
+    "read",
+    "train",
+]
 
 Batch = TypeVar("Batch")
 Stream = Callable[[int], Iterator[Batch]]
@@ -108,12 +119,17 @@ class History:
         return [value for _, value in self.series.get(name, [])]
 
 
-class Options(TypedDict, total=False):
-    """The options of `train` that functions built on it pass through."""
+class ResumeOptions(TypedDict, total=False):
+    """The options of `train` that make a run resumable and name it."""
 
     checkpoint: Path | None
     label: str | None
     progress: bool
+
+
+class Options(ResumeOptions, total=False):
+    """The options of `train` that functions built on it pass through."""
+
     after_step: Callable[[int], None] | None
     evaluate_every: int
     evaluate_last: bool

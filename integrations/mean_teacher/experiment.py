@@ -138,8 +138,8 @@ def choose_labelled(labels: Tensor, classes: int, count: int, seed: int) -> Tens
         seed: The seed of the choice.
 
     Raises:
-        ValueError: There are fewer labels than classes, `count` is not a multiple of the number of classes, or
-            a class has too few images.
+        ValueError: There are fewer labels than classes, the classes cannot have equally many, or a class has
+            too few images.
     """
     if count < classes:
         raise ValueError(

@@ -338,7 +338,7 @@ def test_every_method_runs_on_the_digits(experiment, name):
     assert len(record["ood_per_shift"]) == 6
     assert experiment.run(name) == record
     has_gap = METHODS[name].kernel is not None
-    assert experiment.gap_file(name, 0).exists() == has_gap
+    assert experiment.file("gaps", name, 0).exists() == has_gap
 
 
 def test_an_interpolations_ends_are_the_pretrained_and_the_fine_tuned(experiment):

@@ -178,7 +178,7 @@ def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):
     for seed in (0, 1):
         experiment.run("zero-shot", seed)
         experiment.run("tracer", seed)
-    gaps = [experiment.gap_file("tracer", seed).read_text() for seed in (0, 1)]
+    gaps = [experiment.file("gaps", "tracer", seed).read_text() for seed in (0, 1)]
     assert gaps[0] != gaps[1]
     assert experiment.results["methods"]["zero-shot"]["std"]["id"] == 0
     once, again = (experiment.evaluate(experiment.towers) for _ in "ab")
