@@ -103,7 +103,7 @@ def test_maps_of_a_vit_are_its_heads_attention():
     vit = backbones.build("vit_tiny_patch16_224(patch_size=4,embed_dim=16,depth=2,num_heads=4)", 16)
     seen = torch.randn(3, 3, 16, 16)
     before = {k: v.clone() for k, v in vit.state_dict().items()}
-    words, maps = pictures.looked_at(vit, seen)
+    words, maps = pictures.attention_maps(vit, seen)
     assert "attention" in words
     assert maps.shape == (3, 4, 16, 16)
     assert vit.training
@@ -124,7 +124,7 @@ def test_maps_of_a_vit_are_its_heads_attention():
 @pytest.mark.parametrize("spec", ["test_efficientnet_gn", "test_convnext", "test_resnet"])
 def test_maps_of_a_convnet_are_activations(spec, tmp_path):
     network, seen = backbones.build(spec, 64), torch.randn(2, 3, 64, 64)
-    words, maps = pictures.looked_at(network, seen)
+    words, maps = pictures.attention_maps(network, seen)
     assert words == "norm of the last feature map"
     assert maps.shape == (2, 1, 64, 64)
     pictures.draw_maps(network, seen, tmp_path / "maps.png")

@@ -129,9 +129,8 @@ def test_a_collapse_is_warned_of_once_by_name():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"first_teacher_temperature": 0.0}, "first_teacher_temperature must be above 0, got 0.0"),
         ({"koleo": -1.0}, "koleo must be at least 0, got -1.0"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
     ],
