@@ -60,7 +60,7 @@ def main() -> None:
         for average in (recorder, *kept.values()):
             average.update()
 
-    fit(towers, METHODS["tracer"], experiment.world.pairs(settings), settings, after_step=after_step)
+    fit(towers, METHODS["tracer"], experiment.data.pairs(settings), settings, after_step=after_step)
 
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),

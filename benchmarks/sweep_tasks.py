@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from sweep_report import Figures
 
+from wmateacher.checks import lookup
 from wmateacher.integrations.clip import recipes as clip_recipes
 from wmateacher.integrations.clip.experiment import Experiment as ClipExperiment
 from wmateacher.integrations.clip.methods import METHODS as CLIP_METHODS
@@ -110,7 +111,7 @@ class ClipTask(Task):
 
     def recipe(self, cell: Cell | None = None) -> clip_recipes.DigitsRecipe:
         """The digits recipe, with the cell's method in it alone."""
-        recipe = clip_recipes.DIGITS.with_data(self.data).with_pretraining(self.pretrain_steps)
+        recipe = replace(clip_recipes.DIGITS, data=self.data).adjust().with_pretraining(self.pretrain_steps)
         recipe = recipe.with_steps(self.steps)
         if cell is None:
             return recipe
@@ -140,7 +141,7 @@ class ClipTask(Task):
         experiment = self._experiment(cell)
         experiment.pretrain()
         record = experiment.run("cell", cell.seed)
-        return self._finished(experiment, record, experiment.gap_file("cell", cell.seed))
+        return self._finished(experiment, record, experiment.file("gaps", "cell", cell.seed))
 
     def _experiment(self, cell: Cell | None) -> ClipExperiment:
         return ClipExperiment(
@@ -174,7 +175,7 @@ class DinoTask(Task):
         record = experiment.run(cell.kernel, cell.seed)
         flat = {"knn": record["teacher"]["knn"], "linear": record["teacher"]["linear"],
                 "student_knn": record["student"]["knn"]}  # fmt: skip
-        return self._finished(experiment, {**record, **flat}, experiment.gap_file(cell.kernel, cell.seed))
+        return self._finished(experiment, {**record, **flat}, experiment.file("gaps", cell.kernel, cell.seed))
 
     def _recipe(self) -> dino_recipes.Recipe:
         if self.data not in dino_recipes.DRAWN:
@@ -208,10 +209,10 @@ class MeanTeacherTask(Task):
         experiment = MeanTeacherExperiment(recipe, self._folder(cell), root=self.root, progress=False)
         record = experiment.run("cell", cell.seed)
         record = {**record, "student_accuracy": record["student"]["accuracy"]}
-        return self._finished(experiment, record, experiment.gap_file("cell", cell.seed))
+        return self._finished(experiment, record, experiment.file("gaps", "cell", cell.seed))
 
     def _recipe(self) -> mean_teacher_recipes.Recipe:
-        return mean_teacher_recipes.get(self.data).with_steps(self.steps)
+        return lookup("data", self.data, mean_teacher_recipes.RECIPES).with_steps(self.steps)
 
 
 TASKS: dict[str, type[Task]] = {"clip": ClipTask, "dino": DinoTask, "mean-teacher": MeanTeacherTask}

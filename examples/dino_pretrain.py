@@ -1,127 +1,81 @@
 """DINO with any teacher: features without labels, and what each kernel makes of them.
 
-Pre-trains a small backbone on digits in random colours, angles and noise, and classifies test images by
-their nearest neighbours among training images. Nothing is downloaded.
+    python examples/dino_pretrain.py
+    python examples/dino_pretrain.py --kernels 'ema(0.97)' uniform --seeds 3
+    python examples/dino_pretrain.py mnist --data-root DIR --settings.koleo 0.1
+    python examples/dino_pretrain.py imagefolder --data imagefolder:DIR --epochs 20
+
+Several processes share the batches: torchrun --nproc-per-node 2 examples/dino_pretrain.py
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
-
-import tyro
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from wmateacher import kernels
-from wmateacher.integrations.dino import experiment, pictures, recipes
-from wmateacher.integrations.dino.training import PAPER_KERNEL
-from wmateacher.integrations.engine import console, curves, processes, tables, tracking
-from wmateacher.integrations.vision import images
+from wmateacher.integrations.dino import recipes
+from wmateacher.integrations.engine import command, console, processes, tables, tracking
+
+if TYPE_CHECKING:
+    from wmateacher.integrations.dino.experiment import Experiment
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """DINO with any teacher: features without labels, and what each kernel makes of them.
+@dataclass(frozen=True, kw_only=True)
+class Options(command.RunOptions):
+    """Pre-train a backbone by DINO, without labels, under teachers with different kernels.
 
-    Pre-trains a small backbone on digits in random colours, angles and noise, and classifies test images
-    by their nearest neighbours among training images.
+    Test images are then classified by their nearest neighbours among the training images, and by a linear
+    classifier. The default run takes bundled digits in random colours: minutes on a CPU, no download.
     """
 
-    kernels: tuple[str, ...] = (PAPER_KERNEL,)
-    """Of the teacher, one run each, e.g. --kernels 'ema(0.97)' uniform; the paper's EMA by default."""
-    data: str = "digits"
-    """digits, mnist or fashion-mnist, drawn in random colours; cifar10; or imagefolder:DIR with DIR/train
-    and DIR/val, a folder per class in each. All but digits and imagefolder need --data-root."""
-    data_root: Path | None = None
-    """Folder with torchvision's files."""
-    download: bool = False
-    """Download the data to --data-root where it is not there."""
-    backbone: str | None = None
-    """A timm network, e.g. 'vit_tiny_patch16_224(patch_size=4,depth=4,embed_dim=64,num_heads=4)'."""
+    kernels: tuple[str, ...] = (recipes.PAPER_KERNEL,)
+    """The teachers' kernels, one run each, e.g. --kernels 'ema(0.97)' uniform."""
     steps: int | None = None
-    """Optimizer steps, for drawn data."""
-    epochs: int = 100
-    """Passes over the images, for photographs."""
-    batch_size: int | None = None
-    """Images a step, over all processes."""
-    centering: Literal["mean", "sinkhorn"] | None = None
-    """mean (DINO) or sinkhorn (DINOv2); the recipe's by default."""
-    koleo: float = 0.0
-    """Weight of KoLeo, which spreads features; 0.1 in DINOv2."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast with float32 weights."""
-    workers: int = 0
-    """Processes that prepare photographs."""
-    seeds: int = 1
-    """Train with this many seeds and report mean and deviation."""
-    output: Path | None = None
-    """Results folder; one that was interrupted is continued. Default: runs/dino-TIME."""
-    log_to: tuple[tracking.Tool, ...] = ()
-    """tensorboard, wandb, or both: write every loss, its terms, gap and learning rate there."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU where there is one."""
+    """Number of optimizer steps; warm-up and other schedules are stretched with it."""
 
 
-def configured(arguments: Arguments) -> recipes.Recipe:
-    """The recipe for the data, with the command line's changes."""
-    for kernel in arguments.kernels:
-        kernels.build(kernel)  # a misspelt one should not be found after other runs
-    if arguments.data in recipes.DRAWN:
-        recipe = recipes.drawn(arguments.data, arguments.steps)
-    else:
-        count = len(images.load(arguments.data, arguments.data_root, download=arguments.download).labels)
-        recipe = recipes.photographs(
-            arguments.data, count, epochs=arguments.epochs, batch_size=arguments.batch_size
-        )
-    settings = recipe.settings
-    settings = replace(
-        settings,
-        koleo=arguments.koleo,
-        precision=arguments.precision,
-        centering=arguments.centering or settings.centering,
-        batch_size=arguments.batch_size or settings.batch_size,
-    )
-    return replace(recipe, settings=settings, backbone=arguments.backbone or recipe.backbone)
+def main(argv: Sequence[str] | None = None) -> None:
+    options, recipe = command.parse(Options, recipes.RECIPES, "digits", argv)
+    for kernel in options.kernels:
+        kernels.build(kernel)  # so that a misspelt kernel is found before the first run
+    from wmateacher.integrations.dino.experiment import Experiment
 
-
-def main(arguments: Arguments) -> None:
-    console.check_seeds(arguments.seeds)
-    with processes.process_group(arguments.device) as device:
-        with processes.main_process_first():
-            recipe = configured(arguments)
-        output = console.folder(arguments.output, "dino")
-        run = experiment.Experiment(
-            recipe, output, root=arguments.data_root, download=arguments.download,
-            device=device, workers=arguments.workers,
+    with processes.process_group(options.device) as device:
+        output = console.folder(options.output, "dino")
+        run = Experiment(
+            recipe.with_steps(options.steps), output, root=options.data_root, download=options.download,
+            device=device, workers=options.workers,
         )  # fmt: skip
         console.say(f"DINO on {recipe.data}: {recipe.backbone} on {device}, results in {output}")
-        names = [*run.baselines, *arguments.kernels]
-        with console.resumable(output), tracking.to(arguments.log_to, output):
+        with console.resumable(output), tracking.to(options.log_to, output):
             console.conduct(
-                run, names, arguments.seeds,
+                run, [*run.baselines, *options.kernels], options.seeds,
                 lambda r: f"k-NN {r['teacher']['knn']:.1f}, linear {r['teacher']['linear']:.1f}",
             )  # fmt: skip
-            best = run.fit(arguments.kernels[0])
-        if processes.is_main():
-            conclude(run, arguments.kernels, best, output)
+            conclude(run, options.kernels)
 
 
-def conclude(run: experiment.Experiment, names: tuple[str, ...], shown: experiment.Fit, output: Path) -> None:
-    """The table and the pictures."""
-    print(f"\n{tables.table(run.results, experiment.COLUMNS)}\n")
-    files = {name: run.curve_file(name, 0) for name in names}
+def conclude(run: Experiment, names: Sequence[str]) -> None:
+    """Print the table and draw the pictures; the maps are those of the first kernel's teacher."""
+    from wmateacher.integrations.dino import pictures
+    from wmateacher.integrations.dino.experiment import COLUMNS
+
+    backbone = run.fit(names[0]).networks["teacher"].backbone
+    if not processes.is_main():
+        return
+    print(f"\n{tables.table(run.results, COLUMNS)}\n")
+    files = {name: run.file("curves", name, 0) for name in names}
     levels = {name: run.results["methods"][name]["teacher"]["knn"] for name in run.baselines}
-    curves.picture(files, levels, output / "curves.png")
+    tables.draw_curves(files, levels, run.output / "curves.png")
     try:
-        pictures.maps(shown.average.backbone, run.pictured().to(run.device), output / "maps.png")
+        pictures.draw_maps(backbone, run.test_images().to(run.device), run.output / "maps.png")
     except ValueError as error:
         print(f"no maps.png: {error}", file=sys.stderr)
-    print(f"wrote {output}/results.json, curves/*.csv, curves.png, maps.png")
+    print(f"wrote {run.output}/results.json, curves/*.csv, curves.png, maps.png")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Arguments))
-    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    command.run(main)

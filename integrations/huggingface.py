@@ -11,8 +11,8 @@ from torch import Tensor
 
 from wmateacher import WMATeacher, checks, losses
 from wmateacher.attachment import Attachment
+from wmateacher.files import write_atomically
 from wmateacher.integrations import resuming
-from wmateacher.integrations.engine.loop import write_atomically
 from wmateacher.integrations.resuming import Weights
 from wmateacher.kernels import KernelLike
 from wmateacher.losses import Criterion
@@ -104,7 +104,8 @@ class TeacherCallback(TrainerCallback):
         """Write the teacher into the checkpoint."""
         if self.teacher is not None and args.should_save:
             folder = _folder(args, state.global_step)
-            write_atomically(resuming.saved_state(self.teacher), folder / FILE)
+            with write_atomically(folder / FILE) as stream:
+                torch.save(resuming.saved_state(self.teacher), stream)
 
     def _resume(self, teacher: WMATeacher, args: TrainingArguments, step: int, total_steps: int) -> None:
         folder = _folder(args, step) if self.resume_from is None else Path(self.resume_from)

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmateacher import pairing
 from wmateacher.checks import one_of, positive_int
 from wmateacher.kernels import Array, Kernel
 from wmateacher.teacher import WMATeacher
@@ -151,7 +150,7 @@ def load(teacher: WMATeacher, state: Mapping[str, Any], step: int | None = None)
             f"the state of {found.source} does not say how many steps it has averaged: pass step=..., the "
             "number of optimizer steps in the run so far"
         )
-    teacher.load_average(weights(pairing.unwrap(teacher._student[0])), step)
+    teacher.load_average(weights(teacher.student), step)
     return found
 
 

@@ -134,6 +134,11 @@ class WMATeacher(nn.Module):
         return self._clock.total_steps
 
     @property
+    def student(self) -> nn.Module:
+        """The model that the teacher was built from, without DDP, DataParallel and torch.compile wrappers."""
+        return pairing.unwrap(self._student[0])
+
+    @property
     def roles(self) -> pairing.Roles:
         """The names of the tensors that are averaged, copied, kept and shared with the student."""
         return self._shadow.roles

@@ -1,4 +1,4 @@
-"""What TRACER's teacher is made of, varied one at a time, beside what the paper reports."""
+"""Variants of TRACER's teacher, one setting at a time, beside the figures that the paper reports."""
 
 from __future__ import annotations
 
@@ -6,79 +6,43 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from scipy.stats import spearmanr
-
-from wmateacher.checks import nearest
-from wmateacher.integrations.clip import clocks
+from wmateacher.checks import lookup
+from wmateacher.integrations.clip import clocks, paper
 from wmateacher.integrations.clip.methods import Merge, Method
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.tables import Results
 from wmateacher.posthoc import checkpoint_weights
 from wmateacher.spec import parse_sum
 
-Published = tuple[float | None, float, float]
-"""ImageNet, mean of the shifts, their ECE: ViT-B/16, three seeds."""
-PUBLISHED: Mapping[str, Mapping[str, Published]] = {
-    "kernel": {
-        "beta(0.2,0.2)": (81.91, 64.22, 0.068),
-        "beta(0.5,0.5)": (82.76, 64.07, 0.073),
-        "beta(0.7,0.7)": (82.97, 63.77, 0.080),
-        "beta(0.9,0.9)": (83.14, 63.38, 0.087),
-        "beta(1.0,1.0)": (83.09, 63.22, 0.089),
-        "beta(1.5,1.5)": (83.19, 62.79, 0.096),
-    },
-    "lambda": {
-        "lambda=0.1": (83.25, 61.86, 0.136),
-        "lambda=0.5": (83.16, 63.70, 0.087),
-        "lambda=0.9": (82.76, 64.07, 0.073),
-        "lambda=1": (82.70, 64.10, 0.072),
-        "lambda=3": (81.58, 63.89, 0.068),
-        "lambda=10": (80.52, 63.27, 0.069),
-    },
-    "terms": {
-        "none": (None, 59.40, 0.184),
-        "icl": (None, 59.95, 0.162),
-        "cross_kd": (None, 61.43, 0.142),
-        "crd": (None, 63.12, 0.085),
-        "fd": (None, 63.52, 0.116),
-        "fd+crd": (None, 64.08, 0.071),
-        "all": (None, 64.06, 0.074),
-    },
-    "interval": {},
-    "alpha": {},
-}
-"""What can be varied, and the paper's figures of the variants that it has."""
-PUBLISHED_STEPS = 25_030
-"""Of the runs with update intervals of 1, 500 and 2,500 steps."""
+__all__ = ["picture", "start_share", "table", "variants"]
 
 
 def variants(what: str, tracer: Method, steps: int, of: str = "ft") -> dict[str, Method]:
-    """The methods of one ablation, by name.
+    """Return the methods of one ablation by name.
 
     Args:
-        what: `"kernel"`, `"lambda"` or `"terms"`: the paper's grids. `"interval"`: updates as often in the
-            run as every 500 and 2,500 steps are in the published one, by this library's clock and by the
-            published code's. `"alpha"`: WiSE-FT's coefficient from 0 to 1.
-        tracer: What is varied.
-        steps: Of the run.
-        of: The fine-tuned model of `"alpha"`.
+        what: The ablation. `"kernel"`, `"lambda"` and `"terms"` are the paper's grids. `"interval"` has as
+            many updates per run as every 500 and 2,500 steps have in the published run, by this library's
+            clock and by the published code's. `"alpha"` is WiSE-FT's coefficient from 0 to 1.
+        tracer: The method to vary.
+        steps: Optimizer steps of the run.
+        of: The name of the fine-tuned method that `"alpha"` interpolates to.
 
     Raises:
-        ValueError: There is no such ablation.
+        ValueError: If there is no such ablation.
     """
-    if what not in _VARIED:
-        raise ValueError(f"unknown ablation {what!r}; {nearest(what, _VARIED)}")
-    return {name: replace(method, name=name) for name, method in _VARIED[what](tracer, steps, of).items()}
+    vary = lookup("ablation", what, _VARIED)
+    return {name: replace(method, name=name) for name, method in vary(tracer, steps, of).items()}
 
 
 def _kernels(tracer: Method, steps: int, of: str) -> dict[str, Method]:
-    return {kernel: replace(tracer, kernel=kernel) for kernel in PUBLISHED["kernel"]}
+    return {kernel: replace(tracer, kernel=kernel) for kernel in paper.ABLATIONS["kernel"]}
 
 
-def _strengths(tracer: Method, steps: int, of: str) -> dict[str, Method]:
+def _weights(tracer: Method, steps: int, of: str) -> dict[str, Method]:
     return {
         name: replace(tracer, distill_weight=float(name.removeprefix("lambda=")))
-        for name in PUBLISHED["lambda"]
+        for name in paper.ABLATIONS["lambda"]
     }
 
 
@@ -91,10 +55,10 @@ def _terms(tracer: Method, steps: int, of: str) -> dict[str, Method]:
     missing = [name for name in ("fd", "crd", "icl", "cross_kd") if name not in own]
     if missing:
         raise ValueError(
-            f"the ablation of terms takes them from tracer's distillation, {tracer.distillation!r} has no "
-            f"{missing[0]}: leave --distillation out"
+            f"the ablation of terms selects from tracer's distillation, and {tracer.distillation!r} has no "
+            f"{missing[0]}: leave --methods.tracer.distillation out"
         )
-    for name in PUBLISHED["terms"]:
+    for name in paper.ABLATIONS["terms"]:
         if name == "all":
             made[name] = tracer
         elif name != "none":
@@ -105,7 +69,7 @@ def _terms(tracer: Method, steps: int, of: str) -> dict[str, Method]:
 def _intervals(tracer: Method, steps: int, of: str) -> dict[str, Method]:
     made = {"every 1": replace(tracer, update_every=1)}
     for published in (500, 2500):
-        every = max(2, round(steps * published / PUBLISHED_STEPS))
+        every = max(2, round(steps * published / paper.ABLATION_STEPS))
         made[f"every {every}"] = replace(tracer, update_every=every)
         made[f"every {every}, published clock"] = replace(tracer, update_every=every, clock="published")
     return made
@@ -121,7 +85,7 @@ def _alphas(tracer: Method, steps: int, of: str) -> dict[str, Method]:
 
 _VARIED: dict[str, Callable[[Method, int, str], dict[str, Method]]] = {
     "kernel": _kernels,
-    "lambda": _strengths,
+    "lambda": _weights,
     "terms": _terms,
     "interval": _intervals,
     "alpha": _alphas,
@@ -129,7 +93,7 @@ _VARIED: dict[str, Callable[[Method, int, str], dict[str, Method]]] = {
 
 
 def start_share(method: Method, steps: int) -> float | None:
-    """The weight of W^0 in the teacher at the end of a run; None without a teacher."""
+    """Return the weight of W^0 in the teacher at the end of a run, or None without a teacher."""
     if method.kernel is None:
         return None
     kernel, every = clocks.build(method.kernel, method.update_every, method.clock)
@@ -146,19 +110,21 @@ def table(
     beside: bool = True,
     ece: str = "ece",
 ) -> str:
-    """One row a variant: what was measured, the weight of W^0, and what the paper reports.
+    """Return a table with one row per variant: its figures, the weight of W^0, and the paper's figures.
 
-    Under it the rank correlation of the shifts' accuracies with the published ones, where there are any.
+    Below it stands the rank correlation of the shifts' accuracies with the published ones, if there are any.
 
     Args:
-        results: As in `results.json`.
+        results: The content of `results.json`.
         what: The ablation.
-        methods: Its variants.
-        steps: Of the run.
-        beside: Show the paper's figures, which are those of ViT-B/16 on ImageNet.
-        ece: Which to show: `"ece"`, or `"ece_per_batch"` as the paper computes it.
+        methods: The variants.
+        steps: Optimizer steps of the run.
+        beside: Whether to show the paper's figures, which are those of ViT-B/16 on ImageNet.
+        ece: The ECE to show: `"ece"`, or `"ece_per_batch"` as the paper computes it.
     """
-    published = PUBLISHED[what] if beside else {}
+    from scipy.stats import spearmanr
+
+    published = paper.ABLATIONS[what] if beside else {}
     rows, ours, theirs = [], [], []
     for name, method in methods.items():
         record = results["methods"].get(name)
@@ -192,13 +158,13 @@ def table(
 
 
 def picture(results: Results, what: str, methods: Mapping[str, Method], file: Path) -> None:
-    """ID and mean OOD accuracy over the variants, and one against the other.
+    """Plot ID and mean OOD accuracy over the variants, and one against the other.
 
     Args:
-        results: As in `results.json`.
+        results: The content of `results.json`.
         what: The ablation.
-        methods: Its variants, in order.
-        file: Where to write the picture; its suffix gives the format.
+        methods: The variants, in order.
+        file: The file to write; its suffix gives the format.
     """
     from matplotlib.figure import Figure
 

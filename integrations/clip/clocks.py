@@ -1,4 +1,4 @@
-"""What the updates of a teacher count as where it is not updated at every step."""
+"""What an update of a teacher counts as if there is not one at every step."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from numpy.typing import NDArray
 from wmateacher import kernels
 from wmateacher.kernels import Array, Kernel
 
-Name = Literal["steps", "once", "published"]
+__all__ = ["CLOCKS", "Clock", "OnceAnUpdate", "build"]
+
+Clock = Literal["steps", "once", "published"]
+CLOCKS: tuple[Clock, ...] = ("steps", "once", "published")
 
 
-def build(kernel: str, every: int, clock: Name) -> tuple[Kernel, int]:
-    """What a teacher takes as its `kernel` and its `update_every`.
+def build(kernel: str, every: int, clock: Clock) -> tuple[Kernel, int]:
+    """Return the `kernel` and the `update_every` of a teacher.
 
     Args:
         kernel: A spec of `wmateacher.kernels.build`.
         every: Optimizer steps n between updates.
-        clock: `"steps"`: each update stands for the steps nearest to it, the library's own meaning.
-            `"once"`: the retention at its step is applied once an update, as CaRot does with its EMA.
-            `"published"`: TRACER's code, which looks the kernel up at the *number of the update* over all
-            steps. Its time never passes 1/n, so W^0 keeps the more the rarer the updates are: with
-            beta(0.5,0.5) over 25,030 steps 0.3%, 10% and 21% for n = 1, 500 and 2,500.
+        clock: `"steps"` is the library's own meaning: each update stands for the steps nearest to it.
+            `"once"` applies the retention at its step once per update, as CaRot does with its EMA.
+            `"published"` looks the kernel up at the *index of the update* over all steps, as TRACER's code
+            does. Its time never passes 1/n, so rarer updates leave more weight on W^0: with beta(0.5,0.5)
+            over 25,030 steps 0.3%, 10% and 21% for n = 1, 500 and 2,500.
     """
     built = kernels.build(kernel)
     return (built, every) if clock == "steps" else (OnceAnUpdate(built, every, clock == "published"), 1)
@@ -32,15 +35,15 @@ def build(kernel: str, every: int, clock: Name) -> tuple[Kernel, int]:
 
 @dataclass(frozen=True)
 class OnceAnUpdate(Kernel):
-    """A kernel whose retention counts once an update; at the other steps the average stays as it is.
+    """A kernel whose retention is applied once per update; at other steps the average stays unchanged.
 
-    Updates follow the steps n, 2n, ... and T; those of the published code the steps 1, n + 1, 2n + 1, ...
-    and T, because it looks for a multiple of n among indices from 0.
+    Updates follow steps n, 2n, ... and T. With the published clock they follow steps 1, n + 1, 2n + 1, ...
+    and T, because the published code looks for multiples of n among indices from 0.
 
     Attributes:
-        kernel: Gives the retentions.
+        kernel: The kernel that gives the retentions.
         every: Optimizer steps n between updates.
-        counted: Look the kernel up at the number of the update, and not at its step.
+        counted: Whether the kernel is looked up at the index of the update instead of its step.
     """
 
     kernel: Kernel

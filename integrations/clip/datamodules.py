@@ -1,4 +1,4 @@
-"""What a recipe's methods see: pairs to train on, sets to test on, texts of the classes."""
+"""The data of a recipe: pairs to train on, sets to test on, and the texts of the classes."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from wmateacher.integrations.clip.data import files, imagenet
-from wmateacher.integrations.clip.data.batches import Batch, DrawnPairs, normalise
-from wmateacher.integrations.clip.data.photos import FilePairs, Sampling
+from wmateacher.integrations.clip.data.batches import Batch, Sampling
+from wmateacher.integrations.clip.data.digits import DigitPairs, normalise
+from wmateacher.integrations.clip.data.photos import PhotoPairs
 from wmateacher.integrations.clip.evaluation import Labelled, Scorer, score, score_set
-from wmateacher.integrations.clip.heads import Prompts
-from wmateacher.integrations.clip.model import Tokenizer, Towers
-from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
-from wmateacher.integrations.clip.training import Settings
+from wmateacher.integrations.clip.model import Prompts, Tokenizer, Towers
+from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Settings
 from wmateacher.integrations.engine import loop, processes
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain, Split
 
-_DRAWN_BATCH = 500
+__all__ = ["CLIPData", "DigitsData", "PhotoData", "training_view"]
+
+_TEST_BATCH = 500
 
 
 class CLIPData(Protocol):
-    """A recipe's data, at the size that its towers take.
+    """The data of a recipe, at the image size of its towers.
 
     Attributes:
-        prompts: Classes, templates, tokenizer.
-        tests: By name; the first is in-distribution.
-        validation: Likewise, for every choice that is made by looking at results.
-        labelled: Whether training pairs have classes.
+        prompts: The classes, templates and tokenizer.
+        tests: The test sets by name; the first is in-distribution.
+        validation: The validation sets by name, for every choice that is made by looking at results.
+        labelled: Whether training pairs have labels.
         anchored: Whether there are anchor pairs.
     """
 
@@ -46,30 +47,30 @@ class CLIPData(Protocol):
     validation: Mapping[str, Scorer]
 
     def pairs(self, settings: Settings) -> loop.Stream[Batch]:
-        """What fine-tuning sees."""
+        """Return the fine-tuning pairs."""
         ...
 
     def anchors(self, settings: Settings) -> loop.Stream[Batch] | None:
-        """Pairs like those of pre-training, where there are any."""
+        """Return pairs like those of pre-training, or None if there are none."""
         ...
 
 
 class DigitsData:
-    """Digits, drawn anew in a domain at every step; a `CLIPData`.
+    """Digits drawn anew in a domain at every step; a `CLIPData`.
 
     Args:
-        recipe: Which.
-        towers: That will see them.
-        tokenizer: Of the towers.
-        root: Where the recipe's data lies.
-        download: Let torchvision download it.
+        recipe: The recipe.
+        towers: The towers, for their image size.
+        tokenizer: The towers' tokenizer.
+        root: The folder that holds the recipe's source of digits.
+        download: Whether torchvision may download it.
 
     Attributes:
         source: The grey digits.
-        train: Those to train on.
+        train: The training split.
 
     Raises:
-        FileNotFoundError: The data is not there.
+        FileNotFoundError: If the digits are missing.
     """
 
     labelled = anchored = True
@@ -91,35 +92,35 @@ class DigitsData:
         self.tests = self._scorers(self.source.test, {"id": recipe.narrow, **recipe.shifts})
         self.validation = self._scorers(self.source.val, {"id": recipe.narrow, "wide": recipe.wide})
 
-    def drawn(self, domain: Domain, settings: Settings) -> DrawnPairs:
-        """Training digits in a domain."""
-        return DrawnPairs(
+    def draw(self, domain: Domain, settings: Settings) -> DigitPairs:
+        """Return the training digits drawn in a domain."""
+        return DigitPairs(
             self.train, domain, self.source.classes, self.source.templates, self.prompts.tokenizer,
             size=self._size, batch_size=settings.batch_size, seed=settings.seed,
         )  # fmt: skip
 
-    def pairs(self, settings: Settings) -> DrawnPairs:
-        """In the fine-tuning domain."""
-        return self.drawn(self.recipe.narrow, settings)
+    def pairs(self, settings: Settings) -> DigitPairs:
+        """Return pairs in the fine-tuning domain."""
+        return self.draw(self.recipe.narrow, settings)
 
-    def anchors(self, settings: Settings) -> DrawnPairs:
-        """In the pre-training domain."""
-        return self.drawn(self.recipe.wide, settings)
+    def anchors(self, settings: Settings) -> DigitPairs:
+        """Return pairs in the pre-training domain."""
+        return self.draw(self.recipe.wide, settings)
 
     def _scorers(self, split: Split, domains: Mapping[str, Domain]) -> Mapping[str, Scorer]:
-        """Scores on a split drawn in each domain, always the same way."""
-
         def scorer(domain: Domain) -> Scorer:
             return lambda towers, head: score(towers, head, self._batches(split, domain))
 
         return {name: scorer(domain) for name, domain in domains.items()}
 
     def _batches(self, split: Split, domain: Domain) -> Labelled:
+        """Yield the split drawn in a domain, the same way every time."""
+
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             generator = torch.Generator().manual_seed(0)
-            for first in range(0, len(split), _DRAWN_BATCH):
-                chosen = slice(first, first + _DRAWN_BATCH)
-                part = Split(split.images[chosen], split.labels[chosen])
+            for first in range(0, len(split), _TEST_BATCH):
+                rows = slice(first, first + _TEST_BATCH)
+                part = Split(split.images[rows], split.labels[rows])
                 yield normalise(domain.draw(part, self._size, generator)), part.labels
 
         return batches()
@@ -129,18 +130,18 @@ class PhotoData:
     """Pairs from files, ImageNet and its shifts; a `CLIPData`.
 
     Args:
-        recipe: Which.
-        towers: That will see them; their normalisation is used.
-        tokenizer: Of the towers.
-        root: The folder that holds the sets.
-        workers: Processes that read images, for training and as many for evaluation; 0: this one.
+        recipe: The recipe.
+        towers: The towers, for their image size and normalisation.
+        tokenizer: The towers' tokenizer.
+        root: The folder that holds the data sets.
+        workers: Processes that read images, for training and again for evaluation. 0: this process.
 
     Attributes:
-        train: The pairs.
+        train: The training pairs.
 
     Raises:
-        ValueError: No root; what a set has is wrong.
-        FileNotFoundError: A set is not there; says how to get it.
+        ValueError: If there is no root, or a data set is damaged.
+        FileNotFoundError: If a data set is missing; the message says where to get it.
     """
 
     validation: Mapping[str, Scorer] = {}
@@ -160,9 +161,10 @@ class PhotoData:
                 "root=DIR (--data-root DIR)"
             )
         self.recipe, self._workers = recipe, workers
-        self.prompts = Prompts(imagenet.CLASSES, recipe.templates, tokenizer)
+        templates = recipe.templates or imagenet.openai_templates()
+        self.prompts = Prompts(imagenet.class_names(), templates, tokenizer)
         self.train = files.load(recipe.train, root)
-        files.check_labels(self.train, len(imagenet.CLASSES))
+        files.check_labels(self.train, imagenet.CLASSES)
         self.labelled = self.train.labels is not None
         self._anchors = None if recipe.anchors is None else files.load(recipe.anchors, root)
         self.anchored = self._anchors is not None
@@ -179,16 +181,16 @@ class PhotoData:
             for name in recipe.tests
         }  # fmt: skip
 
-    def pairs(self, settings: Settings) -> FilePairs:
-        """Of the training set."""
+    def pairs(self, settings: Settings) -> PhotoPairs:
+        """Return the pairs of the training set."""
         return self._read(self.train, settings, self.recipe.sampling)
 
-    def anchors(self, settings: Settings) -> FilePairs | None:
-        """Those that the recipe names."""
+    def anchors(self, settings: Settings) -> PhotoPairs | None:
+        """Return the pairs of the recipe's anchors, or None if it names none."""
         return None if self._anchors is None else self._read(self._anchors, settings, "epochs")
 
-    def _read(self, data: files.Captioned, settings: Settings, sampling: Sampling) -> FilePairs:
-        return FilePairs(
+    def _read(self, data: files.Captioned, settings: Settings, sampling: Sampling) -> PhotoPairs:
+        return PhotoPairs(
             data, self._view, self.prompts.tokenizer, batch_size=settings.batch_size, seed=settings.seed,
             classes=self.prompts.classes, templates=self.prompts.templates, sampling=sampling,
             workers=self._workers,
@@ -198,7 +200,18 @@ class PhotoData:
 def training_view(
     size: int, mean: tuple[float, ...], std: tuple[float, ...], scale: tuple[float, ...], flip: float
 ) -> Any:
-    """A PIL image to a tensor `[3, size, size]`: a bicubic random crop, a flip at random, normalised."""
+    """Return the training transform: a bicubic random crop, a random flip, and normalisation.
+
+    Args:
+        size: The height and width of the result, in pixels.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
+        scale: The smallest and largest share of the image in the crop.
+        flip: The probability of a horizontal flip.
+
+    Returns:
+        A function from a PIL image to a tensor `[3, size, size]`.
+    """
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC),

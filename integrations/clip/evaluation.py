@@ -1,4 +1,4 @@
-"""Accuracy and calibration of a zero-shot head, over any number of test sets."""
+"""Accuracy and calibration of a zero-shot head on test sets."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from wmateacher.integrations.engine import processes, signals
 from wmateacher.integrations.vision import accuracy
 from wmateacher.integrations.vision.accuracy import Labelled, Scores
 
+__all__ = ["Labelled", "Scorer", "Scores", "score", "score_set", "summarise"]
+
 Scorer = Callable[[Towers, Tensor], Scores]
-"""Towers and a head `[d, classes]` to their scores on one test set."""
+"""A function from towers and a head `[d, classes]` to their scores on one test set."""
 
 
 def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
-    """Classify images by `features @ head` and compare with their labels.
+    """Classify images by `features @ head` and compare the answers with their labels.
 
     Args:
-        towers: The model; evaluated in eval mode, its mode restored.
-        head: `[d, classes]`, as `zero_shot_head` gives.
-        batches: The test set, whole on every rank.
+        towers: The model. It is evaluated in eval mode and returned to its mode.
+        head: The head, `[d, classes]`, such as `zero_shot_head` returns.
+        batches: The test set, all of it on every rank.
 
     Raises:
-        ValueError: The test set is empty.
+        ValueError: If the test set is empty.
     """
     return accuracy.score(
         towers, batches, head.shape[1], lambda images: towers.encode_image(images, normalize=True) @ head
@@ -45,26 +47,27 @@ def score_set(
     batch_size: int = 256,
     workers: int = 0,
 ) -> Scores:
-    """Score a head of ImageNet's 1,000 classes on a set that `imagenet.load` gives, among the set's classes.
+    """Score a head of ImageNet's 1,000 classes on a test set, among the set's classes.
 
     Images that cannot be read are left out, with a warning that counts them. Each process reads its part.
 
     Args:
-        towers: As in `score`.
-        head: `[d, 1000]`.
-        test: The set.
-        transform: A PIL image to what the towers take, such as `open_clip.image_transform` gives.
+        towers: The model, as in `score`.
+        head: The head, `[d, 1000]`.
+        test: The test set, from `imagenet.load`.
+        transform: A function from a PIL image to the towers' input, such as `open_clip.image_transform`
+            returns.
         batch_size: Images at a time.
-        workers: Processes that read images; 0: this one.
+        workers: Processes that read images. 0: this process.
 
     Raises:
-        ValueError: No image can be read.
+        ValueError: If no image can be read.
     """
     return accuracy.score(
         towers,
         _read(test.images, transform, batch_size, workers),
         test.classes,
-        lambda images: test.answers(towers.encode_image(images, normalize=True) @ head),
+        lambda images: test.logits_of(towers.encode_image(images, normalize=True) @ head),
         parts=True,
     )
 
@@ -72,14 +75,15 @@ def score_set(
 def _read(
     photos: Photos, transform: Callable[[Any], Tensor], batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of what can be read."""
+    """Yield batches of the images that can be read."""
     loader: DataLoader[Any] = DataLoader(
         _Readable(photos, transform),
         batch_sampler=_own_parts(len(photos), batch_size),
         num_workers=workers,
         worker_init_fn=signals.leave_to_main,
         collate_fn=_together,
-        generator=torch.Generator(),  # else it would draw from the global one
+        # Without a generator of its own the loader would draw from the global one.
+        generator=torch.Generator(),
     )
     unreadable: list[int] = []
     for images, labels, failed in loader:
@@ -88,13 +92,13 @@ def _read(
     if unreadable:
         warnings.warn(
             f"{len(unreadable)} of {len(photos)} images cannot be read and are left out, such as "
-            f"{photos.files[unreadable[0]]}: get them again, the published figures have them",
+            f"{photos.files[unreadable[0]]}: get them again, the published figures include them",
             stacklevel=2,
         )
 
 
 def _own_parts(count: int, batch_size: int) -> list[list[int]]:
-    """The indices of each batch's images that this process reads."""
+    """Return the indices of the images of each batch that this process reads."""
     batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     return [list(batch[processes.local_slice(len(batch))]) for batch in batches]
 
@@ -123,11 +127,15 @@ def _together(items: list[Any]) -> tuple[Tensor, Tensor, list[int]]:
 
 
 def summarise(scores: Mapping[str, Scores], in_distribution: str = "id") -> dict[str, object]:
-    """One record of a model's scores: ID, mean and single shifts, ECE.
+    """Return one record of a model's scores.
+
+    Args:
+        scores: The scores by test set.
+        in_distribution: The name of the in-distribution set; all others are shifts.
 
     Returns:
-        `id`, `ood` (mean over the shifts) and `ood_per_shift` in percent; `ece` and `ece_per_batch`,
-        means over the shifts; `id_ece`. Means are None where there are no shifts.
+        `id`, `ood` (the mean over shifts) and `ood_per_shift` in percent; `ece` and `ece_per_batch`, means
+        over shifts; and `id_ece`. Without shifts the means are None.
     """
     shifts = {name: s for name, s in scores.items() if name != in_distribution}
 

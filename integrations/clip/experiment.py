@@ -1,4 +1,4 @@
-"""Run methods over a recipe: shared data and pretrained towers, one record a method and seed."""
+"""Run CLIP fine-tuning methods over a recipe, from shared data and pretrained towers."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from torch import nn
 
 from wmateacher.integrations.clip.datamodules import CLIPData, DigitsData, PhotoData
 from wmateacher.integrations.clip.evaluation import Scorer, Scores, summarise
-from wmateacher.integrations.clip.heads import Student, head_of, towers_of
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
-from wmateacher.integrations.clip.model import build
+from wmateacher.integrations.clip.model import Student, build, head_of, towers_of
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Recipe
 from wmateacher.integrations.clip.training import build_student, fit
-from wmateacher.integrations.engine import loop, processes
-from wmateacher.integrations.engine.results import Results, environment, file_name, write_csv
+from wmateacher.integrations.engine import experiment, loop, processes
+from wmateacher.integrations.engine.experiment import Outcome, Table
 from wmateacher.posthoc import interpolate, model_stock
+
+__all__ = ["Experiment", "Finished", "default_cache"]
 
 SIDES = ("student", "teacher")
 
 
 def default_cache() -> Path:
-    """Where pretrained towers are kept: `$XDG_CACHE_HOME/wmateacher`, by default in `~/.cache`."""
+    """Return the folder of pretrained towers: `$XDG_CACHE_HOME/wmateacher`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wmateacher"
 
 
 @dataclass
 class Finished:
-    """A method's end.
+    """The networks at the end of a method.
 
     Attributes:
-        student: What it fine-tuned, or made.
-        teacher: The averaged student; None where the method has none.
-        seconds: Of training.
-        series: As `loop.History` has them.
+        student: The fine-tuned, merged or pretrained model.
+        teacher: The average of the student; None if the method has no teacher.
+        seconds: Seconds of training.
+        series: The logged values, as in `loop.History`.
     """
 
     student: Student
@@ -49,36 +50,41 @@ class Finished:
     seconds: float = 0.0
     series: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
 
+    @property
+    def networks(self) -> dict[str, Student]:
+        """The student, and the teacher if there is one, by name."""
+        return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
-class Experiment:
-    """A recipe with its data loaded, and a folder that its results go to.
 
-    The folder holds `results.json`, `gaps/METHOD-SEED.csv`, `epochs/METHOD-SEED.csv` (the scores of student
-    and teacher while training), `reliability/METHOD-SEED.csv` and `checkpoints/`. A folder with results of
-    the same configuration is continued: finished methods are not run again, an interrupted one goes on
-    from its checkpoint.
+class Experiment(experiment.Experiment[Recipe]):
+    """A recipe with its data and towers loaded, and the folder of its results.
+
+    The tables of a run are `gaps`, `reliability`, and `epochs`: the scores of student and teacher during
+    training.
 
     Args:
         recipe: What to run.
         output: The folder.
-        root: Where the recipe's data lies.
-        download: Let torchvision download digits.
-        cache: Where pretrained towers are kept between runs.
-        device: To train on.
-        workers: Processes that read photographs.
-        progress: Show progress bars.
-        say: Told of every evaluation while training.
+        root: The folder of the data.
+        download: Whether torchvision may download the digits.
+        cache: The folder that keeps pretrained towers between runs.
+        device: The device to train on.
+        workers: The number of processes that read photographs.
+        progress: Whether to show progress bars.
+        say: Called with a line of text at every evaluation during training.
         adapt: Changes the recipe once its number of steps is known, such as for an ablation of intervals.
 
     Attributes:
-        recipe: With the number of steps that its data makes.
-        towers: As pretrained, once `pretrain` has run.
-        world: The data.
+        recipe: The recipe with the number of steps that its data makes.
+        towers: The towers, pretrained once `pretrain` has run.
+        data: The data.
 
     Raises:
-        ValueError: The folder holds results of another configuration; the data is wrong.
-        FileNotFoundError: The data is not there.
+        ValueError: If the folder holds results of another configuration, or the data is wrong.
+        FileNotFoundError: If the data is missing.
     """
+
+    packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
 
     def __init__(
         self,
@@ -94,93 +100,65 @@ class Experiment:
         say: Callable[[str], None] | None = None,
         adapt: Callable[[Recipe], Recipe] | None = None,
     ):
-        self.recipe, self.output, self.progress, self.say = recipe, output, progress, say
-        self.device = torch.device(device)
-        self.cache = cache or default_cache()
-        self.world: CLIPData
-        torch.manual_seed(recipe.finetune.seed)  # of towers without weights
+        self.say, self.cache = say, cache or default_cache()
+        self.data: CLIPData
         if isinstance(recipe, PhotoRecipe):
+            torch.manual_seed(recipe.finetune.seed)  # for towers without weights
             with processes.main_process_first():  # the first may download
                 self.towers, tokenizer = build(recipe.model, recipe.pretrained)
             photos = PhotoData(recipe, self.towers, tokenizer, root=root, workers=workers)
-            self.world, self.recipe = photos, recipe.on(len(photos.train))
+            self.data, recipe = photos, recipe.resolve(len(photos.train))
         elif isinstance(recipe, DigitsRecipe):
             torch.manual_seed(recipe.pretrain.seed)
             self.towers, tokenizer = build(recipe.model)
-            self.world = DigitsData(recipe, self.towers, tokenizer, root=root, download=download)
+            self.data = DigitsData(recipe, self.towers, tokenizer, root=root, download=download)
         else:
             raise TypeError(f"recipe must be a DigitsRecipe or a PhotoRecipe, got {type(recipe).__name__}")
         if adapt is not None:
-            self.recipe = adapt(self.recipe)
+            recipe = adapt(recipe)
+        super().__init__(recipe, output, device=device, progress=progress)
         self.towers.to(self.device)
-        self.prompts = self.world.prompts
-        packages = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
-        where = environment(self.device, packages)
-        neutral = [f"{settings}.checkpoint_every" for settings in ("finetune", "pretrain")]
-        self._results = Results(output, asdict(self.recipe), where, neutral)
-
-    # --- one method ---------------------------------------------------------------------------------
+        self.prompts = self.data.prompts
 
     def pretrain(self) -> float:
-        """Pre-train the towers, or load them from the cache; seconds that the training took.
+        """Pre-train the towers, or load them from the cache, and return the seconds of training.
 
         Towers that came with weights stay as they are.
         """
-        if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.world, DigitsData):
+        if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.data, DigitsData):
             return 0.0
         settings = self.recipe.pretrain
         key = hashlib.sha256(json.dumps(self._pretraining(), sort_keys=True).encode()).hexdigest()[:16]
         file = self.cache / f"{self.recipe.model}-{self.recipe.data}-{key}.pt"
         pretrained = fit(
-            self.towers, METHODS["flyp"], self.world.drawn(self.recipe.wide, settings), settings,
+            self.towers, METHODS["flyp"], self.data.draw(self.recipe.wide, settings), settings,
             checkpoint=file, label="pre-training", progress=self.progress,
         )  # fmt: skip
         return pretrained.seconds
 
     def check(self, names: Sequence[str]) -> None:
-        """See that methods can run on this data, before any of them takes its time.
+        """Check that methods can run on this data, before the first of them starts.
 
         Raises:
-            ValueError: One cannot; it says what it needs.
+            ValueError: If a method cannot run; the message says what it needs.
         """
         for name in names:
-            lacking = self.recipe.lacking(name, labelled=self.world.labelled, anchored=self.world.anchored)
-            if lacking is not None:
-                raise ValueError(lacking)
+            reason = self.recipe.why_not(name, labelled=self.data.labelled, anchored=self.data.anchored)
+            if reason is not None:
+                raise ValueError(reason)
             method = self.recipe.trained(name)
             if method.trains:
                 processes.check_batch(self.recipe.finetune.batch_size, equal=method.head == "linear")
 
-    def run(
-        self, name: str, seed: int = 0, after_step: Callable[[int], None] | None = None
-    ) -> dict[str, Any]:
-        """Fine-tune by one method from the pretrained towers, evaluate, and record it.
-
-        Args:
-            name: Of the method, in the recipe.
-            seed: Of data order, drawing and initialisation; the pretrained towers are the same.
-            after_step: As in `fit`.
-
-        Returns:
-            This seed's record; `results["methods"]` has the means over all seeds so far.
-        """
-        self._results.claim()
-        recorded = self._results.recorded(name, seed)
-        if recorded is not None:
-            return recorded
-        end = self._finished(self.recipe.method(name), seed, after_step)
-        sides = (
-            {"student": end.student}
-            if end.teacher is None
-            else {"student": end.student, "teacher": end.teacher}
-        )
-        scores = {side: self.evaluate(model) for side, model in sides.items()}
-        validation = self.evaluate(end.student, self.world.validation)
+    def train(self, name: str, seed: int) -> Outcome:
+        """Fine-tune by the method `name` from the pretrained towers, and evaluate."""
+        end = self._finished(self.recipe.method(name), seed)
+        scores = {side: self.evaluate(network) for side, network in end.networks.items()}
+        validation = self.evaluate(end.student, self.data.validation)
         gaps = end.series.get("gap", [])
-        in_distribution = next(iter(self.world.tests))
+        in_distribution = next(iter(self.data.tests))
         summaries = {side: summarise(s, in_distribution) for side, s in scores.items()}
         record = {
-            "seed": seed,
             **summaries["student"],
             "teacher": summaries.get("teacher"),
             "seconds": end.seconds,
@@ -188,62 +166,40 @@ class Experiment:
             "validation": {k: s.accuracy for k, s in validation.items()},
             "unreadable": sum(int(count) for _, count in end.series.get("unreadable", [])),
         }
-        if processes.is_main():
-            self._write(name, seed, end, scores)
-        self._results.record(name, record)
-        return record
+        return Outcome(record, self._tables(end, scores))
 
     def evaluate(self, student: Student, tests: Mapping[str, Scorer] | None = None) -> dict[str, Scores]:
-        """Score a student's head on sets; on those of the world by default."""
-        chosen = self.world.tests if tests is None else tests
+        """Score a model on sets, by default on the test sets of the data."""
+        chosen = self.data.tests if tests is None else tests
         if not chosen:
             return {}
         towers, head = towers_of(student), head_of(student, self.prompts)
         return {name: scorer(towers, head) for name, scorer in chosen.items()}
 
-    @property
-    def results(self) -> dict[str, Any]:
-        """What stands in `results.json`."""
-        return self._results.content
-
-    def gap_file(self, method: str, seed: int) -> Path:
-        """Where the teacher-student gap after every step is written."""
-        return self.file("gaps", method, seed)
-
-    def file(self, what: str, method: str, seed: int) -> Path:
-        """Where one of the tables of a run is written: gaps, epochs, reliability."""
-        return self.output / what / f"{file_name(method)}-{seed}.csv"
-
-    # --- pieces -------------------------------------------------------------------------------------
-
-    def _finished(
-        self, method: Method, seed: int, after_step: Callable[[int], None] | None = None
-    ) -> Finished:
-        """A method's finished model."""
+    def _finished(self, method: Method, seed: int) -> Finished:
+        """Return the networks at the end of a method."""
         if method.merge is not None:
             return self._merged(method.merge, seed)
         student = build_student(method, deepcopy(self.towers), self.prompts)
         if not method.trains:
             return Finished(student)
         settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
-        label = f"{method.name} (seed {seed})"
+        options = self.loop_options(method.name, seed)
         fitted = fit(
-            student, method, self.world.pairs(settings), settings,
-            prompts=self.prompts, anchors=self.world.anchors(settings) if method.anchors else None,
-            checkpoint=self.output / "checkpoints" / f"{file_name(method.name)}-{seed}.pt",
-            label=label, progress=self.progress, after_step=after_step,
-            evaluate=self._watched, evaluate_every=self.recipe.evaluate_every or 0,
-            after_read=None if self.say is None else _telling(self.say, label),
+            student, method, self.data.pairs(settings), settings,
+            prompts=self.prompts, anchors=self.data.anchors(settings) if method.anchors else None,
+            evaluate=self._figures_of, evaluate_every=self.recipe.evaluate_every or 0,
+            after_read=None if self.say is None else _telling(self.say, str(options["label"])), **options,
         )  # fmt: skip
         teacher = None if fitted.teacher is None else fitted.teacher.module
         return Finished(student, teacher, fitted.seconds, fitted.series)  # type: ignore[arg-type]
 
-    def _watched(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Figures of student and teacher while training."""
+    def _figures_of(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Return the figures of student and teacher during training."""
         return _figures({side: self.evaluate(model) for side, model in models.items()})  # type: ignore[arg-type]
 
     def _merged(self, merge: Merge, seed: int) -> Finished:
-        """Weights between the pretrained and fine-tuned ones."""
+        """Return weights between the pretrained and the fine-tuned ones."""
         method = self.recipe.method(merge.of)
         student = build_student(method, deepcopy(self.towers), self.prompts)
         ends = [self._finished(method, merge.models * seed + i) for i in range(merge.models)]
@@ -254,10 +210,9 @@ class Experiment:
         student.load_state_dict(merged)
         return Finished(student, seconds=sum(end.seconds for end in ends))
 
-    def _write(self, name: str, seed: int, end: Finished, scores: Mapping[str, Mapping[str, Scores]]) -> None:
-        """The tables of a run."""
-        if "gap" in end.series:
-            write_csv(("step", "gap"), end.series["gap"], self.file("gaps", name, seed))
+    def _tables(self, end: Finished, scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Table]:
+        """Return the tables of a run."""
+        tables = {"gaps": Table(("step", "gap"), end.series["gap"])} if "gap" in end.series else {}
         watched = [
             (step, *series.split("/"), value)
             for series, values in end.series.items()
@@ -267,26 +222,25 @@ class Experiment:
         if watched:
             last = self.recipe.finetune.steps
             watched += [(last, *series.split("/"), value) for series, value in _figures(scores).items()]
-            header = ("step", "model", "set", "figure", "value")
-            write_csv(header, watched, self.file("epochs", name, seed))
+            tables["epochs"] = Table(("step", "model", "set", "figure", "value"), watched)
         rows = [
             (side, test, *row)
             for side, sets in scores.items()
             for test, s in sets.items()
             for row in s.reliability
         ]
-        header = ("model", "set", "confidence", "accuracy", "share")
-        write_csv(header, rows, self.file("reliability", name, seed))
+        tables["reliability"] = Table(("model", "set", "confidence", "accuracy", "share"), rows)
+        return tables
 
     def _pretraining(self) -> dict[str, Any]:
-        """What the pretrained towers depend on."""
-        recipe, world = self.recipe, self.world
+        """Return all that the pretrained towers depend on."""
+        recipe, data = self.recipe, self.data
         assert isinstance(recipe, DigitsRecipe)
-        assert isinstance(world, DigitsData)
+        assert isinstance(data, DigitsData)
         return {
             "model": recipe.model,
             "data": recipe.data,
-            "images": len(world.train),
+            "images": len(data.train),
             "domain": asdict(recipe.wide),
             "pretrain": asdict(recipe.pretrain),
             "method": METHODS["flyp"].settings(),
@@ -295,7 +249,7 @@ class Experiment:
 
 
 def _figures(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, float]:
-    """Scores by names such as `student/imagenet/accuracy`."""
+    """Return scores by names such as `student/imagenet/accuracy`."""
     return {
         f"{side}/{name}/{figure}": getattr(s, figure)
         for side, sets in scores.items()
@@ -305,7 +259,7 @@ def _figures(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, float]:
 
 
 def _telling(say: Callable[[str], None], label: str) -> Callable[[int, Mapping[str, float]], None]:
-    """Says accuracies, where a step logged any."""
+    """Return a function that says the accuracies of an evaluation."""
 
     def tell(step: int, values: Mapping[str, float]) -> None:
         for side in SIDES:

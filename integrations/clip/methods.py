@@ -1,21 +1,34 @@
-"""Fine-tuning methods as declarations over one objective and one training loop."""
+"""Fine-tuning methods, declared over one objective and one training loop."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from wmateacher import checks, kernels, losses
-from wmateacher.checks import nearest
+from wmateacher import kernels, losses
+from wmateacher.checks import lookup, one_of, positive_int
 from wmateacher.integrations.clip import clocks
-from wmateacher.integrations.clip.guidance import check as check_guidance
+from wmateacher.spec import parse_call
+
+__all__ = [
+    "CAROT_EMA",
+    "METHODS",
+    "TRACER_TERMS",
+    "Contexts",
+    "Merge",
+    "Method",
+    "RandomTexts",
+    "parse_guidance",
+    "tracer_terms",
+]
 
 
 def tracer_terms(width: int, elementwise: float = 2000.0) -> str:
-    """TRACER's distillation for embeddings of a width d.
+    """Return TRACER's distillation for embeddings of width d.
 
-    Its published coefficient is on FD as a mean over elements; on the FD per sample, the sum over them, it is
-    that divided by d: 3.90625 at width 512.
+    The published coefficient multiplies FD averaged over elements. `fd` sums over them, so its coefficient is
+    the published one divided by d: 3.90625 at width 512.
     """
     return f"{elementwise / width!r}*fd + crd + icl + cross_kd"
 
@@ -23,27 +36,62 @@ def tracer_terms(width: int, elementwise: float = 2000.0) -> str:
 TRACER_TERMS = tracer_terms(512)
 """TRACER's distillation at width 512."""
 CAROT_EMA = "ema(0.05,0.9,schedule=linear,warmup=0.2)"
-"""CaRot's teacher: retention .05 -> .9 over the first 20% of the run."""
+"""CaRot's teacher: its decay rises from 0.05 to 0.9 over the first 20% of the run."""
 
 
-def check_clip_norm(clip_norm: float | None) -> None:
-    """See that gradients can be clipped at it.
+@dataclass(frozen=True)
+class Contexts:
+    """One text for each template: its features averaged over the classes (CAR-FT, Mao et al. 2022).
+
+    The softmax of an image's similarities to them is the paper's context distribution of the image.
+    """
+
+
+@dataclass(frozen=True)
+class RandomTexts:
+    """Texts of random tokens, drawn anew at each step (Lipsum-FT, Nam et al. 2024, section 5.1).
+
+    Attributes:
+        count: The number of texts M; 80 in the paper.
+        length: The tokens of each text between its start and end tokens; 8 in the paper.
+    """
+
+    count: int = 80
+    length: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("count", "length"):
+            positive_int(f"random_texts: {name}", getattr(self, name))
+
+
+_GUIDANCE: dict[str, Callable[..., Contexts | RandomTexts]] = {
+    "contexts": Contexts,
+    "random_texts": RandomTexts,
+}
+
+
+def parse_guidance(guidance: str) -> Contexts | RandomTexts:
+    """Return the texts that a spec names.
+
+    Args:
+        guidance: `"contexts"` or `"random_texts(count,length)"`.
 
     Raises:
-        ValueError: They cannot.
+        ValueError: If the spec does not parse or names neither.
     """
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be above 0, or None for no clipping, got {clip_norm}")
+    call = parse_call(guidance)
+    texts: Contexts | RandomTexts = call.build(lookup("guidance", call.name, _GUIDANCE))
+    return texts
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Weights made of fine-tuned ones and the pretrained, with no training of their own.
+    """Weights computed from fine-tuned models and the pretrained one, without training of their own.
 
     Attributes:
-        of: The method that the fine-tuned models are of.
-        alpha: WiSE-FT's coefficient of the fine-tuned model; None: Model Stock's ratio of each layer.
-        models: How many fine-tuned models, of seeds of their own.
+        of: The name of the method whose fine-tuned models are merged.
+        alpha: WiSE-FT's coefficient of the fine-tuned model. None: Model Stock's ratio of each layer.
+        models: The number of fine-tuned models, each with a seed of its own.
     """
 
     of: str
@@ -65,7 +113,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Method:
-    """What is minimised, against which teacher, and what classifies in the end.
+    """A loss to minimise, the teacher it distils from, and the head that classifies in the end.
 
         L = task + cross_frobenius |V U^t|_F + orthogonality |V^t V - I|_F
             + l2_sp |W - W^0|^2 + anchors InfoNCE(anchor pairs)
@@ -73,33 +121,34 @@ class Method:
 
     With the `"text"` head the task is InfoNCE, the distillation compares embeddings of pairs, and the
     zero-shot head of the fine-tuned towers classifies. With the `"linear"` head the task is cross-entropy
-    through a linear classifier that starts as the zero-shot head; it classifies, and the text tower stays as
-    it was. There the distillation compares logits: the classifier's, or with `guidance` those of the
-    image features against the texts that it gives.
+    through a linear classifier that starts as the zero-shot head; that classifier is used in the end, and the
+    text tower is frozen. Its distillation compares the classifier's logits or, with a `guidance`, the logits
+    of the image features against the texts of the guidance.
 
     Attributes:
-        name: In tables and on the command line.
-        summary: What it is, with its source.
+        name: The name in tables and on the command line.
+        summary: One line on the method and its source.
         head: `"text"` or `"linear"`.
-        kernel: The teacher's kernel; None: no teacher.
-        distillation: A spec of `wmateacher.losses.build`; needed with a kernel.
-        guidance: Texts that logits are compared on, as `guidance.build` knows them.
-        distill_weight: lambda_SD.
-        cross_frobenius: c_F, on the norm of the product of the two projections.
-        orthogonality: On the distance of the image projection's Gram matrix from the identity.
-        l2_sp: On the squared distance of all trained parameters from where they started.
-        anchors: On the InfoNCE of the anchor pairs that each batch has beside it.
-        probe: Share of the steps, at the start, in which the linear head alone is trained.
-        probe_rate: Their learning rate, in multiples of the recipe's.
-        rate: Learning rate, in multiples of the recipe's.
-        clip_norm: Largest gradient norm, where the recipe has none.
+        kernel: The teacher's kernel. None: no teacher.
+        distillation: A spec of `wmateacher.losses.build`, such as `fd + 0.5*crd`. Required with a kernel.
+        guidance: `contexts` or `random_texts(80,8)`: texts on which logits are compared.
+        distill_weight: The weight lambda_SD of the distillation.
+        cross_frobenius: The weight c_F of the norm of the product of the two projections.
+        orthogonality: The weight of the distance of the image projection's Gram matrix from the identity.
+        l2_sp: The weight of the squared distance of all trained parameters from their start.
+        anchors: The weight of the InfoNCE loss on anchor pairs.
+        probe: The share of the steps, at the start, that train the linear head alone.
+        probe_rate: The learning rate of these steps, in multiples of the recipe's.
+        rate: The learning rate, in multiples of the recipe's.
+        clip_norm: The largest gradient norm if the recipe has none.
         update_every: Optimizer steps between updates of the teacher.
-        clock: What a teacher's updates count as: see `clocks.build`.
-        merge: The weights are not trained but made of other methods'.
-        trains: False: the pretrained model as it is, or `merge`.
+        clock: What an update counts as: `steps` (those since the last update), `once`, or `published`
+            (TRACER's code).
+        merge: Weights that are merged rather than trained.
+        trains: Whether the method trains; otherwise it is the pretrained model, or `merge`.
 
     Raises:
-        ValueError: Parts that do not go together; it says which.
+        ValueError: If two values do not go together; the message says which.
     """
 
     name: str
@@ -118,19 +167,16 @@ class Method:
     rate: float = 1.0
     clip_norm: float | None = None
     update_every: int = 1
-    clock: clocks.Name = "steps"
+    clock: clocks.Clock = "steps"
     merge: Merge | None = None
     trains: bool = True
 
     def __post_init__(self) -> None:
-        if self.head not in ("text", "linear"):
-            raise ValueError(f"unknown head {self.head!r}; {nearest(self.head, ('text', 'linear'))}")
-        if self.clock not in ("steps", "once", "published"):
-            raise ValueError(
-                f"unknown clock {self.clock!r}; {nearest(self.clock, ('steps', 'once', 'published'))}"
-            )
-        checks.positive_int("update_every", self.update_every)
-        check_clip_norm(self.clip_norm)
+        one_of("head", self.head, ("text", "linear"))
+        one_of("clock", self.clock, clocks.CLOCKS)
+        positive_int("update_every", self.update_every)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, or None for no clipping, got {self.clip_norm}")
         if self.kernel is not None:
             kernels.build(self.kernel)
         if (self.kernel is None) != (self.distillation is None):
@@ -142,11 +188,12 @@ class Method:
             self._check_distillation(self.distillation)
         if self.probe and self.head != "linear":
             raise ValueError(
-                f"method {self.name!r} has probe={self.probe} and no linear head to probe with: head='linear'"
+                f"method {self.name!r} has probe={self.probe} and no linear head to probe with: set "
+                "head='linear'"
             )
         if self.probe and self.kernel is not None:
             raise ValueError(
-                f"method {self.name!r} has probe={self.probe} and kernel={self.kernel!r}: a teacher does not "
+                f"method {self.name!r} has probe={self.probe} and kernel={self.kernel!r}: a teacher cannot "
                 "follow a student that is frozen for a while; set probe to 0, or kernel to None"
             )
         if not 0 <= self.probe < 1:
@@ -158,32 +205,29 @@ class Method:
             )
 
     def _check_distillation(self, distillation: str) -> None:
+        takes, gives = ("paired", "CLIP gives paired embeddings")
+        if self.head == "linear":
+            takes, gives = ("logits", "a linear head gives logits")
         family = losses.build(distillation).family
-        if self.head == "text":
-            if family not in (None, "paired"):
-                raise ValueError(
-                    f"distillation {distillation!r} takes {family}, CLIP gives paired embeddings: choose "
-                    f"from {', '.join(losses.available('paired'))}"
-                )
-            if self.guidance is not None:
-                raise ValueError(
-                    f"method {self.name!r} has guidance={self.guidance!r}, whose texts need a text tower "
-                    "that is not trained: head='linear'"
-                )
-        elif family not in (None, "logits"):
+        if family not in (None, takes):
             raise ValueError(
-                f"distillation {distillation!r} takes {family}, a linear head gives logits: choose from "
-                f"{', '.join(losses.available('logits'))}"
+                f"distillation {distillation!r} takes {family}, {gives}: choose from "
+                f"{', '.join(losses.available(takes))}"
+            )
+        if self.guidance is not None and self.head == "text":
+            raise ValueError(
+                f"method {self.name!r} has guidance={self.guidance!r}, whose texts need a frozen text "
+                "tower: set head='linear'"
             )
         if self.guidance is not None:
-            check_guidance(self.guidance)
+            parse_guidance(self.guidance)
 
     def settings(self) -> dict[str, Any]:
-        """All that makes a run of it what it is: the name, and what differs from the defaults."""
-        neutral = {f.name: f.default for f in fields(self)}
-        chosen = asdict(self)
-        del chosen["summary"]
-        return {name: value for name, value in chosen.items() if value != neutral[name]}
+        """Return everything that determines a run: the name, and the values that differ from the defaults."""
+        defaults = {f.name: f.default for f in fields(self)}
+        values = asdict(self)
+        del values["summary"]
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def _distilling(name: str, summary: str, kernel: str) -> Method:
@@ -194,7 +238,7 @@ def _distilling(name: str, summary: str, kernel: str) -> Method:
 
 _METHODS = [
     Method("zero-shot", "The pretrained model (Radford et al. 2021)", trains=False),
-    # TRACER's recipe for it: 3e-5 where the contrastive methods have 1e-5, gradients clipped at 1.
+    # As in TRACER's experiments: 3e-5 where the contrastive methods have 1e-5, gradients clipped at norm 1.
     Method(
         "ft",
         "Cross-entropy through a head that starts as the zero-shot one",
@@ -202,8 +246,8 @@ _METHODS = [
         rate=3.0,
         clip_norm=1.0,
     ),
-    # The paper tunes rates and lengths of both phases on validation data, and leaves them open. Here: half
-    # of the steps each, a warm-up and a decay in each, probing at ten times the rate.
+    # The paper tunes rates and lengths of both phases on validation data and does not report them. Here each
+    # phase has half of the steps, with its own warm-up and decay; probing has ten times the learning rate.
     Method(
         "lp-ft",
         "Linear probing, then fine-tuning (LP-FT, Kumar et al. 2022)",
@@ -212,10 +256,10 @@ _METHODS = [
         probe_rate=10.0,
     ),
     Method("flyp", "Contrastive fine-tuning as in pre-training (FLYP, Goyal et al. 2023)"),
-    # The weight is that of the published toy experiment; the paper gives none for ImageNet.
+    # The weight is the toy experiment's; the paper gives none for ImageNet.
     Method("l2-sp", "FLYP + L2 pull to the start (Li et al. 2018)", l2_sp=1e-3),
-    # KL(p_0 || p) of the context distributions of the images. Weight 1 and the pretrained scale on both
-    # sides are choices of ours.
+    # KL(p_0 || p) between context distributions. Weight 1 and the pretrained logit scale on both sides are
+    # our choices.
     Method(
         "car-ft",
         "Cross-entropy + KL to the pretrained distribution over contexts (CAR-FT, Mao et al. 2022)",
@@ -224,8 +268,8 @@ _METHODS = [
         distillation="kl",
         guidance="contexts",
     ),
-    # 1/(2M) |v - v_0|^2 of the energies v of M = 80 texts of 8 random tokens, drawn anew at each step; weight
-    # 1 and the pretrained scale on both sides: its published code. (That trains without weight decay.)
+    # 1/(2M) |v - v_0|^2, where v are the energies of M = 80 random texts. Weight 1 and the pretrained logit
+    # scale on both sides are those of the published code, which trains without weight decay.
     Method(
         "lipsum-ft",
         "Cross-entropy + energies of random texts as pretrained (Lipsum-FT, Nam et al. 2024, section 5.1)",
@@ -234,10 +278,10 @@ _METHODS = [
         distillation="0.5*mse(logits)",
         guidance="random_texts(80,8)",
     ),
-    # Half of it. The paper adds an InfoNCE with rich captions of the fine-tuning images, which need a
-    # captioner and are left out, and one of pairs retrieved from web data. Here the recipe gives these pairs:
-    # on digits the same images drawn as in pre-training, so it sees again what the other methods do not.
-    # Weight 1 is ours.
+    # ARF adds two InfoNCE losses. The one on rich captions of the fine-tuning images is left out, because it
+    # needs a captioning model. The one on pairs retrieved from web data uses the recipe's anchor pairs; on
+    # digits these are drawn as in pre-training, so ARF sees images that other methods do not. Weight 1 is our
+    # choice.
     Method(
         "arf",
         "FLYP + InfoNCE of anchor pairs like those of pre-training: half of ARF (Han et al. 2024)",
@@ -246,7 +290,7 @@ _METHODS = [
     _distilling("static-sd", "TRACER with the pretrained model as a fixed teacher", "static"),
     _distilling(
         "ema",
-        "TRACER with CaRot's EMA teacher: retention .05 -> .9 over the first 20% (Oh et al. 2024)",
+        "TRACER with CaRot's EMA teacher: decay 0.05 -> 0.9 over the first 20% (Oh et al. 2024)",
         CAROT_EMA,
     ),
     Method(
@@ -261,14 +305,14 @@ _METHODS = [
         clock="once",
     ),
     _distilling("tracer", "TRACER: the Beta(0.5, 0.5) average of the trajectory (2026)", "beta(0.5,0.5)"),
-    # alpha = 0.5 is what the paper recommends where there is no more to go by.
+    # The paper recommends alpha = 0.5 when it cannot be tuned.
     Method(
         "wise-ft",
         "Halfway between the pretrained weights and FT's (WiSE-FT, Wortsman et al. 2022, eq. 1)",
         merge=Merge("ft", alpha=0.5),
         trains=False,
     ),
-    # Merged once, at the end; the paper also merges during training.
+    # Merged once at the end; the paper also merges during training.
     Method(
         "model-stock",
         "Each layer between the pretrained weights and two FT models' mean (Jang et al. 2024)",
@@ -277,3 +321,4 @@ _METHODS = [
     ),
 ]
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
+"""The methods of the paper's tables, by name."""

@@ -1,8 +1,8 @@
-"""A batch embedded in parts, for losses that see all of it: memory of a part, gradients of the whole.
+"""Micro batches for losses that see the whole batch: the memory of a part, the gradients of the whole.
 
 Gradient caching (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
-embed every part without a graph, take the loss of all embeddings and its gradient at them, then embed every
-part again with a graph, and send that gradient through it.
+embed every micro batch without a graph, compute the loss of all embeddings and its gradient at them, then
+embed every micro batch again with a graph and backpropagate that gradient through it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wmateacher.integrations.clip.data.batches import Batch
 
+__all__ = ["Cached", "embed", "split"]
+
 Context = Callable[[], AbstractContextManager[Any]]
 
 
-def parts_of(batch: Batch, size: int) -> list[Batch]:
-    """A batch in as few parts of at most `size` pairs as can be, of about one size."""
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Split a batch into as few micro batches of at most `size` pairs as possible, of about equal size."""
     count = len(batch.images)
     parts = -(-count // size)
     edges = [count * i // parts for i in range(parts + 1)]
@@ -30,22 +32,28 @@ def parts_of(batch: Batch, size: int) -> list[Batch]:
 
 
 @torch.no_grad()
-def embedded(model: Callable[..., Any], parts: list[Batch]) -> Any:
-    """What a model gives for all parts, without a graph: each field joined, 0-d ones as they are."""
-    return _joined([model(*part[:3]) for part in parts])
+def embed(model: Callable[..., Any], parts: list[Batch]) -> Any:
+    """Return a model's output for all micro batches, without a graph.
+
+    The fields of the outputs are concatenated; of 0-d fields the last is returned.
+    """
+    outputs = [model(*part[:3]) for part in parts]
+    fields = zip(*outputs, strict=True)
+    return type(outputs[0])(*(torch.cat(f) if f[0].ndim else f[-1] for f in fields))
 
 
 class Cached:
-    """The embeddings of a batch, computed in parts, at which a loss can be differentiated.
+    """The embeddings of a batch, computed in micro batches, at which a loss can be differentiated.
 
     Args:
-        model: Gives a NamedTuple of tensors for `(images, tokens, caption)`; may be in DDP, whose own forward
-            is then called once, for the last part: gradients of the others are summed before it.
-        parts: Of the batch.
-        context: Makes the context of every forward, such as autocast.
+        model: A model that returns a NamedTuple of tensors for `(images, tokens, caption)`. If it is wrapped
+            in DDP, the wrapper's forward is called for the last micro batch only, so that gradients are
+            reduced once, with those of the other micro batches already summed.
+        parts: The micro batches.
+        context: A function that returns the context of a forward pass, such as autocast.
 
     Attributes:
-        answers: As the model gives for the whole batch; leaves that take gradients.
+        answers: The model's output for the whole batch, as leaves that accumulate gradients.
     """
 
     def __init__(self, model: nn.Module, parts: list[Batch], context: Context = nullcontext):
@@ -59,19 +67,22 @@ class Cached:
             self._random.append(self._random_state())
             return self._inner(*inputs)
 
-        with context():  # of its own: what autocast keeps of a pass without graph has none
-            found = embedded(drawing, parts)
-        with torch.no_grad():  # the second pass will update them
+        # A context of its own: the weights that autocast caches in a pass without graph have none.
+        with context():
+            found = embed(drawing, parts)
+        # The second pass updates running statistics; this one must not.
+        with torch.no_grad():
             for buffer, before in zip(model.buffers(), statistics, strict=True):
                 buffer.copy_(before)
         self.answers = type(found)(*(t.detach().requires_grad_() for t in found))
 
     def backward(self) -> None:
-        """Send the gradient that `answers` have got on to the model's parameters."""
+        """Backpropagate the gradient of `answers` to the model's parameters."""
         after = self._random_state()
         first = 0
         for number, (part, state) in enumerate(zip(self._parts, self._random, strict=True)):
             last = number == len(self._parts) - 1
+            # The same dropout masks as in the first pass.
             self._set_random_state(state)
             with self._context():
                 given = (self._model if last else self._inner)(*part[:3])
@@ -93,8 +104,3 @@ class Cached:
         torch.set_rng_state(state[0])
         if state[1] is not None:
             torch.cuda.set_rng_state(state[1], self._device)
-
-
-def _joined(given: list[Any]) -> Any:
-    fields = zip(*given, strict=True)
-    return type(given[0])(*(torch.cat(f) if f[0].ndim else f[-1] for f in fields))

@@ -1,29 +1,46 @@
-"""CLIP's two towers, built by open_clip, as one module that gives `PairedEmbeddings`."""
+"""CLIP's two towers, built by open_clip, and the heads that classify on top of them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
 from torch import Tensor, nn
 
-from wmateacher.checks import nearest
+from wmateacher.checks import lookup, nearest
 from wmateacher.losses import PairedEmbeddings
+
+__all__ = [
+    "Classified",
+    "Classifier",
+    "Prompts",
+    "Student",
+    "Tokenizer",
+    "Towers",
+    "build",
+    "head_of",
+    "towers_of",
+    "zero_shot_head",
+]
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 
-# Small configurations of this package, next to open_clip's own under their names.
+# This package's small configurations join open_clip's own, under their file names.
 open_clip.add_model_config(Path(__file__).parent / "configs")
 
 
+# --- towers ---------------------------------------------------------------------------------------
+
+
 class Towers(nn.Module):
-    """An open_clip model whose forward gives the embeddings of image-text pairs.
+    """An open_clip model whose forward returns the embeddings of image-text pairs.
 
     Attributes:
         clip: The open_clip model.
@@ -39,13 +56,14 @@ class Towers(nn.Module):
         """Embed a batch of pairs.
 
         Args:
-            images: `[B, 3, H, W]`, normalised as the model expects.
-            tokens: int64 `[U, L]`, each distinct caption once.
-            caption: int64 `[B]`, the row of `tokens` that belongs to each image; None: row i to image i.
+            images: Normalised images, `[B, 3, H, W]`.
+            tokens: Each distinct caption once, int64 `[U, L]`.
+            caption: The row of `tokens` that belongs to each image, int64 `[B]`. By default row i belongs to
+                image i.
 
         Returns:
-            L2-normalised features `[B, d]` of images and texts, and the logit scale, the exponential of
-            the learned parameter, unclamped.
+            L2-normalised features of images and texts, `[B, d]` each, and the logit scale: the exponential
+            of the learned parameter, unclamped.
         """
         text = self.encode_text(tokens, normalize=True)
         if caption is not None:
@@ -53,11 +71,11 @@ class Towers(nn.Module):
         return PairedEmbeddings(self.encode_image(images, normalize=True), text, self.logit_scale)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Image features `[B, d]`."""
+        """Return image features, `[B, d]`."""
         return self.clip.encode_image(images, normalize=normalize)
 
     def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Text features `[U, d]`."""
+        """Return text features, `[U, d]`."""
         return self.clip.encode_text(tokens, normalize=normalize)
 
     @property
@@ -67,7 +85,7 @@ class Towers(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Height and width of the images, in pixels."""
+        """The height and width of the images, in pixels."""
         size = self.clip.visual.image_size
         return int(size if isinstance(size, int) else size[0])
 
@@ -75,10 +93,11 @@ class Towers(nn.Module):
     def image_projection(self) -> Tensor:
         """The linear map from the image tower's width to the embedding, `[width, d]`.
 
-        ViT `visual.proj`, CLIP's ResNets `visual.attnpool.c_proj`, timm towers `visual.head.proj`.
+        It is `visual.proj` in a ViT, `visual.attnpool.c_proj` in CLIP's ResNets, and `visual.head.proj` in
+        towers from timm.
 
         Raises:
-            ValueError: The tower ends in something else.
+            ValueError: If the tower ends in something else.
         """
         visual = self.clip.visual
         last, name = visual, "proj"
@@ -93,14 +112,14 @@ class Towers(nn.Module):
         """The linear map from the text tower's width to the embedding, `[width, d]`.
 
         Raises:
-            ValueError: The tower ends in something else.
+            ValueError: If the tower ends in something else.
         """
         owner = getattr(self.clip, "text", self.clip)
         found = getattr(owner, "text_projection", getattr(owner, "proj", None))
         return _projection(found, f"text tower ({type(owner).__name__})")
 
     def freeze_text(self) -> None:
-        """Train the image tower and the logit scale only."""
+        """Freeze everything but the image tower and the logit scale."""
         images = {id(p) for p in self.clip.visual.parameters()}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in images or parameter is self.clip.logit_scale)
@@ -113,7 +132,7 @@ def _projection(found: Any, where: str) -> Tensor:
         return found
     raise ValueError(
         f"the {where} has no linear projection to regularise: set cross_frobenius and orthogonality "
-        "to 0, or take a model with one"
+        "to 0, or choose a model with one"
     )
 
 
@@ -125,15 +144,14 @@ def build(
     Args:
         model: A name that open_clip knows, or one of this package's small configurations
             (`tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`).
-        pretrained: A tag or a checkpoint file; None: initialised at random.
-        device: Where its tensors are; `"meta"`: nowhere, for their shapes.
+        pretrained: A tag of open_clip or a checkpoint file. None initialises the towers at random.
+        device: The device of the tensors; `"meta"` gives their shapes without memory.
 
     Raises:
-        ValueError: A model or a tag that open_clip does not know.
+        ValueError: If open_clip does not know the model or the tag, or the file is not a checkpoint of it.
     """
-    known = open_clip.list_models()
-    if model not in known and ":" not in model:
-        raise ValueError(f"unknown model {model!r}; {nearest(model, known)}")
+    if ":" not in model:
+        lookup("model", model, dict.fromkeys(open_clip.list_models()))
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is not None and pretrained.lower() not in tags and not Path(pretrained).exists():
         raise ValueError(
@@ -142,8 +160,8 @@ def build(
         )
     if "init_logit_bias" in (open_clip.get_model_config(model) or {}):
         raise ValueError(
-            f"model {model!r} has a logit bias (SigLIP); the contrastive objective here has none: take a "
-            "CLIP model"
+            f"model {model!r} has a logit bias (SigLIP), which the contrastive objective here lacks: choose "
+            "a CLIP model"
         )
     with _quiet_about_random_weights(pretrained is None), torch.device(device):
         try:
@@ -162,7 +180,7 @@ def build(
 
 @contextmanager
 def _quiet_about_random_weights(quiet: bool) -> Iterator[None]:
-    """Silence open_clip's warning that no pretrained weights were loaded, where none were asked for."""
+    """Silence open_clip's warning that no pretrained weights were loaded when none were asked for."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING) if quiet else before)
     try:
@@ -171,18 +189,112 @@ def _quiet_about_random_weights(quiet: bool) -> Iterator[None]:
         logging.disable(before)
 
 
+# --- heads ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of a classification task.
+
+    Attributes:
+        classes: The class names, in the order of the labels.
+        templates: Captions with one `{}` for the class name.
+        tokenizer: The towers' tokenizer.
+    """
+
+    classes: Sequence[str]
+    templates: Sequence[str]
+    tokenizer: Tokenizer
+
+    @torch.no_grad()
+    def embed(self, towers: Towers) -> Tensor:
+        """Return the normalised features of every class in every template, `[classes, templates, d]`."""
+        device = towers.logit_scale.device
+        return torch.stack(
+            [
+                towers.encode_text(
+                    self.tokenizer([t.format(c) for t in self.templates]).to(device), normalize=True
+                )
+                for c in self.classes
+            ]
+        )
+
+
 @torch.no_grad()
-def zero_shot_head(
-    towers: Towers, tokenizer: Tokenizer, classes: Sequence[str], templates: Sequence[str]
-) -> Tensor:
-    """The linear classifier that the text tower gives: mean over templates, normalised, times the scale.
+def zero_shot_head(towers: Towers, prompts: Prompts) -> Tensor:
+    """Return the zero-shot head: text features averaged over templates, normalised, times the logit scale.
 
     Returns:
-        `[d, classes]`; `image features @ head` are the logits.
+        The head, `[d, classes]`: `image features @ head` are the logits.
     """
     device = next(towers.parameters()).device
     training = towers.training
     towers.eval()
-    weights = open_clip.build_zero_shot_classifier(towers, tokenizer, classes, templates, device=device)
+    weights = open_clip.build_zero_shot_classifier(
+        towers, prompts.tokenizer, prompts.classes, prompts.templates, device=device
+    )
     towers.train(training)
     return weights * towers.logit_scale
+
+
+class Classified(NamedTuple):
+    """The output of a `Classifier` for a batch of images.
+
+    Attributes:
+        image: L2-normalised image features, `[B, d]`.
+        logits: Class logits, `[B, classes]`.
+    """
+
+    image: Tensor
+    logits: Tensor
+
+
+class Classifier(nn.Module):
+    """An image tower under a linear head that starts as the zero-shot head, logit scale included.
+
+    The text tower and the logit scale are frozen. The head has no bias, so that it is a matrix like the
+    zero-shot head; Lipsum-FT's code has none either, WiSE-FT's adds one.
+
+    Args:
+        towers: The pretrained towers.
+        prompts: The texts of the zero-shot head.
+
+    Attributes:
+        towers: The towers.
+        weight: The head, `[d, classes]`.
+    """
+
+    def __init__(self, towers: Towers, prompts: Prompts):
+        super().__init__()
+        self.towers = towers
+        self.weight = nn.Parameter(zero_shot_head(towers, prompts))
+        images = {id(p) for p in towers.clip.visual.parameters()}
+        for parameter in towers.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in images)
+
+    def forward(self, images: Tensor, *texts: Any) -> Classified:
+        """Return features and logits of images `[B, 3, H, W]`; texts are ignored."""
+        features = self.towers.encode_image(images, normalize=True)
+        with torch.autocast(images.device.type, enabled=False):
+            return Classified(features, features.to(self.weight.dtype) @ self.weight)
+
+    def set_probing(self, probing: bool) -> None:
+        """Train the head alone on the tower in eval mode, or train both."""
+        for parameter in self.towers.clip.visual.parameters():
+            parameter.requires_grad_(not probing)
+        self.train()
+        self.towers.train(not probing)
+
+
+Student = Towers | Classifier
+"""A model that is fine-tuned."""
+
+
+def towers_of(student: Student) -> Towers:
+    """Return the towers of a student."""
+    return student.towers if isinstance(student, Classifier) else student
+
+
+def head_of(student: Student, prompts: Prompts) -> Tensor:
+    """Return the head of a student, `[d, classes]`: the trained one, or the zero-shot head of its towers."""
+    return student.weight.detach() if isinstance(student, Classifier) else zero_shot_head(student, prompts)

@@ -1,30 +1,46 @@
-"""The loss that every method minimises: a task, pulls on the weights, anchors and a distillation."""
+"""The loss that every method minimises: a task, terms on the weights, anchors and a distillation."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher import losses
-from wmateacher.integrations.clip import guidance
-from wmateacher.integrations.clip.heads import Classified, Prompts, Student, towers_of
-from wmateacher.integrations.clip.methods import Method
-from wmateacher.integrations.clip.model import Towers
+from wmateacher.integrations.clip.methods import Contexts, Method, RandomTexts, parse_guidance
+from wmateacher.integrations.clip.model import (
+    Classified,
+    Prompts,
+    Student,
+    Tokenizer,
+    Towers,
+    towers_of,
+)
+from wmateacher.integrations.engine.sampling import generator
 from wmateacher.losses import PairedEmbeddings
+
+__all__ = ["Objective", "build_guide", "cross_frobenius", "orthogonality", "random_tokens", "require_prompts"]
+
+Guide = Callable[[int], Tensor]
+"""A function from a step's index to the normalised features of its texts, `[M, d]`."""
+
+# Streams 0 and 1 of a seed draw the order of the images and the images themselves.
+_TEXT_STREAM = 2
 
 
 def cross_frobenius(towers: Towers) -> Tensor:
-    """|V U^t|_F of the image and text projections V `[w_i, d]` and U `[w_t, d]`; the norm, not squared.
+    """Return |V U^t|_F of the image and text projections V `[w_i, d]` and U `[w_t, d]`.
 
-    TRACER's multimodal regulariser, as in the published code.
+    TRACER's multimodal regulariser: the norm itself, not its square, as in the published code.
     """
     with torch.autocast(towers.image_projection.device.type, enabled=False):
         return torch.linalg.matrix_norm(towers.image_projection @ towers.text_projection.mT)
 
 
 def orthogonality(towers: Towers) -> Tensor:
-    """|V^t V - I|_F of the image projection V `[w, d]` (CaRot), on its d x d Gram matrix."""
+    """Return |V^t V - I|_F of the image projection V `[w, d]`, CaRot's regulariser."""
     projection = towers.image_projection
     with torch.autocast(projection.device.type, enabled=False):
         gram = projection.mT @ projection
@@ -32,16 +48,18 @@ def orthogonality(towers: Towers) -> Tensor:
 
 
 class Objective(nn.Module):
-    """A method's loss; holds the parameters of its criterion and the start of an L2 pull.
+    """The loss of a method.
+
+    It holds the parameters of the method's criterion and, for an L2 pull, the weights that it pulls to.
 
     Args:
-        method: What to minimise.
-        student: As it starts.
-        prompts: Of the task; needed by methods with a guidance.
-        seed: Of random texts.
+        method: The method.
+        student: The student before training.
+        prompts: The texts of the task. Methods with a guidance need them.
+        seed: The seed of random texts.
 
     Raises:
-        ValueError: The method needs prompts, and there are none.
+        ValueError: If the method needs prompts and there are none.
     """
 
     def __init__(self, method: Method, student: Student, prompts: Prompts | None = None, seed: int = 0):
@@ -50,10 +68,9 @@ class Objective(nn.Module):
         self.criterion = None if method.distillation is None else losses.build(method.distillation)
         self._guide = None
         if method.guidance is not None:
-            self._guide = guidance.build(
-                method.guidance, towers_of(student), needed(prompts, method.name), seed
-            )
-        # Not buffers: they can always be had from the pretrained weights again.
+            prompts = require_prompts(prompts, method.name)
+            self._guide = build_guide(method.guidance, towers_of(student), prompts, seed)
+        # Not buffers: checkpoints need not hold them, since the pretrained weights are always at hand.
         self._start = [p.detach().clone() for p in _trained(student)] if method.l2_sp else []
 
     def forward(
@@ -66,22 +83,22 @@ class Objective(nn.Module):
         anchors: PairedEmbeddings | None = None,
         step: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total, and every term before its coefficient, detached.
+        """Return the loss, and every term before its coefficient, detached.
 
         Args:
             student: The model itself, for the terms on its weights.
-            answers: What it gives for the batch.
-            targets: What the teacher gives.
-            labels: int64 `[B]`, for a linear head.
-            anchors: What the student gives for the anchor pairs.
-            step: Index of the optimizer step, for what is random.
+            answers: The student's output for the batch.
+            targets: The teacher's output for the batch.
+            labels: Class indices for a linear head, int64 `[B]`.
+            anchors: The student's output for the anchor pairs.
+            step: The index of the optimizer step, which seeds random texts.
         """
         method, towers = self.method, towers_of(student)
         if isinstance(answers, Classified):
             if labels is None:
                 raise ValueError(
                     f"method {method.name!r} has a linear head and needs labels, the data has captions "
-                    "only: take a method with head='text'"
+                    "only: choose a method with head='text'"
                 )
             weighted = [("cross_entropy", 1.0, F.cross_entropy(answers.logits, labels))]
         else:
@@ -108,7 +125,7 @@ class Objective(nn.Module):
     def _comparable(
         self, towers: Towers, answers: object, targets: object, step: int
     ) -> tuple[object, object]:
-        """What the criterion takes of both sides: paired embeddings, or logits."""
+        """Return the criterion's inputs for student and teacher: paired embeddings or logits."""
         if not (isinstance(answers, Classified) and isinstance(targets, Classified)):
             return answers, targets
         if self._guide is None:
@@ -119,11 +136,11 @@ class Objective(nn.Module):
             return student, teacher
 
 
-def needed(prompts: Prompts | None, method: str) -> Prompts:
-    """The prompts, where they were given.
+def require_prompts(prompts: Prompts | None, method: str) -> Prompts:
+    """Return the prompts.
 
     Raises:
-        ValueError: They were not.
+        ValueError: If there are none.
     """
     if prompts is None:
         raise ValueError(
@@ -134,3 +151,58 @@ def needed(prompts: Prompts | None, method: str) -> Prompts:
 
 def _trained(student: Student) -> list[nn.Parameter]:
     return [p for p in student.parameters() if p.requires_grad]
+
+
+# --- guidance: texts that image features are compared on --------------------------------------------
+
+
+def build_guide(guidance: str, towers: Towers, prompts: Prompts, seed: int) -> Guide:
+    """Return the function that embeds the texts of each step.
+
+    Args:
+        guidance: A spec of `methods.parse_guidance`.
+        towers: The pretrained towers, whose text tower must stay frozen.
+        prompts: The texts of the task.
+        seed: The seed of random texts.
+
+    Raises:
+        ValueError: If the spec is wrong, or the tokenizer cannot make random texts of that length.
+    """
+    texts = parse_guidance(guidance)
+    if isinstance(texts, Contexts):
+        contexts = F.normalize(prompts.embed(towers).mean(0), dim=-1)
+        return lambda step: contexts
+    _check_tokenizer(prompts.tokenizer, texts)
+
+    @torch.no_grad()
+    def embed(step: int) -> Tensor:
+        tokens = random_tokens(prompts.tokenizer, texts, seed, step)
+        return towers.encode_text(tokens.to(towers.logit_scale.device), normalize=True)
+
+    return embed
+
+
+def random_tokens(tokenizer: Tokenizer, texts: RandomTexts, seed: int, step: int) -> Tensor:
+    """Return the texts of one step: start token, random ids below it, end token, zeros.
+
+    Returns:
+        int64 `[count, context length]`.
+    """
+    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id  # type: ignore[attr-defined]
+    tokens = torch.zeros(texts.count, tokenizer.context_length, dtype=torch.int64)  # type: ignore[attr-defined]
+    tokens[:, 0], tokens[:, texts.length + 1] = start, end
+    tokens[:, 1 : texts.length + 1] = torch.randint(
+        start, (texts.count, texts.length), generator=generator(seed, _TEXT_STREAM, step)
+    )
+    return tokens
+
+
+def _check_tokenizer(tokenizer: Tokenizer, texts: RandomTexts) -> None:
+    if not all(hasattr(tokenizer, name) for name in ("sot_token_id", "eot_token_id", "context_length")):
+        raise ValueError(
+            f"random_texts needs a tokenizer with sot_token_id, eot_token_id and context_length, got "
+            f"{type(tokenizer).__name__}: choose a model with CLIP's own"
+        )
+    room = tokenizer.context_length - 2  # type: ignore[attr-defined]
+    if texts.length > room:
+        raise ValueError(f"random_texts: length must be at most {room} for this model, got {texts.length}")

@@ -1,4 +1,4 @@
-"""What the paper reports of every method, and how what was measured differs from it."""
+"""The figures that the paper reports, and tables that compare results with them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from typing import Any
 
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.tables import Results
+
+__all__ = [
+    "ABLATIONS",
+    "ABLATION_STEPS",
+    "FORGETTING",
+    "PUBLISHED",
+    "compare",
+    "compare_forgetting",
+    "measured",
+]
 
 Row = Mapping[str, float]
 _FIVE = ("id", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet", "ood")
@@ -46,8 +56,47 @@ PUBLISHED: Mapping[str, Mapping[str, Row]] = {
         "tracer": {"id": 76.48, "ood": 42.73, "ece": 0.181},
     },
 }
-"""Model -> method -> figures: accuracies in percent, means of three seeds. `ood` is the mean over five
-shifts, `ood4` that without ObjectNet; `ece` is the shifts' mean of the ECE computed in each batch."""
+"""Figures by model and method: accuracies in percent, means of three seeds. `ood` is the mean over five
+shifts, `ood4` the mean without ObjectNet, `ece` the mean over shifts of the ECE computed in each batch."""
+
+FORGETTING: Mapping[str, Mapping[str, float]] = {
+    "colored-mnist": {"flyp": 37.9, "l2-sp": 13.6, "static-sd": 1.8, "tracer": 0.1},
+}
+"""Forgetting by toy experiment and method: points of accuracy lost on the first shift."""
+
+ABLATIONS: Mapping[str, Mapping[str, tuple[float | None, float, float]]] = {
+    "kernel": {
+        "beta(0.2,0.2)": (81.91, 64.22, 0.068),
+        "beta(0.5,0.5)": (82.76, 64.07, 0.073),
+        "beta(0.7,0.7)": (82.97, 63.77, 0.080),
+        "beta(0.9,0.9)": (83.14, 63.38, 0.087),
+        "beta(1.0,1.0)": (83.09, 63.22, 0.089),
+        "beta(1.5,1.5)": (83.19, 62.79, 0.096),
+    },
+    "lambda": {
+        "lambda=0.1": (83.25, 61.86, 0.136),
+        "lambda=0.5": (83.16, 63.70, 0.087),
+        "lambda=0.9": (82.76, 64.07, 0.073),
+        "lambda=1": (82.70, 64.10, 0.072),
+        "lambda=3": (81.58, 63.89, 0.068),
+        "lambda=10": (80.52, 63.27, 0.069),
+    },
+    "terms": {
+        "none": (None, 59.40, 0.184),
+        "icl": (None, 59.95, 0.162),
+        "cross_kd": (None, 61.43, 0.142),
+        "crd": (None, 63.12, 0.085),
+        "fd": (None, 63.52, 0.116),
+        "fd+crd": (None, 64.08, 0.071),
+        "all": (None, 64.06, 0.074),
+    },
+    "interval": {},
+    "alpha": {},
+}
+"""Figures by ablation and variant: accuracy on ImageNet, mean accuracy and mean ECE of the shifts. All are of
+ViT-B/16, means of three seeds."""
+ABLATION_STEPS = 25_030
+"""Optimizer steps of the runs with update intervals of 1, 500 and 2,500 steps."""
 
 _HEADINGS = {
     "id": "IN", "imagenet-v2": "V2", "imagenet-r": "R", "imagenet-a": "A", "imagenet-sketch": "Sketch",
@@ -56,9 +105,9 @@ _HEADINGS = {
 
 
 def measured(record: Mapping[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """A method's figures under the published names, each with its deviation over several seeds.
+    """Return a method's figures under the published names, each with its deviation over seeds.
 
-    Means over shifts are there where all of these shifts were tested.
+    Means over shifts are included if all of these shifts were tested.
     """
     runs = [_named(run) for run in record["runs"]]
     found: dict[str, tuple[float, float | None]] = {}
@@ -79,10 +128,10 @@ def _named(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def compare(results: Results, model: str) -> str:
-    """For each method its figures, the paper's, and the difference; deviations over several seeds.
+    """Return a table of each method's figures, the paper's, and their difference.
 
     Args:
-        results: As in `results.json`.
+        results: The content of `results.json`.
         model: A key of `PUBLISHED`.
     """
     rows = []
@@ -96,9 +145,33 @@ def compare(results: Results, model: str) -> str:
             for name, heading in _HEADINGS.items():
                 row[heading] = _cell(what, ours.get(name), theirs.get(name), 3 if name == "ece" else 2)
             rows.append(row)
-    shown = {k: "" for row in rows for k in row}
-    filled = [{k: row.get(k, "") for k in shown} for row in rows]
-    return tables.aligned(filled)
+    columns = dict.fromkeys(key for row in rows for key in row)
+    return tables.aligned([{key: row.get(key, "") for key in columns} for row in rows])
+
+
+def compare_forgetting(results: Results, experiment: str) -> str:
+    """Return a table of the accuracy lost on the first shift since pre-training, beside the paper's.
+
+    Args:
+        results: The content of `results.json`.
+        experiment: A key of `FORGETTING`.
+    """
+    methods, published = results["methods"], FORGETTING[experiment]
+    if "zero-shot" not in methods:
+        return "forgetting needs the zero-shot method's result: add it to the methods"
+    shift, before = next(iter(methods["zero-shot"]["ood_per_shift"].items()))
+    rows = []
+    for name, record in methods.items():
+        lost = before - record["ood_per_shift"][shift]
+        rows.append(
+            {
+                "method": name,
+                f"accuracy on {shift}": f"{record['ood_per_shift'][shift]:.1f}",
+                "forgetting": "" if name == "zero-shot" else f"{lost:.1f}",
+                "published": f"{published[name]:.1f}" if name in published else "",
+            }
+        )
+    return tables.aligned(rows)
 
 
 def _cell(what: str, ours: tuple[float, float | None] | None, theirs: float | None, digits: int) -> str:

@@ -1,10 +1,11 @@
-"""A run before it runs: all that is set, how long it is, what memory it takes, what data is missing."""
+"""Plan a run without running it: its configuration, length, memory, and missing data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +14,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from wmateacher.integrations.clip.data import check, imagenet
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Towers, build
-from wmateacher.integrations.clip.recipes import PhotoRecipe, Recipe
-from wmateacher.integrations.clip.training import Settings
-from wmateacher.integrations.engine import overrides, tables
+from wmateacher.integrations.clip.recipes import PhotoRecipe, Recipe, Settings
+from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.sampling import steps_per_epoch
+
+__all__ = ["GIB", "Memory", "describe", "memory"]
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process.
+    """The memory of one process in bytes.
 
     Attributes:
-        student: Weights.
-        gradients: Of the trained ones.
+        student: The student's weights.
+        gradients: The gradients of the trained weights.
         optimizer: AdamW's two moments.
-        teacher: The average; 0 without a teacher.
-        start: The weights that an L2 pull is to; 0 without one.
-        activations: What the student's forward keeps for the backward pass.
+        teacher: The averaged weights, or 0 without a teacher.
+        start: The pretrained weights that an L2 pull needs, or 0 without one.
+        activations: The tensors that the student's forward pass keeps for the backward pass.
     """
 
     student: int
@@ -43,7 +45,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """The sum of all."""
         return sum(vars(self).values())
 
 
@@ -56,17 +58,17 @@ def memory(
     pull: bool = False,
     processes: int = 1,
 ) -> Memory:
-    """What training takes, at the least: the framework's own buffers and fragments come on top.
+    """Estimate the least memory that training needs; the framework's buffers and fragmentation add to it.
 
-    Activations are counted by running the forward on tensors without content, by the kernels of a CPU.
+    Activations are counted by running the forward pass of a CPU on tensors without content.
 
     Args:
-        model: As in a recipe.
-        settings: Batch, precision, micro batch.
-        teacher: Whether there is one.
-        pull: Whether there is an L2 pull to the start.
-        head: Of the method: with `"linear"` the text tower is neither trained nor run.
-        processes: That share each batch.
+        model: The name of the towers, as in a recipe.
+        settings: The settings, for batch size, precision and micro batches.
+        teacher: Whether there is a teacher.
+        head: The method's head. With `"linear"` the text tower is neither trained nor run.
+        pull: Whether there is an L2 pull to the pretrained weights.
+        processes: The number of processes that share each batch.
     """
     towers, _ = build(model, device="meta")
     if settings.freeze_text or head == "linear":
@@ -93,7 +95,7 @@ class _Embeds(nn.Module):
 
 
 def _kept(towers: Towers, pairs: int, settings: Settings, texts: bool) -> int:
-    """Bytes that autograd keeps of a forward."""
+    """Return the bytes that autograd keeps of a forward pass."""
     if settings.grad_checkpointing:
         towers.clip.set_grad_checkpointing()
     module = _Embeds(towers.train(), texts)
@@ -101,7 +103,8 @@ def _kept(towers: Towers, pairs: int, settings: Settings, texts: bool) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = (tensor, storage.nbytes())  # held, so that no other takes its place
+        # Keeping the tensor alive keeps its address from being used again.
+        kept[storage._cdata] = (tensor, storage.nbytes())
         return tensor
 
     with FakeTensorMode():
@@ -123,31 +126,32 @@ def _kept(towers: Towers, pairs: int, settings: Settings, texts: bool) -> int:
 
 def describe(
     recipe: Recipe,
-    chosen: Callable[[Recipe], tuple[Recipe, Sequence[str]]],
+    select: Callable[[Recipe], tuple[Recipe, Sequence[str]]],
     root: Path | None,
     processes: int = 1,
 ) -> str:
-    """All of a run that can be known before it, in lines of text.
+    """Describe a run in lines of text.
 
     Args:
-        recipe: As the command line has it.
-        chosen: The recipe, once its steps are known, to the one that runs and the names of its methods.
-        root: The folder of the data.
-        processes: That would share each batch.
+        recipe: The recipe from the command line.
+        select: A function from the recipe, once its steps are known, to the recipe that runs and the names
+            of its methods.
+        root: The folder that holds the data sets.
+        processes: The number of processes that would share each batch.
 
     Raises:
-        ValueError: There is no such folder; or as `PhotoRecipe.on`.
+        ValueError: If there is no such folder, or the warm-up is not shorter than the run.
     """
     if root is not None and not root.is_dir():
         raise ValueError(f"no folder {root}: give the one that holds the data sets (--data-root)")
     found = _data(recipe, root)
     if isinstance(recipe, PhotoRecipe) and found.pairs:
-        recipe = recipe.on(found.pairs)
-    recipe, names = chosen(recipe)
+        recipe = recipe.resolve(found.pairs)
+    recipe, names = select(recipe)
     methods = [recipe.method(name) for name in names]
-    lines = [f"{recipe.name}: {recipe.summary}", "", "configuration, each line an argument of --set:"]
+    lines = [f"{recipe.name}: {recipe.summary}", "", "configuration (--NAME VALUE changes a value):"]
     lines += [f"  {line}" for line in _settings(recipe)]
-    lines += ["", "methods, what makes them differ from FLYP (--set methods.NAME.SETTING=VALUE):"]
+    lines += ["", "methods, as they differ from FLYP (--methods.NAME.SETTING VALUE changes a value):"]
     for m in methods:
         own = ", ".join(f"{k}={v}" for k, v in m.settings().items() if k != "name")
         lines.append(f"  {m.name}: {own or 'nothing'}")
@@ -155,20 +159,24 @@ def describe(
     lines.append(f"  settings of a method: {other}")
     lines += ["", *_length(recipe, found), "", *_memory(recipe, methods, processes), "", *found.lines]
     anchored = not isinstance(recipe, PhotoRecipe) or recipe.anchors is not None
-    lacking = [recipe.lacking(name, labelled=found.labelled, anchored=anchored) for name in names]
-    lines += [f"cannot run: {reason}" for reason in lacking if reason is not None]
+    reasons = [recipe.why_not(name, labelled=found.labelled, anchored=anchored) for name in names]
+    lines += [f"cannot run: {reason}" for reason in reasons if reason is not None]
     return "\n".join(lines)
 
 
-def _settings(recipe: Recipe) -> Iterator[str]:
-    """All but the methods'."""
-    for name, value in overrides.listed(recipe):
-        if name in ("name", "summary") or name.startswith("methods."):
+def _settings(config: Any, prefix: str = "") -> Iterator[str]:
+    """Yield every value of a recipe except its methods', under its name on the command line."""
+    values = config if isinstance(config, Mapping) else vars(config)
+    for key, value in values.items():
+        name = prefix + key.replace("_", "-")
+        if name in ("name", "summary", "methods"):
             continue
-        if isinstance(value, tuple) and len(value) > 6:
-            yield f"{name}=({value[0]!r}, ... {len(value)} in all)"
+        if is_dataclass(value) or isinstance(value, Mapping):
+            yield from _settings(value, f"{name}.")
+        elif isinstance(value, tuple):
+            yield f"{name} {' '.join(map(repr, value)) or '()'}"
         else:
-            yield f"{name}={value}"
+            yield f"{name} {value}"
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,7 @@ class _Found:
 
 
 def _data(recipe: Recipe, root: Path | None) -> _Found:
-    """How many training pairs there are, by what lies there or else as published, and what is missing."""
+    """Count the training pairs, as found or else as published, and list what is missing."""
     if not isinstance(recipe, PhotoRecipe):
         return _Found(0, True, [f"data: {getattr(recipe, 'data', '')}" + (f" in {root}" if root else "")])
     if root is None:
@@ -198,7 +206,7 @@ def _data(recipe: Recipe, root: Path | None) -> _Found:
 
 
 def _published(where: str) -> int:
-    """How many pairs a set has as published; 0 for a file, of which nothing is known."""
+    """Return the published number of pairs of a set, or 0 for a file."""
     return imagenet.SETS[where].images if where in imagenet.SETS else 0
 
 
@@ -215,14 +223,14 @@ def _length(recipe: Recipe, found: _Found) -> list[str]:
         each = steps_per_epoch(found.pairs, s.batch_size)
         of = f": {found.pairs:,} pairs, {each:,} steps an epoch"
         if found.pairs < s.batch_size:
-            of += f"; too few for batch_size {s.batch_size}, training would refuse"
+            of += f"; too few for batch_size {s.batch_size}, training would be refused"
     at = dict.fromkeys(step for step in (0, s.warmup - 1, s.warmup, s.steps - 1) if 0 <= step < s.steps)
     rates = ", ".join(f"{s.learning_rate_at(step):.4g} at step {step}" for step in at)
     return [f"length: {s.steps:,} optimizer steps of {s.batch_size}{of}", f"learning rate: {rates}"]
 
 
 def _memory(recipe: Recipe, methods: Sequence[Method], processes: int) -> list[str]:
-    """An estimate for each kind of method among these."""
+    """Estimate the memory of each kind of method."""
     kinds: dict[tuple[bool, str, bool], list[str]] = {}
     for m in methods:
         if m.trains:
@@ -231,9 +239,9 @@ def _memory(recipe: Recipe, methods: Sequence[Method], processes: int) -> list[s
         return ["memory: nothing is trained"]
     rows = []
     for (teacher, head, pull), names in kinds.items():
-        takes = memory(recipe.model, recipe.finetune, teacher, head=head, pull=pull, processes=processes)
+        needed = memory(recipe.model, recipe.finetune, teacher, head=head, pull=pull, processes=processes)
         row = {"GiB of": ", ".join(names)}
-        row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(takes).items(), ("total", takes.total))}
+        row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(needed).items(), ("total", needed.total))}
         rows.append(row)
     own = f", each of {processes} processes" if processes > 1 else ""
     return [f"memory, at the least{own}:", *(f"  {line}" for line in tables.aligned(rows).splitlines())]

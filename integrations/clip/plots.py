@@ -1,4 +1,4 @@
-"""Results to look at: a table in text, and a picture."""
+"""Tables and pictures of results."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.tables import Results
 
+__all__ = ["course", "picture", "reliability", "table", "teachers"]
+
 
 def table(results: Results) -> str:
-    """One row a method: accuracies in percent, the shifts' mean ECE, seconds of training.
+    """Return a table with one row per method: accuracies in percent, the shifts' mean ECE, training seconds.
 
     With several seeds every figure is `mean ± sample deviation`.
     """
@@ -30,7 +32,7 @@ def table(results: Results) -> str:
 
 
 def teachers(results: Results) -> str:
-    """The same figures of the averaged students, one row a method that has a teacher; empty without any."""
+    """Return a table of the teachers' figures, one row per method that has one; empty if none has."""
     having = {n: r for n, r in results["methods"].items() if tables.look_up(r, "teacher.id") is not None}
     if not having:
         return ""
@@ -38,33 +40,13 @@ def teachers(results: Results) -> str:
     return tables.table({"methods": having}, columns, "teacher of")
 
 
-def forgetting_table(results: Results, published: Mapping[str, float]) -> str:
-    """Accuracy lost on the first shift since pre-training, beside what the paper reports."""
-    methods = results["methods"]
-    if "zero-shot" not in methods:
-        return "forgetting needs the zero-shot method's result: add it to the methods"
-    shift, before = next(iter(methods["zero-shot"]["ood_per_shift"].items()))
-    rows = []
-    for name, record in methods.items():
-        lost = before - record["ood_per_shift"][shift]
-        rows.append(
-            {
-                "method": name,
-                f"accuracy on {shift}": f"{record['ood_per_shift'][shift]:.1f}",
-                "forgetting": "" if name == "zero-shot" else f"{lost:.1f}",
-                "published": f"{published[name]:.1f}" if name in published else "",
-            }
-        )
-    return tables.aligned(rows)
-
-
 def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
-    """ID against mean OOD accuracy of every method, and the gap over training of every teacher.
+    """Plot ID against mean OOD accuracy of every method, and the gap of every teacher during training.
 
     Args:
-        results: As in `results.json`.
-        gaps: Method -> a CSV of its teacher's gap, with columns step and gap.
-        file: Where to write the picture; its suffix gives the format.
+        results: The content of `results.json`.
+        gaps: For each method a CSV of its teacher's gap, with columns step and gap.
+        file: The file to write; its suffix gives the format.
     """
     from matplotlib.figure import Figure
 
@@ -99,13 +81,13 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
 
 
 def reliability(tables: Mapping[str, Path], file: Path) -> None:
-    """Accuracy over confidence on every test set, of every method: on the diagonal is calibrated.
+    """Plot accuracy over confidence on every test set; calibrated methods lie on the diagonal.
 
-    The larger a point, the more images are in its bin.
+    The size of a point shows the share of images in its bin.
 
     Args:
-        tables: Method -> a CSV with columns model, set, confidence, accuracy, share.
-        file: Where to write the picture.
+        tables: For each method a CSV with columns model, set, confidence, accuracy, share.
+        file: The file to write; its suffix gives the format.
     """
     from matplotlib.figure import Figure
 
@@ -120,10 +102,10 @@ def reliability(tables: Mapping[str, Path], file: Path) -> None:
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         for name, found in rows.items():
             for side, style in (("student", "-"), ("teacher", "--")):
-                chosen = [r for r in found if r["set"] == test and r["model"] == side]
-                if chosen:
-                    at = [[float(r[key]) for r in chosen] for key in ("confidence", "accuracy")]
-                    sizes = [4 + 60 * float(r["share"]) for r in chosen]
+                bins = [r for r in found if r["set"] == test and r["model"] == side]
+                if bins:
+                    at = [[float(r[key]) for r in bins] for key in ("confidence", "accuracy")]
+                    sizes = [4 + 60 * float(r["share"]) for r in bins]
                     axes.plot(*at, style, color=colours[name], linewidth=1)
                     axes.scatter(*at, s=sizes, color=colours[name], label=name if side == "student" else None)
         axes.set(title=test, xlim=(0, 1), ylim=(0, 1))
@@ -137,12 +119,12 @@ def reliability(tables: Mapping[str, Path], file: Path) -> None:
 
 
 def course(tables: Mapping[str, Path], in_distribution: str, file: Path) -> None:
-    """ID and mean OOD accuracy while training, of students and teachers.
+    """Plot ID and mean OOD accuracy of students and teachers during training.
 
     Args:
-        tables: Method -> a CSV with columns step, model, set, figure, value.
-        in_distribution: Name of the ID set.
-        file: Where to write the picture.
+        tables: For each method a CSV with columns step, model, set, figure, value.
+        in_distribution: The name of the ID set.
+        file: The file to write; its suffix gives the format.
     """
     from matplotlib.figure import Figure
 

@@ -1,38 +1,86 @@
-"""Experiments as data: which towers, which images, which methods, how optimised."""
+"""Experiments as data: the towers, the images, the methods, and how they are optimised."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from wmateacher.checks import nearest
+from wmateacher.checks import lookup, one_of
+from wmateacher.integrations.clip import paper
 from wmateacher.integrations.clip.data import imagenet
-from wmateacher.integrations.clip.data.photos import Sampling
+from wmateacher.integrations.clip.data.batches import Sampling
 from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
-from wmateacher.integrations.clip.paper import PUBLISHED
-from wmateacher.integrations.clip.training import Settings
-from wmateacher.integrations.engine import overrides
+from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.sampling import steps_per_epoch
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
+
+__all__ = ["RECIPES", "DigitsRecipe", "PhotoRecipe", "Recipe", "Settings", "get"]
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Fine-tune a CLIP by several methods, and evaluate under shift.
+class Settings(settings.Settings):
+    """How a run is optimised: AdamW, a linear warm-up, then a cosine decay to 0.
 
     Attributes:
-        name: On the command line.
-        summary: One line.
-        model: Towers that `towers.build` knows.
+        steps: Optimizer steps T of the run.
+        learning_rate: The learning rate at the end of the warm-up.
+        batch_size: Image-text pairs per step.
+        weight_decay: The weight decay of every parameter, in one group as in the published code.
+        warmup: Steps of linear warm-up; 500 in the published recipes.
+        clip_norm: The largest gradient norm. None: no clipping.
+        precision: `fp32`, or autocast to `bf16` or `fp16` with float32 weights. fp16 uses a gradient scaler;
+            steps that it skips do not count for the teacher.
+        grad_checkpointing: Recompute activations in the backward pass instead of keeping them.
+        micro_batch: Pairs that go through the towers at a time on each process, at the cost of a second
+            forward pass; the losses still see the whole batch. None: all of them.
+        compile: Compile the forward pass of student and teacher with `torch.compile`.
+        seed: The seed of initialisation, dropout and data.
+        checkpoint_every: Steps between checkpoints.
+        freeze_text: Train the image tower and the logit scale only.
+    """
+
+    precisions = ("fp32", "bf16", "fp16")
+
+    batch_size: int
+    weight_decay: float = 0.1
+    warmup: int = 500
+    grad_checkpointing: bool = False
+    micro_batch: int | None = None
+    compile: bool = False
+    freeze_text: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        settings.check_at_least(self, batch_size=1)
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}: None is all at once")
+
+    def scaled(self, steps: int | None) -> Settings:
+        """Return the settings with other steps and the warm-up in proportion; None: unchanged."""
+        if steps is None or steps < 1:
+            return self if steps is None else replace(self, steps=steps)
+        return replace(self, steps=steps, warmup=self.warmup * steps // self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Fine-tune a CLIP by several methods and evaluate it under shift.
+
+    Attributes:
+        name: The name on the command line.
+        summary: One line on the experiment.
+        model: The towers: tiny-conv-32, tiny-vit-16, tiny-resnet-32, light-vit-28, or any that open_clip can
+            build.
         finetune: How every method is fine-tuned.
-        methods: By name; their settings may differ from the published ones.
-        default: Names of those that run where none are asked for; empty: all.
-        evaluate_every: Optimizer steps between evaluations of student and teacher while training; 0: at
-            the end only.
+        methods: The methods by name; their settings may differ from the published ones.
+        default: The names of the methods that run by default. Empty: all.
+        evaluate_every: Optimizer steps between evaluations of student and teacher during training. 0:
+            evaluate at the end only.
+        published: The name of the paper's figures for this experiment, in `paper`.
     """
 
     name: str
@@ -42,47 +90,48 @@ class Recipe:
     methods: Mapping[str, Method]
     default: tuple[str, ...] = ()
     evaluate_every: int | None = 0
+    published: str | None = None
 
     def __post_init__(self) -> None:
         if self.evaluate_every is not None and self.evaluate_every < 0:
             raise ValueError(
                 f"evaluate_every must be at least 0, got {self.evaluate_every}: 0 is at the end only"
             )
+        if self.published is not None:
+            lookup("published", self.published, {**paper.PUBLISHED, **paper.FORGETTING})
 
     def method(self, name: str) -> Method:
-        """The method of that name, as this recipe sets it.
+        """Return the method of that name, with this recipe's settings.
 
         Raises:
-            ValueError: The recipe has none of that name.
+            ValueError: If the recipe has no such method.
         """
-        if name not in self.methods:
-            raise ValueError(f"unknown method {name!r}; {nearest(name, self.methods)}")
-        return self.methods[name]
+        return lookup("method", name, self.methods)
 
-    def chosen(self, names: tuple[str, ...]) -> list[str]:
-        """The names of methods to run: these, all for `("all",)`, the recipe's default for none.
+    def select(self, names: Sequence[str]) -> list[str]:
+        """Return the names of the methods to run: these, all for `("all",)`, the default for none.
 
         Raises:
-            ValueError: The recipe has none of that name.
+            ValueError: If the recipe does not have one of them.
         """
-        if names == ("all",):
+        if tuple(names) == ("all",):
             return list(self.methods)
-        chosen = list(names or self.default or self.methods)
-        for name in chosen:
+        selected = list(names or self.default or self.methods)
+        for name in selected:
             self.method(name)
-        return chosen
+        return selected
 
     def trained(self, name: str) -> Method:
-        """The method that is trained for that one: itself, or what a merge is of."""
+        """Return the method that is trained for a method: itself, or the one that a merge is of."""
         method = self.method(name)
         return method if method.merge is None else self.method(method.merge.of)
 
-    def lacking(self, name: str, *, labelled: bool, anchored: bool) -> str | None:
-        """Why a method cannot run on some data; None: it can.
+    def why_not(self, name: str, *, labelled: bool, anchored: bool) -> str | None:
+        """Return the reason why a method cannot run on some data, or None if it can.
 
         Args:
-            name: Of the method.
-            labelled: Whether the training pairs have classes.
+            name: The name of the method.
+            labelled: Whether the training pairs have labels.
             anchored: Whether there are anchor pairs.
         """
         method = self.trained(name)
@@ -90,34 +139,23 @@ class Recipe:
             return f"merge of {method.name!r}, which is not trained: choose a method that is"
         if method.head == "linear" and method.trains and not labelled:
             return (
-                f"method {name!r} has a linear head and needs labels, the data has captions only: give the "
-                "table a label column, or leave the method out"
+                f"method {name!r} has a linear head and needs labels, the data has captions only: add a "
+                "label column to the table, or leave the method out"
             )
         if method.anchors and not anchored:
             return (
-                f"method {name!r} needs anchor pairs, image-text pairs like those of pre-training: give some "
-                "(--set anchors=FILE), or leave the method out"
+                f"method {name!r} needs anchor pairs, image-text pairs like those of pre-training: name some "
+                "(--anchors FILE), or leave the method out"
             )
         return None
 
-    def changed(self: RecipeT, *assignments: str) -> RecipeT:
-        """The same with values changed, as `overrides.changed` does.
-
-        Raises:
-            ValueError: There is no such name, or the value does not do.
-        """
-        return overrides.changed(self, assignments)
+    def adjust(self: RecipeT) -> RecipeT:
+        """Return the recipe with the values that follow from those changed on the command line."""
+        return self
 
     def with_steps(self: RecipeT, steps: int | None) -> RecipeT:
-        """The same with another number of steps of fine-tuning, the warm-up shortened in proportion."""
-        return replace(self, finetune=scaled(self.finetune, steps))
-
-
-def scaled(settings: Settings, steps: int | None) -> Settings:
-    """Other steps, the warm-up in proportion; None: as they are."""
-    if steps is None or steps < 1:
-        return settings if steps is None else replace(settings, steps=steps)
-    return replace(settings, steps=steps, warmup=settings.warmup * steps // settings.steps)
+        """Return the recipe with other steps of fine-tuning and the warm-up in proportion."""
+        return replace(self, finetune=self.finetune.scaled(steps))
 
 
 # --- drawn digits -----------------------------------------------------------------------------------
@@ -125,17 +163,16 @@ def scaled(settings: Settings, steps: int | None) -> Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsRecipe(Recipe):
-    """Pre-train a small CLIP on digits of one domain, and fine-tune it on another.
+    """Pre-train a small CLIP on digits of one domain and fine-tune it on another.
 
     Attributes:
-        data: A source of `wmateacher.integrations.vision.digits`.
+        data: The digits: `digits`, or `mnist` or `fashion-mnist` in the data root.
         wide: The pre-training domain.
-        narrow: The fine-tuning domain, and in-distribution at evaluation.
+        narrow: The fine-tuning domain, which is in-distribution at evaluation.
         shifts: The test domains.
-        pretrain: How to pre-train, by plain contrastive learning.
-        train_images: At most that many training images are used.
-        large_data_steps: Pre-training steps where `with_data` changes to a source of 60,000 images.
-        published_forgetting: What the paper reports, in points of accuracy on the first shift.
+        pretrain: How the towers are pre-trained, by plain contrastive learning.
+        train_images: The largest number of training images to use.
+        large_data_steps: Pre-training steps if `data` is changed to a source of 60,000 images.
     """
 
     data: str
@@ -145,21 +182,30 @@ class DigitsRecipe(Recipe):
     pretrain: Settings
     train_images: int = 10**9
     large_data_steps: int | None = None
-    published_forgetting: Mapping[str, float] = field(default_factory=dict)
 
-    def with_data(self, data: str) -> DigitsRecipe:
-        """The same on other images; sources larger than the bundled one are pre-trained on for longer."""
-        larger = self.large_data_steps if data not in (self.data, "digits") else None
-        return replace(self, data=data, pretrain=scaled(self.pretrain, larger))
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("data", self.data, digits.SOURCES)
+
+    def adjust(self) -> DigitsRecipe:
+        """Return the recipe with more steps of pre-training if `data` was changed to larger data.
+
+        Steps that were changed stay as they are.
+        """
+        before = RECIPES.get(self.name)
+        if not isinstance(before, DigitsRecipe) or self.pretrain.steps != before.pretrain.steps:
+            return self
+        is_larger = self.data not in (before.data, "digits")
+        return self.with_pretraining(self.large_data_steps) if is_larger else self
 
     def with_pretraining(self, steps: int | None) -> DigitsRecipe:
-        """The same with another number of steps of pre-training, the warm-up shortened in proportion."""
-        return replace(self, pretrain=scaled(self.pretrain, steps))
+        """Return the recipe with other steps of pre-training and the warm-up in proportion."""
+        return replace(self, pretrain=self.pretrain.scaled(steps))
 
 
 DIGITS = DigitsRecipe(
     name="digits",
-    summary="any digits: random colours, turns and noise -> red and blue digits -> six shifts",
+    summary="digits in random colours, rotations and noise -> red and blue digits -> six shifts",
     data="digits",
     model="tiny-conv-32",
     wide=digits.WIDE,
@@ -167,8 +213,9 @@ DIGITS = DigitsRecipe(
     shifts=digits.SHIFTS,
     pretrain=Settings(steps=1000, learning_rate=3e-3, batch_size=128, warmup=100, clip_norm=1.0),
     finetune=Settings(steps=400, learning_rate=2e-3, batch_size=128, warmup=40, clip_norm=1.0),
-    # One learning rate for all; LP-FT's probing rate is the best of 1, 10 and 100 times it on validation
-    # images of the fine-tuning domain; CaRot's teacher is updated as often in a run as in the published one.
+    # All methods share one learning rate. LP-FT's probing rate is the best of 1, 10 and 100 times that, on
+    # validation images of the fine-tuning domain. CaRot's teacher is updated as often per run as the
+    # published one.
     methods={
         **METHODS,
         "ft": replace(METHODS["ft"], rate=1.0),
@@ -183,7 +230,7 @@ _MNIST_MEAN = 0.1307
 
 
 def _tinted(factors: tuple[float, float, float]) -> tuple[digits.Colour, digits.Colour]:
-    """Ink and paper after multiplying the channels of pixels normalised to mean 0 by `factors`."""
+    """Return ink and paper after the channels of pixels of mean 0 are multiplied by `factors`."""
     ink = tuple(_MNIST_MEAN + f * (1 - _MNIST_MEAN) for f in factors)
     paper = tuple(_MNIST_MEAN * (1 - f) for f in factors)
     return ink, paper  # type: ignore[return-value]
@@ -218,7 +265,7 @@ COLORED_MNIST = DigitsRecipe(
         )
     },
     train_images=48_000,
-    published_forgetting={"flyp": 37.9, "l2-sp": 13.6, "static-sd": 1.8, "tracer": 0.1},
+    published="colored-mnist",
 )
 
 
@@ -230,61 +277,63 @@ class PhotoRecipe(Recipe):
     """Fine-tune a pretrained CLIP on image-text pairs from files; evaluate on ImageNet and its shifts.
 
     Attributes:
-        pretrained: A tag of open_clip, or a checkpoint file; None: random weights.
-        train: Pairs that `captioned.load` knows.
+        pretrained: A tag of open_clip or a checkpoint file. None: random weights.
+        train: The training pairs: `imagenet-train`, a .csv or .tsv of captions, or .tar shards.
         anchors: Pairs like those of pre-training, likewise, for methods that need them.
-        tests: Sets of `imagenet.SETS`; the first is in-distribution.
-        templates: Captions with one `{}`, of training and of the zero-shot head.
-        epochs: Passes over the training pairs; None: `finetune.steps` says how long.
-        sampling: How batches are drawn: see `file_pairs.FilePairs`.
-        scale: Smallest and largest share of an image that a training crop has.
-        flip: Probability of a horizontal flip.
-        evaluate_every: None: after each epoch.
+        tests: The test sets; the first is in-distribution.
+        templates: Captions with one `{}` for the class, in training and in the zero-shot head. Empty:
+            OpenAI's 80.
+        epochs: Passes over the training pairs. None: `finetune.steps` is used, as it is if it was changed.
+        sampling: `epochs`, or `balanced`: all classes equally often.
+        scale: The smallest and largest share of an image in a training crop.
+        flip: The probability of a horizontal flip.
+        evaluate_every: Optimizer steps between evaluations of student and teacher during training. 0:
+            evaluate at the end only. None: after each epoch.
         evaluation_batch: Images at a time in evaluation.
-        published: The rows of `published.PUBLISHED` that it reproduces; None: none.
     """
 
     pretrained: str | None
     train: str = "imagenet-train"
     anchors: str | None = None
     tests: tuple[str, ...] = ("imagenet", *imagenet.SHIFTS)
-    templates: tuple[str, ...] = imagenet.TEMPLATES
+    templates: tuple[str, ...] = ()
     epochs: int | None = 10
     sampling: Sampling = "epochs"
-    scale: tuple[float, ...] = (0.9, 1.0)
+    scale: tuple[float, float] = (0.9, 1.0)
     flip: float = 0.5
     evaluate_every: int | None = None
     evaluation_batch: int = 256
-    published: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in self.tests:
-            if name not in imagenet.SETS:
-                raise ValueError(f"unknown data set {name!r} in tests; {nearest(name, imagenet.SETS)}")
+            lookup("data set", name, imagenet.SETS)
         if not self.tests:
             raise ValueError("tests must have at least one data set: the first is in-distribution")
         wrong = [t for t in self.templates if not _takes_a_name(t)]
-        if wrong or not self.templates:
-            raise ValueError(
-                f"templates must be captions with one {{}} for the class, got {wrong or self.templates!r}"
-            )
-        if self.published is not None and self.published not in PUBLISHED:
-            raise ValueError(f"unknown published {self.published!r}; {nearest(self.published, PUBLISHED)}")
+        if wrong:
+            raise ValueError(f"templates must be captions with one {{}} for the class, got {wrong}")
         if self.evaluation_batch < 1:
             raise ValueError(f"evaluation_batch must be at least 1, got {self.evaluation_batch}")
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        one_of("sampling", self.sampling, ("epochs", "balanced"))
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale must be two shares of an image such as (0.9, 1.0), got {self.scale}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip must be a probability, got {self.flip}")
 
-    def on(self, pairs: int) -> PhotoRecipe:
-        """The same with the steps that so many training pairs make.
+    def adjust(self) -> PhotoRecipe:
+        """Return the recipe without `epochs` if the steps of fine-tuning were changed."""
+        before = RECIPES.get(self.name)
+        changed = before is not None and self.finetune.steps != before.finetune.steps
+        return replace(self, epochs=None) if changed else self
+
+    def resolve(self, pairs: int) -> PhotoRecipe:
+        """Return the recipe with the numbers of steps that follow from the number of training pairs.
 
         Raises:
-            ValueError: The warm-up is not shorter than that.
+            ValueError: If the warm-up is not shorter than the run.
         """
         each = steps_per_epoch(pairs, self.finetune.batch_size)
         steps = self.finetune.steps if self.epochs is None else self.epochs * each
@@ -292,19 +341,13 @@ class PhotoRecipe(Recipe):
         if warmup and warmup >= steps:
             raise ValueError(
                 f"warmup must be shorter than the run, got {warmup} of {steps} steps ({pairs:,} pairs in "
-                f"batches of {self.finetune.batch_size}): pass --set finetune.warmup={steps // 10}"
+                f"batches of {self.finetune.batch_size}): pass --finetune.warmup {steps // 10}"
             )
         every = each if self.evaluate_every is None else self.evaluate_every
         return replace(self, finetune=replace(self.finetune, steps=steps), evaluate_every=every)
 
-    def changed(self, *assignments: str) -> PhotoRecipe:
-        """As `Recipe.changed`; `finetune.steps` takes the place of `epochs`."""
-        made = super().changed(*assignments)
-        names = [a.partition("=")[0].strip() for a in assignments]
-        return replace(made, epochs=None) if "finetune.steps" in names else made
-
     def with_steps(self, steps: int | None) -> PhotoRecipe:
-        """As `Recipe.with_steps`, in place of `epochs`."""
+        """Return the recipe with other steps of fine-tuning, in place of `epochs`."""
         return self if steps is None else replace(super().with_steps(steps), epochs=None)
 
 
@@ -327,7 +370,7 @@ def _imagenet(
     c_f: float = 0.05,
     distill_weight: float = 0.9,
 ) -> PhotoRecipe:
-    """A published recipe: AdamW, 500 steps of warm-up, a cosine, 10 epochs, bf16."""
+    """Return a published recipe: AdamW, 500 steps of warm-up, cosine decay, 10 epochs, bf16."""
     pairs = imagenet.SETS["imagenet-train"].images
     distillation = tracer_terms(width, elementwise)
     regularised = ("static-sd", "ema", "carot", "tracer")
@@ -360,14 +403,13 @@ _IMAGENET = (
 )  # fmt: skip
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS, COLORED_MNIST, *_IMAGENET)}
+"""The recipes by name."""
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name.
+    """Return the recipe of that name.
 
     Raises:
-        ValueError: There is none; lists those there are.
+        ValueError: If there is none; the message lists the recipes.
     """
-    if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
-    return RECIPES[name]
+    return lookup("recipe", name, RECIPES)

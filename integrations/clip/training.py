@@ -1,11 +1,11 @@
-"""Fine-tuning towers by a method: what one step of the training loop is."""
+"""Fine-tune towers by a method: one step of the training loop."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,67 +15,21 @@ from wmateacher.diagnostics import parameter_gap
 from wmateacher.integrations.clip import clocks, micro_batches
 from wmateacher.integrations.clip.data import batches
 from wmateacher.integrations.clip.data.batches import Batch
-from wmateacher.integrations.clip.heads import Classified, Classifier, Prompts, Student, towers_of
-from wmateacher.integrations.clip.methods import Method, check_clip_norm
-from wmateacher.integrations.clip.model import Towers
-from wmateacher.integrations.clip.objective import Objective, needed
-from wmateacher.integrations.engine import loop, processes, schedules
+from wmateacher.integrations.clip.methods import Method
+from wmateacher.integrations.clip.model import (
+    Classified,
+    Classifier,
+    Prompts,
+    Student,
+    Towers,
+    towers_of,
+)
+from wmateacher.integrations.clip.objective import Objective, require_prompts
+from wmateacher.integrations.clip.recipes import Settings
+from wmateacher.integrations.engine import loop, processes
 from wmateacher.losses import PairedEmbeddings
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a run is optimised: AdamW, linear warm-up, cosine decay to 0.
-
-    Attributes:
-        steps: Optimizer steps T of the run.
-        learning_rate: At the end of the warm-up.
-        batch_size: Image-text pairs a step.
-        weight_decay: On every parameter, in one group, as in the published code.
-        warmup: Steps of linear warm-up; 500 in the published recipes.
-        clip_norm: Largest gradient norm; None: unclipped.
-        precision: `"fp32"`, or `"bf16"` or `"fp16"` autocast with float32 weights; fp16 with a scaler,
-            and a step that it skips does not count for the teacher.
-        grad_checkpointing: Compute activations again in the backward pass instead of keeping them.
-        micro_batch: Pairs that go through the towers at a time, on each process; the losses see the whole
-            batch all the same, by caching embeddings (`cached`), for a second forward. None: all at once.
-        compile: Compile the forward of student and teacher by `torch.compile`.
-        seed: Of initialisation, dropout and data.
-        checkpoint_every: Steps between checkpoints.
-        freeze_text: Train the image tower and the logit scale only.
-    """
-
-    steps: int
-    learning_rate: float
-    batch_size: int
-    weight_decay: float = 0.1
-    warmup: int = 500
-    clip_norm: float | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    grad_checkpointing: bool = False
-    micro_batch: int | None = None
-    compile: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
-    freeze_text: bool = False
-
-    def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("checkpoint_every", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.micro_batch is not None and self.micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}: None is all at once")
-        check_clip_norm(self.clip_norm)
-        if self.precision not in ("fp32", *_AUTOCAST):
-            raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16', got {self.precision!r}")
-
-    def learning_rate_at(self, step: int) -> float:
-        """The learning rate of the optimizer step with index `step`, from 0."""
-        return schedules.warmup_cosine(step, self.steps, self.warmup, self.learning_rate)
+__all__ = ["Fit", "build_student", "fit"]
 
 
 @dataclass
@@ -83,11 +37,11 @@ class Fit:
     """A finished run.
 
     Attributes:
-        student: The trained towers, under a linear head where the method has one.
-        teacher: None for methods without one.
-        series: Everything logged, as `loop.History` has it: losses, terms, the gap `|W - M| / |W|`,
+        student: The trained towers, under a linear head if the method has one.
+        teacher: The teacher, or None for methods without one.
+        series: Everything logged, as in `loop.History`: losses, terms, the gap `|W - M| / |W|`,
             evaluations.
-        seconds: Spent training, over all resumes.
+        seconds: Seconds of training, over all resumes.
     """
 
     student: Student
@@ -97,27 +51,29 @@ class Fit:
 
     @property
     def losses(self) -> list[float]:
-        """The total loss of every step."""
+        """The loss of every step."""
         return [value for _, value in self.series["loss"]]
 
     @property
     def gaps(self) -> list[float]:
-        """The gap after every step; empty without a teacher."""
+        """The gap after every step, or an empty list without a teacher."""
         return [value for _, value in self.series.get("gap", [])]
 
 
 def build_student(method: Method, towers: Towers, prompts: Prompts | None = None) -> Student:
-    """What a method fine-tunes, or evaluates: the pretrained towers, or a classifier on them.
+    """Return the model that a method fine-tunes: the towers, or a classifier on them.
 
     Args:
-        method: Its head decides.
-        towers: As pretrained; they become the student's.
-        prompts: The task's classes and templates; needed by a linear head.
+        method: The method, whose head decides.
+        towers: The pretrained towers. They become the student's; pass a copy to keep them.
+        prompts: The texts of the task, required by a linear head.
 
     Raises:
-        ValueError: A linear head without prompts.
+        ValueError: If a linear head has no prompts.
     """
-    return Classifier(towers, needed(prompts, method.name)) if method.head == "linear" else towers
+    if method.head == "linear":
+        return Classifier(towers, require_prompts(prompts, method.name))
+    return towers
 
 
 def fit(
@@ -138,29 +94,29 @@ def fit(
 ) -> Fit:
     """Fine-tune `student` in place by `method`.
 
-    An interrupted run that is started again with the same arguments goes on from its last checkpoint
-    and ends, on one device and one version of torch, with the same bits as an uninterrupted one.
+    An interrupted run that is started again with the same arguments continues from its last checkpoint. On
+    one device and one version of torch it ends with the same bits as an uninterrupted run.
 
     Args:
-        student: As `started` gives it, on the device to train on.
-        method: What to minimise, with which teacher.
-        stream: Batches from a given step on.
+        student: The result of `build_student`, on the device to train on.
+        method: The method.
+        stream: The fine-tuning pairs.
         settings: How to optimise.
-        prompts: The task's classes and templates; needed by methods with a guidance.
-        anchors: Pairs like those of pre-training; needed by methods with anchors.
-        checkpoint: File to write checkpoints to, and to go on from where it exists.
-        label: Name in the progress bar; the method's by default.
-        progress: Show a bar, where there is a terminal.
-        after_step: Called with the number of steps done after each one.
-        after_read: As in `loop.train`.
-        evaluate: Given `"student"`, and `"teacher"` where there is one, every `evaluate_every` steps but the
-            last; what it gives is logged.
-        evaluate_every: 0: never.
+        prompts: The texts of the task, required by methods with a guidance.
+        anchors: Pairs like those of pre-training, required by methods with anchors.
+        checkpoint: The file to write checkpoints to, and to continue from if it exists.
+        label: The name in the progress bar; by default the method's.
+        progress: Whether to show a progress bar in a terminal.
+        after_step: A function called after each step with the number of steps done.
+        after_read: A function called with logged values, as in `loop.train`.
+        evaluate: A function from `{"student": model, "teacher": model}` (the teacher if there is one) to
+            values to log, called every `evaluate_every` steps except after the last.
+        evaluate_every: Steps between evaluations. 0: no evaluations.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or belongs to another run; a batch cannot be shared out
-            to the processes; the method needs what was not given.
-        FloatingPointError: The loss is not finite.
+        ValueError: If the checkpoint cannot be read or belongs to another run, a batch cannot be divided
+            among the processes, or something that the method needs is missing.
+        FloatingPointError: If the loss is not finite.
     """
     processes.check_batch(settings.batch_size, equal=method.head == "linear")
     task = _FineTuning(student, method, stream, settings, prompts, anchors)
@@ -217,8 +173,9 @@ class _FineTuning:
             self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         if self.teacher is not None:
-            self.teacher.attach(self.optimizer)  # which knows of the steps that the scaler skips
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+            # The optimizer knows which steps the gradient scaler skips; those must not be averaged.
+            self.teacher.attach(self.optimizer)
+        self.scaler = settings.grad_scaler(self.device)
         if settings.grad_checkpointing:
             towers_of(student).clip.set_grad_checkpointing()
         if settings.compile:
@@ -227,40 +184,41 @@ class _FineTuning:
                 self.teacher.module.compile()
         self.batch = loop.BatchStream(stream)
         self.anchors = loop.BatchStream(anchors) if method.anchors and anchors is not None else None
-        self.probing = round(method.probe * settings.steps)
-        self.probes = False
+        self.probe_steps = round(method.probe * settings.steps)
+        self.is_probing = False
         student.train()
 
     def train_step(self, step: int) -> dict[str, Tensor | float]:
-        """One optimizer step."""
+        """Take one optimizer step and return the values to log."""
         self._enter_phase(step)
         batch = self.batch(step)
         anchors = None if self.anchors is None else self.anchors(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate_at(step)
-        given = batch if anchors is None else batches.joined(batch, anchors)
-        parts = self._parts(given)
-        shown = parts if given is batch else self._parts(batch)
+        pairs = batch if anchors is None else batches.join(batch, anchors)
+        parts = self._micro_batches(pairs)
+        teacher_parts = parts if pairs is batch else self._micro_batches(batch)
         labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
-        held = None if len(parts) == 1 else micro_batches.Cached(self.model, parts, self._autocast)
+        cached = None if len(parts) == 1 else micro_batches.Cached(self.model, parts, self._autocast)
         with self._autocast():
-            targets = self._targets(shown)
-            answers = self.model(*parts[0][:3]) if held is None else held.answers
-            beside = None
+            targets = self._targets(teacher_parts)
+            answers = self.model(*parts[0][:3]) if cached is None else cached.answers
+            anchor_answers = None
             if anchors is not None:
-                answers, beside = _split(answers, len(batch.images))
+                answers, anchor_answers = _split(answers, len(batch.images))
             loss, terms = self.objective(
-                self.student, answers, targets, labels=labels, anchors=beside, step=step
+                self.student, answers, targets, labels=labels, anchors=anchor_answers, step=step
             )
         self.scaler.scale(loss).backward()
-        if held is not None:
-            held.backward()
+        if cached is not None:
+            cached.backward()
         clip_norm = self.settings.clip_norm
         clip_norm = self.method.clip_norm if clip_norm is None else clip_norm
         if clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.parameters, clip_norm)
-        processes.same_buffers(self.student)  # before the teacher takes them, so that all ranks' are saved
+        # Before the teacher copies the buffers, so that a checkpoint of rank 0 holds those of all ranks.
+        processes.same_buffers(self.student)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -270,48 +228,47 @@ class _FineTuning:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         logged["logit_scale"] = towers_of(self.student).logit_scale.detach().clone()
-        if given.unreadable is not None:
-            logged["unreadable"] = processes.all_reduce_sum(given.unreadable, self.device)
+        if pairs.unreadable is not None:
+            logged["unreadable"] = processes.all_reduce_sum(pairs.unreadable, self.device)
         if self.teacher is not None:
             logged["gap"] = parameter_gap(self.teacher)
         return logged
 
     def learning_rate_at(self, step: int) -> float:
-        """Each phase has its own warm-up and decay."""
-        settings, method, probing = self.settings, self.method, self.probing
-        if step < probing:
-            first, length, rate = 0, probing, method.probe_rate
+        """Return the learning rate of a step; each phase has its own warm-up and decay."""
+        settings, method = self.settings, self.method
+        if step < self.probe_steps:
+            first, length, rate = 0, self.probe_steps, method.probe_rate
         else:
-            first, length, rate = probing, settings.steps - probing, method.rate
+            first, length, rate = self.probe_steps, settings.steps - self.probe_steps, method.rate
         warmup = settings.warmup * length // settings.steps
         return rate * replace(settings, steps=length, warmup=warmup).learning_rate_at(step - first)
 
     def _enter_phase(self, step: int) -> None:
-        """Train the head alone while probing, and all from then on."""
-        if self.probes == (step < self.probing) or not isinstance(self.student, Classifier):
+        """Switch between probing, which trains the head alone, and training everything."""
+        if self.is_probing == (step < self.probe_steps) or not isinstance(self.student, Classifier):
             return
-        self.probes = step < self.probing
-        self.student.probe(self.probes)
+        self.is_probing = step < self.probe_steps
+        self.student.set_probing(self.is_probing)
         self.model = processes.parallel(self.student)
 
     def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST.get(self.settings.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return self.settings.autocast(self.device)
 
     def _targets(self, parts: list[Batch]) -> PairedEmbeddings | Classified | None:
-        """What the teacher gives."""
+        """Return the teacher's output, or None without a teacher."""
         if self.teacher is None:
             return None
-        return self.teacher(*parts[0][:3]) if len(parts) == 1 else micro_batches.embedded(self.teacher, parts)
+        return self.teacher(*parts[0][:3]) if len(parts) == 1 else micro_batches.embed(self.teacher, parts)
 
-    def _parts(self, batch: Batch) -> list[Batch]:
-        """What goes through the towers at a time, taken apart on the host and sent to the device."""
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """Split a batch on the host and send the parts to the device."""
         size = self.settings.micro_batch
-        parts = [batch] if size is None or size >= len(batch.images) else micro_batches.parts_of(batch, size)
+        parts = [batch] if size is None or size >= len(batch.images) else micro_batches.split(batch, size)
         return [part.to(self.device) for part in parts]
 
     def stateful(self) -> dict[str, loop.Part]:
-        """All that changes."""
+        """Return everything that a checkpoint must hold."""
         parts: dict[str, loop.Part] = {
             "student": self.student, "objective": self.objective, "optimizer": self.optimizer,
             "scaler": self.scaler,
@@ -319,13 +276,11 @@ class _FineTuning:
         return parts if self.teacher is None else {**parts, "teacher": self.teacher}
 
     def run_config(self) -> dict[str, Any]:
-        """Method and settings."""
-        settings = asdict(self.settings)
-        del settings["checkpoint_every"]
-        return {**self.method.settings(), **settings}
+        """Return the settings that must match for a checkpoint to be resumed."""
+        return {**self.method.settings(), **self.settings.run_config()}
 
     def nan_hint(self) -> str:
-        """The settings that tame a loss."""
+        """Return the settings to change if the loss is not finite."""
         return f"lower learning_rate ({self.settings.learning_rate}) or clip_norm ({self.settings.clip_norm})"
 
 

@@ -1,9 +1,8 @@
-"""Several crops of every image, large and small: what the student and the teacher see."""
+"""Global and local crops of every image, as the student and the teacher see them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,59 +10,22 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import v2
 
+from wmateacher.integrations.dino.recipes import Crops, Range
 from wmateacher.integrations.engine import processes
 from wmateacher.integrations.engine.sampling import Epochs, generator
 from wmateacher.integrations.vision.digits import Domain, Split
 from wmateacher.integrations.vision.images import Images, Views
 
-Range = tuple[float, float]
+__all__ = ["DrawnCrops", "PhotoCrops", "cut", "normalise", "photo_view"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, per channel, of pixels in [0, 1]."""
-
-
-@dataclass(frozen=True)
-class Crops:
-    """How many crops of which sizes. The defaults are those of Caron et al. 2021 for 224 pixels.
-
-    Attributes:
-        global_size: Height and width of the two global crops, in pixels.
-        local_size: Of the local ones.
-        local_count: Number of local crops.
-        global_scale: Range of their share of the image's area.
-        local_scale: The same for the local ones.
-
-    Raises:
-        ValueError: A size or a scale makes no crop.
-    """
-
-    global_size: int = 224
-    local_size: int = 96
-    local_count: int = 8
-    global_scale: Range = (0.4, 1.0)
-    local_scale: Range = (0.05, 0.4)
-
-    def __post_init__(self) -> None:
-        for name, low in (("global_size", 1), ("local_size", 1), ("local_count", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        for name in ("global_scale", "local_scale"):
-            low_, high = getattr(self, name)
-            if not 0 < low_ <= high <= 1:
-                raise ValueError(f"{name} must be a range within (0, 1], got {getattr(self, name)}")
-
-    @property
-    def sizes(self) -> list[tuple[int, Range]]:
-        """Size and scale of each crop, the two global ones first."""
-        return [(self.global_size, self.global_scale)] * 2 + [
-            (self.local_size, self.local_scale)
-        ] * self.local_count
+"""The mean and the standard deviation of ImageNet's pixels in [0, 1], for each channel."""
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Drawings to mean 0 and deviation 1 in each image's each channel: `[B, 3, H, W]`.
+    """Normalise drawings `[B, 3, H, W]` to mean 0 and deviation 1 in every channel of every image.
 
-    Random colours are most of what an untrained network sees otherwise.
+    Otherwise an untrained network sees little but the random colours.
     """
     centred = images - images.mean((-2, -1), keepdim=True)
     return centred / (centred.std((-2, -1), keepdim=True) + 0.05)
@@ -72,19 +34,20 @@ def normalise(images: Tensor) -> Tensor:
 class DrawnCrops:
     """A `loop.Stream` of crops of grey images, drawn in a domain of random colours.
 
-    A crop is cut from a drawing that all crops of its image share, or drawn anew.
+    A crop is cut from the drawing that all crops of its image share, or from a drawing of its own.
 
     Args:
-        split: Images; their labels are not looked at by a domain of random colours.
-        domain: How they are drawn.
-        size: Of the drawing that crops are cut from, in pixels.
-        crops: How they are cut.
+        split: The images. A domain of random colours does not use their labels.
+        domain: How the images are drawn.
+        size: Height and width of the drawings, in pixels.
+        crops: The sizes of the crops.
         batch_size: Images a step.
-        seed: Of order, drawings and crops.
-        redraw: Steps between which the share of crops drawn anew goes from 0 to 1; (0, 0): all.
+        seed: The seed of the order, the drawings and the crops.
+        redraw: The steps between which the share of crops with a drawing of their own rises from 0 to 1;
+            (0, 0) for all crops from the start.
 
     Raises:
-        ValueError: A batch is larger than the data, a crop larger than the drawing, or the domain's
+        ValueError: A batch is larger than the data, a crop is larger than the drawing, or the domain's
             colours tell the label.
     """
 
@@ -111,14 +74,14 @@ class DrawnCrops:
         self.epochs = Epochs(len(split), batch_size, seed)
 
     def __call__(self, first_step: int) -> Iterator[list[Tensor]]:
-        """Batches without end from `first_step` on."""
+        """Yield batches from `first_step` on, without end."""
         step = first_step
         while True:
             yield self.batch(step)
             step += 1
 
     def batch(self, step: int) -> list[Tensor]:
-        """This process's crops of one step, each `[B, 3, H, W]`, the global ones first."""
+        """Return this process's crops of one step, each `[B, 3, H, W]`, the global ones first."""
         chosen = self.epochs(step)
         part = Split(self.split.images[chosen], self.split.labels[chosen])
         random = generator(self.seed, 1, step)
@@ -131,22 +94,22 @@ class DrawnCrops:
         return [normalise(processes.shard_rows(crop)) for crop in cuts]
 
     def redrawn_at(self, step: int) -> float:
-        """The share of crops that are drawn anew at a step."""
+        """Return the share of crops with a drawing of their own at a step."""
         first, last = self.redraw
         return 1.0 if step >= last else max(0.0, (step - first) / (last - first))
 
 
 def cut(images: Tensor, size: int, scale: Range, random: torch.Generator) -> Tensor:
-    """One square crop of each image: a random share `scale` of its area, anywhere, resized.
+    """Cut one square crop from each image, at a random place, and resize it.
 
     Args:
-        images: `[B, 3, S, S]`.
+        images: The images, shape `[B, 3, S, S]`.
         size: Height and width of the result, in pixels.
-        scale: Range of the share of the area.
-        random: Source of all randomness.
+        scale: The range of the share of the image's area that the crop covers.
+        random: The generator for all random numbers.
 
     Returns:
-        `[B, 3, size, size]`.
+        The crops, shape `[B, 3, size, size]`.
     """
     count, whole = len(images), images.shape[-1]
     area = scale[0] + (scale[1] - scale[0]) * torch.rand(count, generator=random)
@@ -159,17 +122,17 @@ def cut(images: Tensor, size: int, scale: Range, random: torch.Generator) -> Ten
 class PhotoCrops:
     """A `loop.Stream` of crops of photographs, distorted as in BYOL and DINO.
 
-    Flip, colour jitter, grey, blur and solarisation with the probabilities of Caron et al. 2021.
+    Flip, colour jitter, grey, blur and solarisation have the probabilities of Caron et al. 2021.
 
     Args:
-        images: Where to read.
-        crops: How they are cut.
+        images: The photographs.
+        crops: The sizes of the crops.
         batch_size: Images a step.
-        seed: Of order, crops and distortions.
-        workers: Processes that prepare batches.
+        seed: The seed of the order, the crops and the distortions.
+        workers: The number of processes that prepare batches.
 
     Raises:
-        ValueError: A batch is larger than the data, or a crop larger than the first image.
+        ValueError: A batch is larger than the data, or a crop is larger than the first image.
     """
 
     def __init__(self, images: Images, crops: Crops, batch_size: int, seed: int, workers: int = 0):
@@ -183,13 +146,13 @@ class PhotoCrops:
         self._views = Views(images.train, _Distort(crops), batch_size, seed, workers=workers)
 
     def __call__(self, first_step: int) -> Iterator[list[Tensor]]:
-        """Batches without end from `first_step` on."""
+        """Yield batches from `first_step` on, without end."""
         for views, _ in self._views(first_step):
             yield list(views)
 
 
 class _Distort:
-    """An image to its crops; a class, so that workers can receive it."""
+    """Return the crops of an image. This is a class so that it can be sent to workers."""
 
     def __init__(self, crops: Crops):
         solar = ((0.0, 1.0), (0.2, 0.1), *[(0.0, 0.5)] * crops.local_count)
@@ -224,7 +187,7 @@ def _photo_pipeline(size: int, scale: Range, blur: float, solarize: float) -> v2
 
 
 def photo_view(size: int) -> v2.Transform:
-    """How photographs are looked at in evaluation: the middle, not distorted."""
+    """Return the transform of photographs in evaluation: the undistorted centre."""
     return v2.Compose(
         [
             v2.ToImage(),

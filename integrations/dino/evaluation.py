@@ -1,4 +1,4 @@
-"""Images as a network sees them in evaluation, and how good its features of them are."""
+"""The images of evaluation, and the accuracy of k-NN and linear classifiers on features of them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,25 @@ from wmateacher.integrations.engine.sampling import generator
 from wmateacher.integrations.vision import images, probes
 from wmateacher.integrations.vision.digits import Domain, Source, Split
 
+__all__ = ["DrawnViews", "Features", "PhotoViews", "Views", "features", "pixels", "scores", "validation"]
+
 _BATCH = 500
 Labelled = Iterator[tuple[Tensor, Tensor]]
+"""Batches of images `[B, 3, S, S]` and labels `[B]`."""
 Features = Callable[[str], tuple[Tensor, Tensor]]
-"""Of `"train"`, `"val"` or `"test"`: features `[N, D]` and labels `[N]`."""
+"""From `"train"`, `"val"` or `"test"` to features `[N, D]` and labels `[N]`."""
 
 
 class Views(Protocol):
-    """Images that are always looked at in the same way."""
+    """Images that are the same at every evaluation."""
 
     def batches(self, part: str, raw: bool = False) -> Labelled:
-        """Images `[B, 3, S, S]` and labels of `"train"`, `"val"` or `"test"`; raw: not normalised."""
+        """Yield images `[B, 3, S, S]` and labels.
+
+        Args:
+            part: `"train"`, `"val"` or `"test"`.
+            raw: Whether to leave out the normalisation.
+        """
         ...
 
 
@@ -34,12 +42,12 @@ class DrawnViews:
     """Grey images, each drawn once.
 
     Args:
-        source: Where they come from.
-        train: Its training images, as far as they are used.
-        domain: How they are drawn.
-        drawing: Height and width of the drawing, in pixels.
-        size: Of what the network sees.
-        most: At most that many of each part.
+        source: The data set.
+        train: The training images in use.
+        domain: How the images are drawn.
+        drawing: Height and width of the drawings, in pixels.
+        size: Height and width of the network's input, in pixels.
+        most: The largest number of images of each part.
     """
 
     def __init__(self, source: Source, train: Split, domain: Domain, drawing: int, size: int, most: int):
@@ -48,7 +56,7 @@ class DrawnViews:
         self._drawn: dict[str, tuple[Tensor, Tensor]] = {}
 
     def batches(self, part: str, raw: bool = False) -> Labelled:
-        """As `Views`."""
+        """Yield batches as in `Views`."""
         if part not in self._drawn:
             split = self._splits[part].subset(self._most)
             whole = self._domain.draw(split, self._drawing, generator(0, len(part)))
@@ -60,12 +68,12 @@ class DrawnViews:
 
 
 class PhotoViews:
-    """Photographs, the middle of each.
+    """Photographs, cropped to their centre.
 
     Args:
-        photos: Where they come from.
-        size: Height and width of what the network sees, in pixels.
-        workers: Processes that read.
+        photos: The data set.
+        size: Height and width of the network's input, in pixels.
+        workers: The number of processes that read images.
     """
 
     def __init__(self, photos: images.Images, size: int, workers: int):
@@ -75,7 +83,7 @@ class PhotoViews:
         self._view, self._workers = crops.photo_view(size), workers
 
     def batches(self, part: str, raw: bool = False) -> Labelled:
-        """As `Views`."""
+        """Yield batches as in `Views`."""
         viewed = images.Viewed(self._parts[part], self._view)
         yield from DataLoader(
             viewed, batch_size=_BATCH, num_workers=self._workers, generator=torch.Generator()
@@ -83,7 +91,7 @@ class PhotoViews:
 
 
 def pixels(views: Views, raw: bool) -> Features:
-    """The images themselves as features."""
+    """Return the pixels as features."""
 
     def of(part: str) -> tuple[Tensor, Tensor]:
         seen, labels = zip(*views.batches(part, raw), strict=True)
@@ -93,7 +101,7 @@ def pixels(views: Views, raw: bool) -> Features:
 
 
 def features(views: Views, backbone: nn.Module, device: torch.device) -> Features:
-    """A backbone's features, in eval mode; its mode is restored. All processes share the work."""
+    """Return the features of a backbone in eval mode; its mode is restored. All processes share the work."""
 
     @torch.no_grad()
     def of(part: str) -> tuple[Tensor, Tensor]:
@@ -112,11 +120,11 @@ def features(views: Views, backbone: nn.Module, device: torch.device) -> Feature
 
 
 def scores(of: Features) -> dict[str, float]:
-    """k-NN and linear accuracy on test images, in percent; neighbours and classifier from training."""
+    """Return the accuracies on test images, in percent, of k-NN and of a linear classifier."""
     train, test = of("train"), of("test")
     return {"knn": probes.knn_accuracy(*train, *test), "linear": probes.linear_accuracy(*train, *test)}
 
 
 def validation(of: Features) -> float:
-    """k-NN accuracy on validation images, in percent."""
+    """Return the k-NN accuracy on validation images, in percent."""
     return probes.knn_accuracy(*of("train"), *of("val"))

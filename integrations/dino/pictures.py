@@ -1,4 +1,4 @@
-"""Where a network looks."""
+"""Pictures of where a network looks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.utils import AttentionExtract
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+__all__ = ["attention_maps", "draw_maps"]
+
 
 @torch.no_grad()
-def looked_at(backbone: nn.Module, images: Tensor) -> tuple[str, Tensor]:
-    """Where a backbone looks: the class token's attention in the last block, or activations.
+def attention_maps(backbone: nn.Module, images: Tensor) -> tuple[str, Tensor]:
+    """Return maps of where a backbone looks: the class token's attention in the last block, or activations.
 
     Args:
         backbone: A timm network; it is not changed.
-        images: `[B, 3, S, S]`, as it takes them.
+        images: The network's input, shape `[B, 3, S, S]`.
 
     Returns:
-        What is shown, in words; and maps `[B, M, S, S]`: one per head of the last block where there is a
-        class token's attention, otherwise one, the norm of the last feature map.
+        A description of the maps, and the maps `[B, M, S, S]`: one for each head of the last block if the
+        network has a class token with attention, otherwise one, the norm of the last feature map.
 
     Raises:
-        ValueError: Its last feature map has no two dimensions in space.
+        ValueError: The last feature map has no two spatial dimensions.
     """
     network = copy.deepcopy(backbone).eval()
     size = images.shape[-2:]
@@ -43,6 +44,8 @@ def looked_at(backbone: nn.Module, images: Tensor) -> tuple[str, Tensor]:
 
 
 def _attention(network: nn.Module, images: Tensor) -> Tensor | None:
+    from timm.utils import AttentionExtract
+
     blocks = [m for m in network.modules() if hasattr(m, "fused_attn")]
     if not blocks or getattr(network, "cls_token", None) is None:
         return None
@@ -59,15 +62,20 @@ def _resized(maps: Tensor, size: Any) -> Tensor:
     return F.interpolate(maps.float(), tuple(size), mode="bilinear")
 
 
-def maps(backbone: nn.Module, images: Tensor, file: Path) -> None:
-    """Images in the first column, and where the backbone looks beside them.
+def draw_maps(backbone: nn.Module, images: Tensor, file: Path) -> None:
+    """Draw images in the first column, and maps of where the backbone looks next to them.
+
+    Args:
+        backbone: A timm network; it is not changed.
+        images: The network's input, shape `[B, 3, S, S]`.
+        file: The picture to write; its suffix gives the format.
 
     Raises:
-        ValueError: As `looked_at`.
+        ValueError: The last feature map has no two spatial dimensions.
     """
     from matplotlib.figure import Figure
 
-    words, found = looked_at(backbone, images)
+    words, found = attention_maps(backbone, images)
     rows, columns = len(images), 1 + found.shape[1]
     figure = Figure(figsize=(1.6 * columns + 1, 1.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)

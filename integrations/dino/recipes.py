@@ -1,15 +1,130 @@
-"""Experiments as data: which images, cut how, which backbone, how optimised."""
+"""Experiments as data: which images, how they are cut, which backbone, how it is optimised."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from wmateacher.integrations.dino.crops import Crops
-from wmateacher.integrations.dino.training import Settings
+from wmateacher.integrations.engine import schedules, settings
+from wmateacher.integrations.engine.settings import check_at_least
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
+__all__ = ["DRAWN", "PAPER_KERNEL", "RECIPES", "Crops", "Range", "Recipe", "Settings", "drawn", "photographs"]
+
+Range = tuple[float, float]
+
 DRAWN = digits.SOURCES
+"""The data sets of grey images that are drawn in colour."""
+PAPER_KERNEL = "ema(0.996,1.0,schedule=cosine)"
+"""A decay that rises from .996 to 1 along a cosine (Caron et al. 2021, section 3.2)."""
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The number and the sizes of the crops. The defaults are those of Caron et al. 2021 for 224 pixels.
+
+    Attributes:
+        global_size: Height and width of the two global crops, in pixels.
+        local_size: Height and width of the local crops, in pixels.
+        local_count: Number of local crops.
+        global_scale: Range of the share of the image's area that a global crop covers.
+        local_scale: Range of the share of the image's area that a local crop covers.
+
+    Raises:
+        ValueError: A size or a scale is out of range.
+    """
+
+    global_size: int = 224
+    local_size: int = 96
+    local_count: int = 8
+    global_scale: Range = (0.4, 1.0)
+    local_scale: Range = (0.05, 0.4)
+
+    def __post_init__(self) -> None:
+        check_at_least(self, global_size=1, local_size=1, local_count=0)
+        for name in ("global_scale", "local_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} must be a range within (0, 1], got {getattr(self, name)}")
+
+    @property
+    def sizes(self) -> list[tuple[int, Range]]:
+        """The size and the scale of each crop, the two global crops first."""
+        return [(self.global_size, self.global_scale)] * 2 + [
+            (self.local_size, self.local_scale)
+        ] * self.local_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(settings.Settings):
+    """The optimisation of DINO. Defaults without a remark are those of Caron et al. 2021.
+
+    Attributes:
+        learning_rate: Learning rate for 256 images a step; the peak is `learning_rate * batch_size / 256`.
+        batch_size: Images a step, over all processes.
+        hold_last: Steps during which the head's last layer is not changed (1 epoch in the paper).
+        final_learning_rate: Learning rate at the end of the cosine.
+        weight_decay: Weight decay at the start, on matrices only.
+        final_weight_decay: Weight decay at the end of its cosine.
+        outputs: Number of outputs K of the head.
+        hidden: Width of the head's MLP.
+        bottleneck: Width of the head's normalised layer.
+        unit_norm: Keep the rows of the head's last layer at norm 1.
+        head_batch_norm: Use batch normalisation in the head's MLP.
+        student_temperature: The student's temperature tau_S.
+        teacher_temperature: The teacher's temperature tau_T after its warm-up.
+        first_teacher_temperature: The teacher's temperature at the start.
+        temperature_warmup: Steps until `teacher_temperature` (30 epochs in the paper).
+        centering: `"mean"`, or `"sinkhorn"` as in DINOv2.
+        center_momentum: Momentum of the mean centring.
+        koleo: Weight of KoLeo, which spreads the features of the first global crop; 0.1 in DINOv2.
+    """
+
+    batch_size: int
+    hold_last: int
+    learning_rate: float = 0.0005
+    final_learning_rate: float = 1e-6
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    clip_norm: float | None = 3.0
+    outputs: int = 65536
+    hidden: int = 2048
+    bottleneck: int = 256
+    unit_norm: bool = True
+    head_batch_norm: bool = False
+    student_temperature: float = 0.1
+    teacher_temperature: float = 0.07
+    first_teacher_temperature: float = 0.04
+    temperature_warmup: int = 0
+    centering: Literal["mean", "sinkhorn"] = "mean"
+    center_momentum: float = 0.9
+    koleo: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, batch_size=2, hold_last=0, temperature_warmup=0, koleo=0)
+        if not self.first_teacher_temperature > 0:
+            raise ValueError(
+                f"first_teacher_temperature must be above 0, got {self.first_teacher_temperature}"
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of the optimizer step with index `step`, from 0."""
+        peak = self.learning_rate * self.batch_size / 256
+        return schedules.warmup_cosine(step, self.steps, self.warmup, peak, self.final_learning_rate)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Return the weight decay of the step with index `step`."""
+        return schedules.cosine(step, self.steps, self.weight_decay, self.final_weight_decay)
+
+    def teacher_temperature_at(self, step: int) -> float:
+        """Return the teacher's temperature of the step with index `step`."""
+        return schedules.linear_then_flat(
+            step, self.temperature_warmup, self.first_teacher_temperature, self.teacher_temperature
+        )
 
 
 @dataclass(frozen=True)
@@ -17,33 +132,63 @@ class Recipe:
     """Pre-train a backbone by DINO and measure its features.
 
     Attributes:
-        data: `"digits"`, `"mnist"` or `"fashion-mnist"`, drawn in `domain`; or photographs: a source of
-            `wmateacher.integrations.vision.images`.
-        backbone: A spec of `backbones.build`.
-        image_size: Of drawings, and of images in evaluation, in pixels.
-        crops: How they are cut.
-        settings: How DINO is optimised.
-        domain: In which grey images are drawn.
-        redraw: Steps between which the share of crops that are drawn anew, in colours and at an angle of
-            their own, goes from 0 to 1.
-        train_images: At most that many training images are used.
-        bank_images: At most that many images of each part are drawn for evaluation.
+        summary: One line for the reader.
+        data: `"digits"`, `"mnist"` or `"fashion-mnist"`, drawn in `domain`; or photographs: `"cifar10"` or
+            `"imagefolder:DIR"` with DIR/train and DIR/val, a folder per class in each.
+        backbone: A timm network with its arguments, such as `vit_tiny_patch16_224(patch_size=4,depth=4)`.
+        image_size: Height and width of drawings, and of images in evaluation, in pixels.
+        crops: The crops of every image.
+        settings: The optimisation.
+        epochs: Passes over the images. They give `settings.steps` and `settings.hold_last`, and stretch the
+            other lengths in steps. If it is None, the settings hold as they are.
+        domain: How grey images are drawn.
+        redraw: The steps between which the share of crops with colours and an angle of their own rises from 0
+            to 1.
+        train_images: Largest number of training images.
+        bank_images: Largest number of images of each part that are drawn for evaluation.
     """
 
+    summary: str
     data: str
     backbone: str
     image_size: int
     crops: Crops
     settings: Settings
+    epochs: int | None = None
     domain: Domain = digits.WIDE
     redraw: tuple[int, int] = (0, 0)
     train_images: int = 10**9
     bank_images: int = 10**9
 
+    @property
+    def drawn(self) -> bool:
+        """Whether grey images are drawn, rather than photographs read."""
+        return self.data in DRAWN
+
+    def with_steps(self, steps: int | None) -> Recipe:
+        """Return the recipe with another number of steps, its schedules stretched; unchanged for None."""
+        if steps is None:
+            return self
+        scale = steps / self.settings.steps
+        first, last = self.redraw
+        stretched = {n: round(getattr(self.settings, n) * scale) for n in ("warmup", "temperature_warmup")}
+        settings = replace(self.settings, steps=steps, **stretched)
+        redraw = (round(first * scale), round(last * scale))
+        return replace(self, settings=settings, redraw=redraw, epochs=None)
+
+    def resolve(self, images: int) -> Recipe:
+        """Return the recipe with the number of steps that `epochs` passes over `images` images take."""
+        epoch = images // self.settings.batch_size
+        if self.epochs is None or epoch == 0 or self.epochs * epoch == self.settings.steps:
+            return self
+        made = self.with_steps(self.epochs * epoch)
+        return replace(made, settings=replace(made.settings, hold_last=epoch), epochs=self.epochs)
+
 
 # An untrained network hardly sees shapes for colours. Its answers to two crops must agree by more than
-# tau_T / tau_S, or what they agree on fades: so the first crops share their drawing, and tau_T is low.
-_DRAWN = Recipe(
+# tau_T / tau_S, or what they agree on fades. So the first crops share their drawing, and tau_T is low.
+_DIGITS = Recipe(
+    summary="the bundled digits in random colours, turned and noisy; minutes on a CPU",
     data="digits",
     backbone="test_efficientnet_gn(output_stride=8)",
     image_size=16,
@@ -53,7 +198,7 @@ _DRAWN = Recipe(
         batch_size=128,
         warmup=140,
         hold_last=20,
-        base_learning_rate=0.004,
+        learning_rate=0.004,
         outputs=128,
         hidden=256,
         bottleneck=64,
@@ -67,19 +212,18 @@ _DRAWN = Recipe(
 
 
 def drawn(data: str = "digits", steps: int | None = None) -> Recipe:
-    """Digits or clothes drawn in random colours, turned and noisy; small enough for a CPU.
+    """Return the recipe for grey images drawn in random colours, turned and noisy, small enough for a CPU.
 
     Args:
         data: `"digits"`, `"mnist"` or `"fashion-mnist"`.
-        steps: Of the run; warm-up and the share of redrawn crops stretch with it.
+        steps: The number of steps. The warm-up and the share of redrawn crops are stretched with it.
     """
-    recipe = replace(_DRAWN, data=data)
-    if steps is None:
-        return recipe
-    scale = steps / recipe.settings.steps
-    first, last = recipe.redraw
-    settings = replace(recipe.settings, steps=steps, warmup=round(recipe.settings.warmup * scale))
-    return replace(recipe, settings=settings, redraw=(round(first * scale), round(last * scale)))
+    names = {
+        "digits": _DIGITS.summary,
+        "mnist": "MNIST, drawn likewise",
+        "fashion-mnist": "clothes, likewise",
+    }
+    return replace(_DIGITS, data=data, summary=names[data]).with_steps(steps)
 
 
 def photographs(
@@ -89,33 +233,39 @@ def photographs(
     epochs: int = 100,
     batch_size: int | None = None,
 ) -> Recipe:
-    """The recipe of Caron et al. 2021; for CIFAR-10 with smaller images, crops and network.
+    """Return the recipe of Caron et al. 2021, for CIFAR-10 with smaller images, crops and network.
 
     Args:
         data: `"cifar10"` or `"imagefolder:DIR"`.
-        count: Number of training images.
-        backbone: A spec of `backbones.build`; a ViT-S/16, or a small ViT for CIFAR-10.
-        epochs: Passes over the images; those of warm-up, held layer and temperature are 10, 1 and 30 of
-            100 and shrink with them.
-        batch_size: 1024, the paper's; 256 for CIFAR-10.
+        count: The number of training images.
+        backbone: The timm network. Default: ViT-S/16, or a small ViT for CIFAR-10.
+        epochs: Passes over the images. The warm-up takes 10% of them, that of the temperature 30%.
+        batch_size: Images a step. Default: 1024 as in the paper, or 256 for CIFAR-10.
     """
     small = data == "cifar10"
     batch_size = min(batch_size or (256 if small else 1024), count)
     epoch = count // batch_size
-
-    def steps(of_hundred: int) -> int:
-        return round(of_hundred * epochs / 100 * epoch)
-
     settings = Settings(
         steps=epochs * epoch,
         batch_size=batch_size,
-        warmup=steps(10),
+        warmup=round(10 * epochs / 100 * epoch),
         hold_last=epoch,
-        temperature_warmup=steps(30),
+        temperature_warmup=round(30 * epochs / 100 * epoch),
         outputs=4096 if small else 65536,
     )
     if small:
         backbone = backbone or "vit_tiny_patch16_224(patch_size=4,drop_path_rate=0.1)"
-        return Recipe(data, backbone, 32, Crops(32, 16, 6), settings)
+        return Recipe(
+            "photographs of 32 pixels and a small ViT", data, backbone, 32, Crops(32, 16, 6), settings, epochs
+        )
     backbone = backbone or "vit_small_patch16_224(drop_path_rate=0.1)"
-    return Recipe(data, backbone, 224, Crops(), settings)
+    summary = "the paper's: ViT-S/16 on a folder of photographs, --data imagefolder:DIR"
+    return Recipe(summary, data, backbone, 224, Crops(), settings, epochs)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    **{data: drawn(data) for data in DRAWN},
+    "cifar10": photographs("cifar10", 48_000),
+    "imagefolder": photographs("imagefolder:DIR", 1_217_109),
+}
+"""The recipes by name. `imagefolder` has the lengths of ImageNet less the twentieth that is held out."""

@@ -1,32 +1,33 @@
-"""Collapse of a network's outputs, detected from its probabilities and called by its name."""
+"""Detection of collapsed outputs from their probabilities, and what to call each kind of collapse."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from wmateacher.integrations.engine import processes
-from wmateacher.integrations.engine.loop import History
+
+__all__ = ["CollapseWarning", "CollapseWatch", "OutputMonitor", "diagnose"]
 
 
 class CollapseWarning(UserWarning):
-    """The outputs no longer tell the inputs apart, or most of them are never used."""
+    """The outputs are the same for all inputs, or most outputs are never used."""
 
 
 class OutputMonitor(nn.Module):
-    """Two numbers on the outputs p(c | x) of the last steps, without waiting for the device.
+    """Summarise the outputs p(c | x) of the last steps in two numbers, without waiting for the device.
 
-    - information: H(mean_x p) - mean_x H(p), the mutual information of input and output in nats: 0 where
-      the output is the same for all inputs, be it uniform or one class.
+    - information: H(mean_x p) - mean_x H(p), the mutual information of input and output in nats. It is 0 if
+      the output is the same for all inputs, be it uniform or a single class.
     - used: exp(H(mean_x p)), the effective number of outputs in use, between 1 and C.
 
     Args:
-        outputs: C.
-        window: Steps that one reading stands for.
+        outputs: The number of outputs C.
+        window: The number of steps that one summary covers.
     """
 
     mean: Tensor
@@ -40,7 +41,15 @@ class OutputMonitor(nn.Module):
 
     @torch.no_grad()
     def update(self, step: int, probabilities: Tensor) -> dict[str, Tensor]:
-        """Take in the `[..., C]` of the step with this index; at the end of a window, its two numbers."""
+        """Add the outputs of one step.
+
+        Args:
+            step: The index of the step.
+            probabilities: The outputs, shape `[..., C]`.
+
+        Returns:
+            `information` and `used` at the end of a window, an empty dict otherwise.
+        """
         flat = probabilities.detach().flatten(0, -2)
         self.mean += flat.mean(0) / self.window
         self.entropy += _entropy(flat).mean() / self.window
@@ -53,14 +62,14 @@ class OutputMonitor(nn.Module):
         return found
 
 
-def verdict(information: float, used: float, outputs: int, least_used: float) -> str | None:
-    """What has collapsed, in words; None: nothing.
+def diagnose(information: float, used: float, outputs: int, least_used: float) -> str | None:
+    """Return a description of the collapse, or None if there is none.
 
     Args:
-        information: Of a window, in nats.
+        information: The mutual information of a window, in nats.
         used: The effective number of outputs in use.
-        outputs: C.
-        least_used: Effective outputs below which most of them count as dead.
+        outputs: The number of outputs C.
+        least_used: The effective number of outputs below which most of them count as dead.
     """
     if information < 0.01 * math.log(outputs):
         kind = "one output takes all" if used < 1.5 else "all inputs give the same mixture of outputs"
@@ -70,15 +79,15 @@ def verdict(information: float, used: float, outputs: int, least_used: float) ->
     return None
 
 
-class Watch:
-    """Warns of a collapse, once of each kind, after the first tenth of a run.
+class CollapseWatch:
+    """Warn of a collapse, once for each kind, after the first tenth of a run.
 
     Args:
-        name: Of the run.
-        steps: Its length T.
-        outputs: C.
-        least_used: As for `verdict`.
-        remedy: What to change, in words.
+        name: The name of the run.
+        steps: The length T of the run.
+        outputs: The number of outputs C.
+        least_used: The effective number of outputs below which most of them count as dead.
+        remedy: What to change, as the end of the warning.
     """
 
     def __init__(self, name: str, steps: int, outputs: int, least_used: float, remedy: str):
@@ -87,10 +96,10 @@ class Watch:
         self._warned: set[str] = set()
 
     def see(self, step: int, logged: Mapping[str, float]) -> None:
-        """Look at what was logged after `step` steps."""
+        """Look at the values that were logged after `step` steps, and warn if they show a collapse."""
         if "used" not in logged or step <= self.steps // 10:
             return
-        found = verdict(logged["information"], logged["used"], self.outputs, self.least_used)
+        found = diagnose(logged["information"], logged["used"], self.outputs, self.least_used)
         kind = "" if found is None else found.partition(":")[0]
         if found is not None and kind not in self._warned and processes.is_main():
             self._warned.add(kind)
@@ -100,10 +109,14 @@ class Watch:
                 stacklevel=2,
             )
 
-    def judge(self, record: History) -> str | None:
-        """The verdict on a run's last window; None where there is none."""
-        information, used = record.values("information"), record.values("used")
-        return verdict(information[-1], used[-1], self.outputs, self.least_used) if used else None
+    def verdict(self, information: Sequence[float], used: Sequence[float]) -> str | None:
+        """Return the description of a collapse in the last window; None without a collapse or a window.
+
+        Args:
+            information: The information of every window.
+            used: The effective number of outputs in use in every window.
+        """
+        return diagnose(information[-1], used[-1], self.outputs, self.least_used) if used else None
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

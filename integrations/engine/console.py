@@ -1,4 +1,4 @@
-"""An experiment from the command line: methods and seeds in turn, what is found said as it comes."""
+"""An experiment on the command line: methods and seeds in turn, with a line for each result."""
 
 from __future__ import annotations
 
@@ -7,38 +7,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from wmateacher.integrations.engine import processes, signals
+from wmateacher.integrations.engine.experiment import Experiment
 
-
-class Experiment(Protocol):
-    """What can be run by name and seed."""
-
-    def run(self, name: str, seed: int = 0) -> Mapping[str, Any]:
-        """Run, or look up, one method with one seed; its record."""
-        ...
-
-
-def check_seeds(seeds: int) -> None:
-    """See that there is something to run.
-
-    Raises:
-        ValueError: There are no seeds.
-    """
-    if seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {seeds}")
+__all__ = ["conduct", "folder", "resumable", "say"]
 
 
 def folder(given: Path | None, name: str) -> Path:
-    """Where results go: what was given, or a new folder in `runs/`, the same in all processes."""
+    """Return the given results folder, or by default a new one in `runs/`; the same in all processes."""
     return processes.broadcast_from_main(given or Path(time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")))
 
 
 def say(text: str) -> None:
-    """Print it above any progress bar, once however many processes there are."""
+    """Print a line above the progress bar, in the main process only."""
     if processes.is_main():
         tqdm.write(text)
         sys.stdout.flush()
@@ -46,19 +31,23 @@ def say(text: str) -> None:
 
 @contextmanager
 def resumable(output: Path) -> Iterator[None]:
-    """Ctrl-C, and SIGTERM, end the program with word of how to go on."""
+    """Say how to continue if Ctrl-C or SIGTERM ends the block."""
     try:
         yield
     except signals.Terminated as ended:
-        print(f"\n{ended}; the same command with --output {output} goes on from here", file=sys.stderr)
+        print(f"\n{ended}; {_how_to_continue(output)}", file=sys.stderr)
         raise
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr)
+        print(f"\ninterrupted; {_how_to_continue(output)}", file=sys.stderr)
         sys.exit(130)
 
 
+def _how_to_continue(output: Path) -> str:
+    return f"the same command with --output {output} goes on from here"
+
+
 def conduct(
-    experiment: Experiment,
+    experiment: Experiment[Any],
     names: Iterable[str],
     seeds: int,
     headline: Callable[[Mapping[str, Any]], str],
@@ -66,10 +55,10 @@ def conduct(
     """Run every method with every seed.
 
     Args:
-        experiment: Keeps its records itself.
-        names: Of the methods.
-        seeds: How many, from 0.
-        headline: A record in a few words.
+        experiment: The experiment, which records the results.
+        names: The names of the methods.
+        seeds: The number of seeds, from 0.
+        headline: Summarises a record in a few words.
     """
     names = list(names)
     for seed in range(seeds):

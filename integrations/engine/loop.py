@@ -1,49 +1,62 @@
-"""The one training loop that every task runs through: progress, checkpoints, exact resume."""
+"""The training loop of every task: progress, evaluations, checkpoints and exact resume."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wmateacher.files import write_atomically
 from wmateacher.integrations.engine import processes, signals, tracking
+
+__all__ = [
+    "FORMAT",
+    "BatchStream",
+    "History",
+    "Options",
+    "Part",
+    "ResumeOptions",
+    "Stream",
+    "Task",
+    "read",
+    "train",
+]
 
 Batch = TypeVar("Batch")
 Stream = Callable[[int], Iterator[Batch]]
 """Batches from a given optimizer step on; the same step always gives the same batch."""
 
 FORMAT = 3
-"""Of checkpoints."""
+"""The version of the checkpoints."""
 _READ_EVERY = 20
 
 
 class Part(Protocol):
-    """Something with a state: a module, an optimizer, a teacher."""
+    """An object with a state: a module, an optimizer, a teacher."""
 
     def state_dict(self) -> Any:
-        """What to save."""
+        """Return the state to save."""
         ...
 
     def load_state_dict(self, state: Any, /) -> Any:
-        """Take over what was saved."""
+        """Restore a saved state."""
         ...
 
 
 class Task(Protocol):
-    """What a loop trains.
+    """What the loop trains.
 
     Attributes:
-        name: In messages and the progress bar.
-        steps: Optimizer steps T of the whole run.
-        device: Where it trains.
+        name: The name in messages and in the progress bar.
+        steps: The number of optimizer steps T of the whole run.
+        device: The device that the task trains on.
     """
 
     name: str
@@ -51,34 +64,38 @@ class Task(Protocol):
     device: torch.device
 
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
-        """Take the optimizer step with index `step`, from 0; what to log of it, a `"loss"` among it.
+        """Take the optimizer step with index `step`, from 0, and return what to log, including `"loss"`.
 
         0-d tensors stay on their device until the loop reads them.
         """
         ...
 
     def stateful(self) -> Mapping[str, Part]:
-        """All that changes while it trains."""
+        """Return every object whose state changes during training, by name."""
         ...
 
     def run_config(self) -> Mapping[str, Any]:
-        """What two runs must share for one to continue the other."""
+        """Return the settings that must match for a checkpoint to be resumed."""
         ...
 
     def nan_hint(self) -> str:
-        """What to change where the loss is not finite."""
+        """Return the advice that ends the error about a loss that is not finite."""
         ...
 
 
 class BatchStream(Generic[Batch]):
-    """Gives a stream's batch of any step; consecutive steps go on in one iterator."""
+    """Return the batch of any step of a stream; consecutive steps share one iterator.
+
+    Args:
+        stream: Gives batches from a step on.
+    """
 
     def __init__(self, stream: Stream[Batch]):
         self._stream, self._next = stream, -1
         self._batches: Iterator[Batch] = iter(())
 
     def __call__(self, step: int) -> Batch:
-        """The batch of the step with this index."""
+        """Return the batch of the step with this index."""
         if step != self._next:
             self._batches = self._stream(step)
         self._next = step + 1
@@ -87,19 +104,35 @@ class BatchStream(Generic[Batch]):
 
 @dataclass
 class History:
-    """What a run logged.
+    """The values that a run logged.
 
     Attributes:
-        series: Name -> (number of steps done, value) of everything logged under it, in order.
-        seconds: Spent training, over all resumes.
+        series: For every name, the pairs (number of steps done, value) in order.
+        seconds: Time spent training, over all resumes; evaluations are not counted.
     """
 
     series: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     seconds: float = 0.0
 
     def values(self, name: str) -> list[float]:
-        """The values of one series; empty where nothing was logged under that name."""
+        """Return the values of one series, an empty list if nothing was logged under that name."""
         return [value for _, value in self.series.get(name, [])]
+
+
+class ResumeOptions(TypedDict, total=False):
+    """The options of `train` that make a run resumable and name it."""
+
+    checkpoint: Path | None
+    label: str | None
+    progress: bool
+
+
+class Options(ResumeOptions, total=False):
+    """The options of `train` that functions built on it pass through."""
+
+    after_step: Callable[[int], None] | None
+    evaluate_every: int
+    evaluate_last: bool
 
 
 def train(
@@ -113,108 +146,118 @@ def train(
     after_read: Callable[[int, Mapping[str, float]], None] | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
+    evaluate_last: bool = False,
 ) -> History:
-    """Run a task from where its checkpoint stands to its end.
+    """Train a task to its end, from its last checkpoint if there is one.
 
-    An interrupted run that is started again with the same arguments goes on from its last checkpoint
-    and ends, on one device and one version of torch, with the same bits as an uninterrupted one.
+    An interrupted run that is started again with the same arguments resumes from its last checkpoint. On one
+    device and one version of torch it ends with the same bits as an uninterrupted run.
 
     Args:
-        task: What to train, at its start.
-        checkpoint: File to write checkpoints to, and to go on from where it exists.
-        checkpoint_every: Steps between checkpoints.
-        label: Name in the progress bar; the task's by default.
-        progress: Show a bar, where there is a terminal.
-        after_step: Called with the number of steps done after each one.
-        after_read: Called with the number of steps done and what was logged of the last, each once, some
-            steps later, when it has been read off the device.
-        evaluate: Figures to log after every `evaluate_every`th step but the last, once its checkpoint is
-            written. Their time is not training.
-        evaluate_every: 0: never.
+        task: The task to train, in its initial state.
+        checkpoint: The file for checkpoints. If it exists, the run resumes from it.
+        checkpoint_every: The number of steps between checkpoints.
+        label: The name in the progress bar and in the logs. Default: the task's name.
+        progress: Whether to show a progress bar on a terminal.
+        after_step: Called after every step with the number of steps done.
+        after_read: Called once for every step and every evaluation, with the number of steps done and the
+            logged values. Values are read from the device every few steps.
+        evaluate: Returns the values to log at an evaluation. Its time does not count as training.
+        evaluate_every: The number of steps between evaluations; 0 for none.
+        evaluate_last: Whether to evaluate after the last step too.
 
     Raises:
-        ValueError: The checkpoint cannot be read, or belongs to another run.
-        FloatingPointError: The loss is not finite. The last checkpoint stays, and the batch of that step is
-            beside it, where the task has a `batch`.
-        OSError: A checkpoint cannot be written; the one before it stays whole.
-        Terminated: SIGTERM came (a `SystemExit`, code 143); the state is saved.
+        ValueError: The checkpoint cannot be read or belongs to another run.
+        FloatingPointError: The loss is not finite. The last checkpoint is kept. If the task has a `batch`,
+            the batch of that step is written next to it.
+        OSError: A checkpoint cannot be written. The previous one is unchanged.
+        Terminated: SIGTERM was received (a `SystemExit` with code 143). The state is saved.
     """
     run = _Run(task, label or task.name, after_read)
-    evaluate_at = (
-        range(evaluate_every, task.steps, evaluate_every) if evaluate is not None and evaluate_every else ()
-    )
+    evaluate_at = set(range(evaluate_every, task.steps, evaluate_every) if evaluate_every else ())
+    if evaluate_last:
+        evaluate_at.add(task.steps)
     if checkpoint is not None and processes.broadcast_from_main(checkpoint.exists()):
         run.load(checkpoint)
     bar = tqdm(
         total=task.steps, initial=run.step, desc=label or task.name, unit="step",
         disable=None if progress and processes.is_main() else True, leave=False, dynamic_ncols=True,
     )  # fmt: skip
-    with bar, signals.on_sigterm() as ending:
-        while run.step < task.steps:
+    with bar, signals.on_sigterm() as request:
+        while True:
+            # An evaluation follows the checkpoint of its step, so an interruption costs the evaluation alone.
             if evaluate is not None and run.step in evaluate_at and run.evaluated < run.step:
                 run.settle(checkpoint)
                 run.evaluate(evaluate)
-            run.advance()
+                if run.step == task.steps and checkpoint is not None:
+                    run.save(checkpoint)
+            if run.step >= task.steps:
+                return run.history
+            run.train_step()
             bar.update()
             last = run.step == task.steps
             if last or run.step % _READ_EVERY == 0:
                 run.settle(checkpoint)
-                bar.set_postfix(loss=f"{run.record.values('loss')[-1]:.3f}", refresh=False)
-            ended = not last and _agreed(ending, run.step)
-            due = last or ended or run.step % checkpoint_every == 0 or run.step in evaluate_at
+                bar.set_postfix(loss=f"{run.history.values('loss')[-1]:.3f}", refresh=False)
+            terminated = not last and _terminated(request, run.step)
+            evaluated_next = evaluate is not None and run.step in evaluate_at
+            due = last or terminated or evaluated_next or run.step % checkpoint_every == 0
             if checkpoint is not None and due:
                 run.save(checkpoint)
-            if ended:
+            if terminated:
                 raise signals.Terminated(
                     f"{task.name}: terminated after step {run.step} of {task.steps}"
-                    + (f", which {checkpoint} has" if checkpoint is not None else "; nothing was to be saved")
+                    + (
+                        f", saved in {checkpoint}"
+                        if checkpoint is not None
+                        else "; no checkpoint was asked for"
+                    )
                 )
             if after_step is not None:
                 after_step(run.step)
-    return run.record
 
 
-def _agreed(ending: signals.Request, step: int) -> bool:
-    """Whether to end here; of several processes all do, at a step at which all ask."""
+def _terminated(request: signals.Request, step: int) -> bool:
+    """Return whether to stop here; several processes agree, at steps at which all of them ask."""
     if processes.is_single():
-        return ending.made
-    return step % _READ_EVERY == 0 and processes.any_of(ending.made)
+        return request.made
+    return step % _READ_EVERY == 0 and processes.any_of(request.made)
 
 
 class _Run:
-    """A task and how far it has come."""
+    """A task and its progress."""
 
     def __init__(self, task: Task, name: str, after_read: Callable[[int, Mapping[str, float]], None] | None):
-        self.task, self.name, self.step, self.record = task, name, 0, History()
+        self.task, self.name, self.step, self.history = task, name, 0, History()
         self._after_read = after_read
-        self.evaluated = self._kept = 0
+        self.evaluated = self._resumed_at = 0
         self._unread: list[tuple[int, Mapping[str, Tensor | float]]] = []
 
-    def advance(self) -> None:
-        """One optimizer step."""
+    def train_step(self) -> None:
+        """Take one optimizer step."""
         started = time.perf_counter()
         logged = self.task.train_step(self.step)
         self.step += 1
         self._unread.append((self.step, logged))
-        self.record.seconds += time.perf_counter() - started
+        self.history.seconds += time.perf_counter() - started
 
     def evaluate(self, figures: Callable[[], Mapping[str, float]]) -> None:
-        """Log figures of where it stands."""
+        """Log an evaluation of the current state."""
         self._log(self.step, figures())
         self.evaluated = self.step
 
     def _log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self.record.series.setdefault(name, []).append((step, value))
-        tracking.write(self.name, step, values, self._kept)
+            self.history.series.setdefault(name, []).append((step, value))
+        tracking.write(self.name, step, values, self._resumed_at)
         if self._after_read is not None:
             self._after_read(step, values)
 
     def settle(self, checkpoint: Path | None = None) -> None:
-        """Read what the last steps logged off the device.
+        """Read the logged values of the last steps from the device.
 
         Raises:
-            FloatingPointError: A loss is not finite; what it came of is written beside `checkpoint`.
+            FloatingPointError: A loss is not finite; its batch is written next to `checkpoint`.
         """
         for step, logged in self._unread:
             values = {name: float(value) for name, value in logged.items()}
@@ -228,17 +271,18 @@ class _Run:
         self._unread.clear()
 
     def _keep(self, step: int, values: Mapping[str, float], checkpoint: Path | None) -> str:
-        """Write the batch of a step for inspection, where there is one to be had; a word of where."""
+        """Write the batch of a step for inspection, if the task has it, and return where it is."""
         batch = getattr(self.task, "batch", None)
         if batch is None or checkpoint is None or not processes.is_main():
             return ""
         file = checkpoint.with_name(f"{checkpoint.stem}-not-finite.pt")
         content = batch(step - 1)
-        write_atomically({"step": step, "logged": dict(values), "batch": _plain(content)}, file)
-        return f"; the batch and what was logged of it are in {file}, for torch.load"
+        with write_atomically(file) as stream:
+            torch.save({"step": step, "logged": dict(values), "batch": _plain(content)}, stream)
+        return f"; the batch and its logged values are in {file}, for torch.load"
 
     def save(self, file: Path) -> None:
-        """Write a checkpoint; the one before it stays whole until this one is."""
+        """Write a checkpoint; the previous one stays intact until this one is complete."""
         self.settle(file)
         if not processes.is_main():
             return
@@ -251,17 +295,19 @@ class _Run:
             "random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state() if self.task.device.type == "cuda" else None,
             "series": {
-                name: torch.tensor(values, dtype=torch.float64) for name, values in self.record.series.items()
+                name: torch.tensor(values, dtype=torch.float64)
+                for name, values in self.history.series.items()
             },
-            "seconds": self.record.seconds,
+            "seconds": self.history.seconds,
         }
-        write_atomically(state, file)
+        with write_atomically(file) as stream:
+            torch.save(state, stream)
 
     def load(self, file: Path) -> None:
-        """Go on from a checkpoint, all of it or nothing.
+        """Resume from a checkpoint.
 
         Raises:
-            ValueError: It cannot be read, or belongs to another run.
+            ValueError: The checkpoint cannot be read or belongs to another run.
         """
         state = read(file, {"format", "identity", "step", "evaluated", "parts", "series"})
         ours, theirs = dict(self.task.run_config()), state["identity"]
@@ -283,49 +329,28 @@ class _Run:
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.task.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"])
-        self.step, self.record.seconds = state["step"], state["seconds"]
-        self.evaluated, self._kept = state["evaluated"], state["step"]
-        self.record.series = {
+        self.step, self.history.seconds = state["step"], state["seconds"]
+        self.evaluated, self._resumed_at = state["evaluated"], state["step"]
+        self.history.series = {
             name: [(int(step), value) for step, value in values.tolist()]
             for name, values in state["series"].items()
         }
 
 
 def _plain(batch: Any) -> Any:
-    """A batch in types that are read without running code."""
+    """Return a batch in types that `torch.load` reads without running code."""
     return dict(batch._asdict()) if hasattr(batch, "_asdict") else batch
 
 
-def write_atomically(state: dict[str, Any], file: Path) -> None:
-    """Save with `torch.save` so that `file` is either the old content or the new, never a part.
-
-    Raises:
-        OSError: It cannot be written, as on a full disk.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            torch.save(state, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
-            raise  # torch's writer raises one for the other
-        before = "the one before it is whole" if file.exists() else "there was none before it"
-        reason = str(error.__context__ or error).splitlines()[0]
-        raise OSError(
-            f"cannot write {file} ({reason}); {before}. Make room, and run the same command again"
-        ) from error
-
-
 def read(file: Path, keys: set[str]) -> dict[str, Any]:
-    """Load what `write_atomically` wrote, without running code from it.
+    """Load a checkpoint without running code from it.
+
+    Args:
+        file: The checkpoint.
+        keys: The keys that it must have.
 
     Raises:
-        ValueError: The file is damaged, or something else.
+        ValueError: The file is damaged or not a checkpoint of this loop.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

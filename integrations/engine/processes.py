@@ -1,7 +1,12 @@
-"""An example on several processes: started by torchrun, or alone, in which case nothing here does anything.
+"""Several processes that torchrun started. In a single process, every function here is trivial.
 
 with processes.process_group("auto") as device:
-    ...  # a process group, where torchrun started more than one process
+    ...  # a process group, if torchrun started more than one process
+
+Lightning Fabric and Accelerate would replace `process_group`, `parallel`, autocast and the gradient scaler,
+about 30 lines. They are not used because both wrap model and optimizer, which teacher and losses need as they
+are; because Fabric saves no random state and Accelerate resumes data by skipping batches, while here a step's
+batch follows from its index; and because their loggers keep the steps that a resumed run repeats.
 """
 
 from __future__ import annotations
@@ -18,21 +23,39 @@ from torch.nn.parallel import DistributedDataParallel
 
 from wmateacher.collectives import gather_rows, row_counts, world_size
 
+__all__ = [
+    "all_gather_rows",
+    "all_reduce_sum",
+    "any_of",
+    "broadcast_from_main",
+    "check_batch",
+    "is_main",
+    "is_single",
+    "local_slice",
+    "main_process_first",
+    "parallel",
+    "process_group",
+    "rank",
+    "same_buffers",
+    "shard_rows",
+]
+
 ValueT = TypeVar("ValueT")
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Join the processes that torchrun started, inside the block; nccl on GPUs, gloo on CPUs.
+    """Join the processes that torchrun started inside the block, with nccl on GPUs and gloo on CPUs.
 
     Args:
-        device: "auto" takes a GPU where there is one; of "cuda", each process takes that of its local rank.
+        device: The device. `"auto"` is a GPU if there is one; with `"cuda"` each process takes the GPU of its
+            local rank.
 
     Yields:
         The device of this process.
 
     Raises:
-        ValueError: A device that cannot be used.
+        ValueError: The device cannot be used.
     """
     chosen = _device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -44,22 +67,23 @@ def process_group(device: str) -> Iterator[torch.device]:
     try:
         yield chosen
     finally:
-        with suppress(RuntimeError):  # of what went wrong before, if anything did
+        # After an error in the block, ending the group may fail too, and would hide that error.
+        with suppress(RuntimeError):
             dist.destroy_process_group()
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes: rank 0, or alone."""
+    """Return whether this process prints and writes: rank 0, or the only one."""
     return rank() == 0
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return the rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def broadcast_from_main(value: ValueT) -> ValueT:
-    """Rank 0's value on every rank, such as what it has found on disk; a collective."""
+    """Return the main process's value on every rank, such as what it found on disk; a collective."""
     if world_size() == 1:
         return value
     values: list[Any] = [value]
@@ -68,20 +92,21 @@ def broadcast_from_main(value: ValueT) -> ValueT:
 
 
 def is_single() -> bool:
-    """Whether there is one process only."""
+    """Return whether there is only one process."""
     return world_size() == 1
 
 
 def all_reduce_sum(value: float, device: torch.device) -> Tensor:
-    """The sum over all ranks, 0-d; a collective."""
-    summed = torch.full((), float(value), device=device)  # filled there: a copy would wait for the device
+    """Return the sum over all ranks, 0-d; a collective."""
+    # Filled on the device: copying the value there would wait for the device.
+    summed = torch.full((), float(value), device=device)
     if world_size() > 1:
         dist.all_reduce(summed)
     return summed
 
 
 def any_of(value: bool) -> bool:
-    """Whether it holds on any rank; a collective."""
+    """Return whether the value is true on any rank; a collective."""
     held = torch.tensor(float(value))
     dist.all_reduce(held, dist.ReduceOp.MAX)
     return bool(held)
@@ -89,7 +114,7 @@ def any_of(value: bool) -> bool:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others, who find what it has downloaded."""
+    """Let the main process run the block before the others, so that they find what it downloads."""
     if not is_main():
         broadcast_from_main(None)
     try:
@@ -100,15 +125,15 @@ def main_process_first() -> Iterator[None]:
 
 
 def check_batch(size: int, what: str = "batch_size", equal: bool = False) -> None:
-    """See that every process gets a part of each batch.
+    """Check that every process gets a part of each batch.
 
     Args:
-        size: Of a batch.
-        what: Its name in the message.
-        equal: The parts must be of one size: needed by losses that are means over the rank's own part.
+        size: The batch size.
+        what: The name of the setting in messages.
+        equal: Whether all parts must have the same size, as losses need that are means over a rank's part.
 
     Raises:
-        ValueError: There are fewer images than processes, or unequal parts.
+        ValueError: The batch is smaller than the number of processes, or its parts are not equal.
     """
     if size < world_size():
         raise ValueError(f"{what} must be at least the number of processes, {world_size()}, got {size}")
@@ -117,24 +142,24 @@ def check_batch(size: int, what: str = "batch_size", equal: bool = False) -> Non
 
 
 def local_slice(count: int) -> slice:
-    """This rank's share of `count` rows that all ranks know; sizes differ by at most one."""
+    """Return this rank's slice of `count` rows; the sizes of the slices differ by at most one."""
     share, rest = divmod(count, world_size())
     first = rank() * share + min(rank(), rest)
     return slice(first, first + share + (rank() < rest))
 
 
 def shard_rows(rows: Tensor) -> Tensor:
-    """This rank's share of rows [B, ...] that all ranks have."""
+    """Return this rank's share of rows `[B, ...]` that all ranks have."""
     return rows[local_slice(len(rows))]
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """What `part` took apart, on every rank; a collective, without gradient."""
+    """Return the rows of all ranks, which undoes `shard_rows`; a collective, without gradient."""
     return gather_rows(rows, row_counts(len(rows), rows.device)) if world_size() > 1 else rows
 
 
 def parallel(model: nn.Module) -> nn.Module:
-    """The model in DDP where there are several processes, itself where there is one."""
+    """Return the model in DDP if there are several processes, the model itself otherwise."""
     if world_size() == 1:
         return model
     return DistributedDataParallel(model)
@@ -142,7 +167,7 @@ def parallel(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def same_buffers(model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0: running statistics are each rank's own under DDP."""
+    """Copy the buffers of rank 0 to every rank, because under DDP running statistics differ between ranks."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)

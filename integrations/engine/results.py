@@ -1,27 +1,30 @@
-"""A run's folder: what ran, where, and what came out, in files that are whole at any time."""
+"""The results of a run, with its configuration and environment, in files that are always whole."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 import platform
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wmateacher.files import write_atomically
 from wmateacher.integrations.engine import processes
-from wmateacher.integrations.engine.overrides import listed
+
+__all__ = ["Results", "environment", "file_name", "flatten", "read_json", "write_csv", "write_json"]
 
 
 def environment(device: torch.device | str, packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Versions and hardware, for the record beside results."""
+    """Return the versions and the hardware, to be kept with the results."""
     device = torch.device(device)
     versions = {}
     for package in ("wmateacher", "torch", "numpy", "scipy", *packages):
@@ -44,14 +47,14 @@ class Results:
     """The records of every method and seed of one configuration, kept in `results.json`.
 
     Args:
-        output: The run's folder; one with results of the same configuration is continued.
-        config: What was asked for: anything that JSON holds.
-        where: As `environment` gives it; that of the first run stays.
-        neutral: Dotted names in `config` that may differ: they change no result.
+        output: The folder of the run. If it holds results of the same configuration, they are continued.
+        config: The configuration: any mapping that JSON can hold.
+        where: The environment, from `environment`. An existing file keeps that of its first run.
+        neutral: Names of settings, at any depth of `config`, that may differ because they change no result.
 
     Attributes:
-        content: `config`, `environment`, and under `methods` for each name the means over seeds, their
-            sample deviations `std`, and the `runs` themselves.
+        content: The content of the file: `config`, `environment`, and under `methods` for each name the means
+            over seeds, their sample deviations `std`, and the `runs` themselves.
 
     Raises:
         ValueError: The folder holds results of another configuration.
@@ -64,8 +67,12 @@ class Results:
         if self.file.exists():
             self.content = read_json(self.file)
             there = self.content.get("config", {}) if isinstance(self.content, dict) else {}
-            before, now = dict(listed(there)), dict(listed(config))
-            differing = [k for k in {**before, **now} if k not in neutral and before.get(k) != now.get(k)]
+            before, now = dict(flatten(there)), dict(flatten(config))
+            differing = [
+                name
+                for name in {**before, **now}
+                if name.rpartition(".")[2] not in neutral and before.get(name) != now.get(name)
+            ]
             if differing:
                 more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
                 raise ValueError(
@@ -74,12 +81,12 @@ class Results:
                 )
 
     def claim(self) -> None:
-        """Write the configuration down, before anything is trained, so that no other goes on here."""
+        """Write the configuration before anything is trained, so that no other run uses the folder."""
         if processes.is_main() and not self.file.exists():
             write_json(self.content, self.file)
 
     def recorded(self, method: str, seed: int) -> dict[str, Any] | None:
-        """The record of one run, if it is there."""
+        """Return the record of one run, or None if it has not finished."""
         all_runs = self.content["methods"].get(method, {}).get("runs", [])
         return next((run for run in all_runs if run["seed"] == seed), None)
 
@@ -92,7 +99,7 @@ class Results:
 
 
 def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means, and under `std` sample deviations, of every number in records of equal form."""
+    """Return the mean of every number in records of the same form, and under `std` its sample deviation."""
     means: dict[str, Any] = {}
     deviations: dict[str, Any] = {}
     for key, first in records[0].items():
@@ -108,22 +115,33 @@ def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {**means, "std": deviations}
 
 
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted name and the value of everything in nested mappings."""
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def file_name(text: str) -> str:
-    """A name for a file or folder that every file system takes, different for different texts."""
+    """Return a file name for `text` that every file system accepts; different texts give different names."""
     plain = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 
 
 def write_json(content: Any, file: Path) -> None:
-    """Write JSON so that `file` is either the old content or the new."""
-    _replace(file, json.dumps(content, indent=2) + "\n")
+    """Write JSON; the file appears complete or not at all."""
+    text = json.dumps(content, indent=2) + "\n"
+    with write_atomically(file) as stream:
+        stream.write(text.encode())
 
 
 def read_json(file: Path) -> Any:
-    """Read what `write_json` wrote.
+    """Read a JSON file.
 
     Raises:
-        ValueError: It is not JSON.
+        ValueError: The file is not JSON.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -132,28 +150,15 @@ def read_json(file: Path) -> Any:
 
 
 def write_csv(header: Sequence[str], rows: Iterable[Sequence[Any]], file: Path) -> None:
-    """Write a table so that `file` is either the old content or the new."""
-    partial = _partial(file)
-    with partial.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(header)
-        writer.writerows(rows)
-    os.replace(partial, file)
-
-
-def _replace(file: Path, text: str) -> None:
-    partial = _partial(file)
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
-
-
-def _partial(file: Path) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file.with_name(f"{file.name}.partial")
+    """Write a table as CSV; the file appears complete or not at all."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    with write_atomically(file) as stream:
+        stream.write(text.getvalue().encode())
 
 
 def _processor() -> str:
-    """The processor's model name; the architecture where the system does not tell."""
+    """Return the model name of the processor, or its architecture if the name is not known."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""What each optimizer step sees, as a function of the seed and the step alone: so that runs resume."""
+"""The images of each optimizer step, as a function of the seed and the step alone, so that runs resume."""
 
 from __future__ import annotations
 
@@ -6,45 +6,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
+__all__ = ["Balanced", "Epochs", "check_batch_size", "generator", "mix", "steps_per_epoch"]
+
 
 def mix(*stream: int) -> int:
-    """One seed for a tuple of numbers, of 32 bits: torch's CPU generator reads no more of it."""
+    """Return one seed for a tuple of numbers. It has 32 bits, since torch's CPU generator reads no more."""
     return int(np.random.SeedSequence(stream).generate_state(1)[0])
 
 
 def generator(*stream: int) -> torch.Generator:
-    """A generator of its own for every tuple of numbers, such as (seed, kind, step)."""
+    """Return a generator for a tuple of numbers, such as (seed, kind, step)."""
     return torch.Generator().manual_seed(mix(*stream))
 
 
 def check_batch_size(batch_size: int, count: int, what: str) -> None:
-    """See that a batch can be drawn.
+    """Check that a batch can be drawn.
 
     Raises:
-        ValueError: It is larger than the data.
+        ValueError: The batch is empty or larger than the data.
     """
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size must be between 1 and the {count} {what}, got {batch_size}")
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Steps in which all of `count` images are seen: the remainder is a step too."""
+    """Return the number of steps in which all of `count` images are seen; the remainder is a step too."""
     return -(-count // batch_size)
 
 
 class Epochs:
-    """The images of each step: a new permutation an epoch.
+    """Choose the images of each step by a new permutation in every epoch.
 
     Args:
-        count: Number of images.
+        count: The number of images.
         batch_size: Images a step.
-        seed: Of the permutations.
-        what: Name of the images in messages.
-        fill: The remainder of an epoch is a step too, filled up with the first images of the epoch; else
-            it is left out.
+        seed: The seed of the permutations.
+        what: The name of the images in messages.
+        fill: Whether the remainder of an epoch is a step too, filled up with the first images of the epoch.
+            Otherwise it is left out.
 
     Attributes:
-        steps_per_epoch: Steps in a pass over the images.
+        steps_per_epoch: The number of steps in a pass over the images.
 
     Raises:
         ValueError: A batch is larger than the data.
@@ -59,7 +61,7 @@ class Epochs:
         self._epoch, self._order = -1, torch.empty(0)
 
     def __call__(self, step: int) -> Tensor:
-        """The indices of a step's images, int64 `[batch_size]`."""
+        """Return the indices of a step's images, int64 `[batch_size]`."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             order = torch.randperm(self.count, generator=generator(self.seed, 0, epoch))
@@ -70,19 +72,20 @@ class Epochs:
 
 
 class Balanced:
-    """The images of each step: all classes as often as each other.
+    """Choose the images of each step so that all classes are drawn equally often.
 
-    In a batch of at most as many images as there are classes none has a twin, so that none is another's
-    false negative in a contrastive loss. Classes are drawn without replacement, an image of each at random.
+    Classes are drawn without replacement, and an image of each at random. In a batch with at most as many
+    images as there are classes, no two images share a class, so no image is a false negative of another in a
+    contrastive loss.
 
     Args:
-        labels: int64 `[N]`, the class of every image.
+        labels: The class of every image, int64 `[N]`.
         batch_size: Images a step.
-        seed: Of the draws.
-        what: Name of the images in messages.
+        seed: The seed of the draws.
+        what: The name of the images in messages.
 
     Attributes:
-        steps_per_epoch: Steps in which as many images are drawn as there are, rounded up.
+        steps_per_epoch: The number of steps in which as many images are drawn as there are, rounded up.
 
     Raises:
         ValueError: A batch is larger than the data.
@@ -97,7 +100,7 @@ class Balanced:
         self._first = self._sizes.cumsum(0) - self._sizes
 
     def __call__(self, step: int) -> Tensor:
-        """The indices of a step's images, int64 `[batch_size]`."""
+        """Return the indices of a step's images, int64 `[batch_size]`."""
         random = generator(self.seed, 0, step)
         classes = len(self._sizes)
         rounds = [torch.randperm(classes, generator=random) for _ in range(-(-self.batch_size // classes))]

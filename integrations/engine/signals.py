@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM, as schedulers send it, lets the step end and the state be saved."""
+"""SIGTERM, which schedulers send, ends a run after its current step, with the state saved."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+__all__ = ["EXIT_CODE", "Request", "Terminated", "leave_to_main", "on_sigterm"]
+
 EXIT_CODE = 128 + signal.SIGTERM
-"""Of a program that was terminated, as shells report it: 143."""
+"""The exit code of a terminated program, 143, as shells report it."""
 
 
 class Terminated(SystemExit):
-    """The run was asked to end by SIGTERM, and its state is saved."""
+    """SIGTERM asked the run to end, and its state is saved."""
 
     def __init__(self, message: str):
         super().__init__(EXIT_CODE)
@@ -24,10 +26,10 @@ class Terminated(SystemExit):
 
 
 class Request:
-    """Whether the process has been asked to end.
+    """A request to end the process.
 
     Attributes:
-        made: It has.
+        made: Whether the request has been made.
     """
 
     def __init__(self) -> None:
@@ -35,17 +37,20 @@ class Request:
 
 
 def leave_to_main(worker: int) -> None:
-    """Of a data loader's worker (its `worker_init_fn`): signals to the whole group are the main process's."""
+    """Ignore SIGTERM and SIGINT in a data loader's worker, as its `worker_init_fn`.
+
+    A signal to the whole process group must let the main process finish its step, which needs the workers.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def on_sigterm() -> Iterator[Request]:
-    """Note SIGTERM inside, instead of dying of it; a second one kills at once.
+    """Record SIGTERM inside the block instead of ending the process; a second SIGTERM ends it at once.
 
-    Outside of the main thread, where Python takes no signals, nothing is noted. The handlers that were there
-    are there again after.
+    In a thread other than the main one, where Python receives no signals, nothing is recorded. The previous
+    handler is restored at the end.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():

@@ -1,7 +1,7 @@
-"""What a training loop logs, where people look at it: TensorBoard, Weights & Biases.
+"""Logging of training to TensorBoard and Weights & Biases.
 
-with logs.to(("tensorboard",), folder):
-    ...  # every run inside writes its loss, its terms, its gap under its name
+with tracking.to(("tensorboard",), folder):
+    ...  # every run inside the block logs its loss, terms and gap under its name
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from wmateacher.checks import nearest
+from wmateacher.checks import lookup
 from wmateacher.integrations.engine import processes
+
+__all__ = ["Tool", "to", "write"]
 
 Tool = Literal["tensorboard", "wandb"]
 
 
 class _Board(Protocol):
-    def write(self, run: str, step: int, values: Mapping[str, float], kept: int) -> None: ...
+    def write(self, run: str, step: int, values: Mapping[str, float], resumed_at: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class _TensorBoard:
-    """One folder of event files a run."""
+    """One folder of event files for each run."""
 
     def __init__(self, folder: Path):
         try:
@@ -36,10 +38,10 @@ class _TensorBoard:
         self._make, self._folder = SummaryWriter, folder / "tensorboard"
         self._writers: dict[str, Any] = {}
 
-    def write(self, run: str, step: int, values: Mapping[str, float], kept: int) -> None:
+    def write(self, run: str, step: int, values: Mapping[str, float], resumed_at: int) -> None:
         if run not in self._writers:
-            # What an interrupted run wrote after its last checkpoint is written again.
-            self._writers[run] = self._make(str(self._folder / run), purge_step=kept + 1)
+            # An interrupted run writes the steps after its last checkpoint again.
+            self._writers[run] = self._make(str(self._folder / run), purge_step=resumed_at + 1)
         for name, value in values.items():
             self._writers[run].add_scalar(name, value, step)
 
@@ -49,7 +51,7 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """One run there for each here, in a group for the folder; a resumed one goes on in its own."""
+    """One run of Weights & Biases for each run, grouped by folder; a resumed run continues its own."""
 
     def __init__(self, folder: Path):
         try:
@@ -59,7 +61,7 @@ class _Wandb:
         self._wandb, self._folder = wandb, folder
         self._runs: dict[str, Any] = {}
 
-    def write(self, run: str, step: int, values: Mapping[str, float], kept: int) -> None:
+    def write(self, run: str, step: int, values: Mapping[str, float], resumed_at: int) -> None:
         if run not in self._runs:
             self._folder.mkdir(parents=True, exist_ok=True)
             identity = hashlib.sha256(f"{self._folder.resolve()} {run}".encode()).hexdigest()[:16]
@@ -80,24 +82,22 @@ _active: ContextVar[tuple[_Board, ...]] = ContextVar("boards", default=())
 
 @contextmanager
 def to(tools: Sequence[str], folder: Path) -> Iterator[None]:
-    """Inside, `write` goes to these tools. Rank 0 writes.
+    """Send what `write` logs inside the block to these tools. Only the main process logs.
 
     Args:
-        tools: Of `"tensorboard"` and `"wandb"`; none: nothing is written.
-        folder: Of the experiment; `tensorboard/` in it has a folder of event files for each run, `wandb/`
-            what Weights & Biases keeps, which takes `WANDB_MODE` and the like from the environment.
+        tools: Any of `"tensorboard"` and `"wandb"`; without any, nothing is logged.
+        folder: The folder of the experiment. Event files go to `tensorboard/RUN` in it, and the files of
+            Weights & Biases to `wandb`. `WANDB_MODE` and the like are read from the environment.
 
     Raises:
-        ValueError: Another name.
+        ValueError: A tool is unknown.
         ImportError: A tool is not installed.
     """
-    for tool in tools:
-        if tool not in _BOARDS:
-            raise ValueError(f"unknown log {tool!r}; {nearest(tool, _BOARDS)}")
+    kinds = [lookup("log", tool, _BOARDS) for tool in dict.fromkeys(tools)]
     if not processes.is_main():
         yield
         return
-    boards = tuple(_BOARDS[tool](folder) for tool in dict.fromkeys(tools))
+    boards = tuple(kind(folder) for kind in kinds)
     token = _active.set(boards)
     try:
         yield
@@ -107,14 +107,15 @@ def to(tools: Sequence[str], folder: Path) -> Iterator[None]:
             board.close()
 
 
-def write(run: str, step: int, values: Mapping[str, float], kept: int = 0) -> None:
-    """Log the values of a run after `step` steps, where something is to be written to.
+def write(run: str, step: int, values: Mapping[str, float], resumed_at: int = 0) -> None:
+    """Log the values of a run after `step` steps to every active tool.
 
     Args:
-        run: Its name.
-        step: Number of steps done.
-        values: By name.
-        kept: Up to which step an interrupted run's values stand; what it wrote later is dropped.
+        run: The name of the run.
+        step: The number of steps done.
+        values: The values by name.
+        resumed_at: The step that the run was resumed at; values of later steps that it logged before are
+            dropped.
     """
     for board in _active.get():
-        board.write(run, step, values, kept)
+        board.write(run, step, values, resumed_at)

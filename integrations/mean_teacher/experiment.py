@@ -1,9 +1,9 @@
-"""Run methods over a recipe: shared data and labels, one record a method and seed."""
+"""Run semi-supervised methods over a recipe, with shared data and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from wmateacher.integrations.engine import processes
-from wmateacher.integrations.engine.results import Results, environment, file_name, write_csv
+from wmateacher.integrations.engine import experiment, processes
+from wmateacher.integrations.engine.experiment import Outcome, Table
 from wmateacher.integrations.engine.sampling import generator
 from wmateacher.integrations.mean_teacher.recipes import Recipe
 from wmateacher.integrations.mean_teacher.training import fit
 from wmateacher.integrations.mean_teacher.views import Plain, Weak, WeakAndStrong
 from wmateacher.integrations.vision import backbones, images
 from wmateacher.integrations.vision.accuracy import Scores, score
+
+__all__ = ["COLUMNS", "Experiment", "choose_labelled"]
 
 COLUMNS = {
     "test": ("accuracy", 1),
@@ -28,31 +30,31 @@ COLUMNS = {
     "final gap": ("final_gap", 4),
     "seconds": ("seconds", 0),
 }
-"""Of a table of results: `test` is the teacher's, or the student's where there is none."""
+"""The columns of the table of results: `test` is the teacher's, or the student's if there is no teacher."""
 _BATCH = 500
 
 
-class Experiment:
-    """A recipe with its data loaded, and a folder that its results go to.
+class Experiment(experiment.Experiment[Recipe]):
+    """A recipe with its data loaded, and the folder of its results, with tables `gaps` and `curves`.
 
-    The folder holds `results.json`, `gaps/METHOD-SEED.csv`, `curves/METHOD-SEED.csv` and `checkpoints/`. One
-    with results of the same configuration is continued: finished runs are not run again, an interrupted
-    one goes on from its checkpoint.
+    The seed of a run chooses the labelled images too.
 
     Args:
         recipe: What to run.
         output: The folder.
-        root: Where the recipe's data lies.
-        download: Let torchvision download it.
-        device: To train on.
-        workers: Processes that prepare views.
-        progress: Show progress bars.
+        root: The folder of the data.
+        download: Whether torchvision may download the data.
+        device: The device to train on.
+        workers: The number of processes that prepare views.
+        progress: Whether to show progress bars.
 
     Raises:
-        ValueError: The folder holds results of another configuration, or there are fewer labels than
-            classes, or not enough images.
-        FileNotFoundError: The data is not there.
+        ValueError: The folder holds results of another configuration, there are fewer labels than classes, or
+            there are not enough images.
+        FileNotFoundError: The data is missing.
     """
+
+    packages = ("timm", "torchvision", "torchmetrics", "scikit-learn")
 
     def __init__(
         self,
@@ -65,38 +67,16 @@ class Experiment:
         workers: int = 0,
         progress: bool = True,
     ):
-        self.recipe, self.output, self.progress = recipe, output, progress
-        self.device, self.workers = torch.device(device), workers
+        self.workers = workers
         with processes.main_process_first():
             self.data = images.load(recipe.data, root, download=download)
         self.classes = len(self.data.classes)
         choose_labelled(self.data.labels, self.classes, recipe.labels, 0)
-        packages = ("timm", "torchvision", "torchmetrics", "scikit-learn")
-        self._results = Results(output, asdict(recipe), environment(self.device, packages))
-        self._kept: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._batches: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        super().__init__(recipe, output, device=device, progress=progress)
 
-    @property
-    def results(self) -> dict[str, Any]:
-        """What stands in `results.json`."""
-        return self._results.content
-
-    def run(
-        self, name: str, seed: int = 0, after_step: Callable[[int], None] | None = None
-    ) -> dict[str, Any]:
-        """Train by one method, evaluate, and record it.
-
-        Args:
-            name: Of the method, in the recipe.
-            seed: Of initialisation, of which images are labelled, of order and views.
-            after_step: As in `fit`.
-
-        Returns:
-            This seed's record; `results["methods"]` has the means over all seeds so far.
-        """
-        self._results.claim()
-        recorded = self._results.recorded(name, seed)
-        if recorded is not None:
-            return recorded
+    def train(self, name: str, seed: int) -> Outcome:
+        """Train by the method `name` and evaluate."""
         recipe = self.recipe
         settings = replace(recipe.settings, seed=recipe.settings.seed + seed)
         torch.manual_seed(settings.seed)
@@ -115,59 +95,51 @@ class Experiment:
         )  # fmt: skip
         fitted = fit(
             student, recipe.method(name), labelled, unlabelled, settings, classes=self.classes,
-            checkpoint=self.output / "checkpoints" / f"{file_name(name)}-{seed}.pt",
-            label=f"{name} (seed {seed})", progress=self.progress, after_step=after_step,
-            validate=lambda model: self._score(model, "val").accuracy,
-            validate_every=max(1, settings.steps // 10),
+            evaluate=self._validation, evaluate_every=max(1, settings.steps // 10), evaluate_last=True,
+            **self.loop_options(name, seed),
         )  # fmt: skip
-        curve = fitted.record.series["validation"]
-        if processes.is_main():
-            write_csv(("step", "accuracy"), curve, self.curve_file(name, seed))
-            if "gap" in fitted.record.series:
-                write_csv(("step", "gap"), fitted.record.series["gap"], self.gap_file(name, seed))
-        of_student = self._score(student, "test")
-        teacher = of_student if fitted.teacher is None else self._score(fitted.teacher.module, "test")
-        gaps = fitted.record.values("gap")
+        series = fitted.history.series
+        of_student, *of_teacher = (self._score(network, "test") for network in fitted.networks.values())
+        best = of_teacher[0] if of_teacher else of_student
         record = {
-            "seed": seed,
-            "accuracy": teacher.accuracy,
-            "ece": teacher.ece,
+            "accuracy": best.accuracy,
+            "ece": best.ece,
             "student": {"accuracy": of_student.accuracy, "ece": of_student.ece},
-            "validation": curve[-1][1],
-            "final_gap": gaps[-1] if gaps else None,
+            "validation": series["validation"][-1][1],
+            "final_gap": series["gap"][-1][1] if "gap" in series else None,
             "collapsed": fitted.collapsed,
-            "seconds": fitted.record.seconds,
+            "seconds": fitted.history.seconds,
         }
-        self._results.record(name, record)
-        return record
+        tables = {"curves": Table(("step", "accuracy"), series["validation"])}
+        if "gap" in series:
+            tables["gaps"] = Table(("step", "gap"), series["gap"])
+        return Outcome(record, tables)
 
-    def gap_file(self, method: str, seed: int) -> Path:
-        """Where the teacher-student gap after every step is written."""
-        return self.output / "gaps" / f"{file_name(method)}-{seed}.csv"
+    def _validation(self, networks: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Return the accuracy of the teacher, or of the student if there is no teacher."""
+        network = networks.get("teacher", networks["student"])
+        return {"validation": self._score(network, "val").accuracy}
 
-    def curve_file(self, method: str, seed: int) -> Path:
-        """Where the validation accuracy over training is written."""
-        return self.output / "curves" / f"{file_name(method)}-{seed}.csv"
-
-    def _score(self, model: nn.Module, part: str) -> Scores:
-        if part not in self._kept:
+    def _score(self, network: nn.Module, part: str) -> Scores:
+        if part not in self._batches:
             data: Dataset[Any] = {"val": self.data.val, "test": self.data.test}[part]
             viewed = images.Viewed(data, Plain(self.recipe.image_size))
-            self._kept[part] = list(DataLoader(viewed, batch_size=_BATCH, generator=torch.Generator()))
-        return score(model, self._kept[part], self.classes)
+            self._batches[part] = list(DataLoader(viewed, batch_size=_BATCH, generator=torch.Generator()))
+        return score(network, self._batches[part], self.classes)
 
 
 def choose_labelled(labels: Tensor, classes: int, count: int, seed: int) -> Tensor:
-    """Which images are labelled: the same number of each class, at random; their indices.
+    """Choose the labelled images at random, the same number of every class, and return their indices.
 
     Args:
-        labels: Of all images, int64 `[N]`.
-        classes: C.
-        count: Labelled images, a multiple of C.
-        seed: Of the choice.
+        labels: The labels of all images, int64 `[N]`.
+        classes: The number of classes C.
+        count: The number of labelled images, a multiple of C.
+        seed: The seed of the choice.
 
     Raises:
-        ValueError: There are fewer labels than classes, not the same for each, or not as many images.
+        ValueError: There are fewer labels than classes, the classes cannot have equally many, or a class has
+            too few images.
     """
     if count < classes:
         raise ValueError(

@@ -1,14 +1,108 @@
-"""Experiments as data: which images, how many labels, which network, how optimised."""
+"""Methods and experiments as data: what is minimised; which images, how many labels, which network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from wmateacher.checks import nearest
-from wmateacher.integrations.mean_teacher.methods import METHODS, Method
-from wmateacher.integrations.mean_teacher.training import Settings
-from wmateacher.integrations.vision.images import SOURCES
+from wmateacher import kernels
+from wmateacher.checks import lookup, one_of
+from wmateacher.integrations.engine import settings
+from wmateacher.integrations.engine.settings import check_at_least
+
+__all__ = ["CONSISTENCIES", "METHODS", "RECIPES", "Method", "Recipe", "Settings"]
+
+CONSISTENCIES = ("mse", "kl", "pseudo")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A loss, and the target that the student's predictions on unlabelled images are pulled to.
+
+        L = CE(student(weak labelled), label) + weight ramp(t) consistency(student(strong), target(weak))
+
+    The target is the teacher's prediction, or without a teacher the student's own before the step. It has no
+    gradient; the student's prediction on the strong view has one.
+
+    Attributes:
+        name: Name in tables and on the command line.
+        summary: What the method is, with its source.
+        kernel: The teacher's kernel; None for no teacher.
+        consistency: `"mse"` between probabilities, `"kl"`, or `"pseudo"`: cross-entropy against the target's
+            most probable class.
+        weight: Weight of the consistency after its ramp-up; 0 to train on labels alone.
+        confidence: Only images with a largest target probability of at least this count, 0.95 in FixMatch;
+            None for all images.
+
+    Raises:
+        ValueError: The consistency or the kernel is unknown, or a number is out of range.
+    """
+
+    name: str
+    summary: str
+    kernel: str | None = None
+    consistency: Literal["mse", "kl", "pseudo"] = "mse"
+    weight: float = 0.0
+    confidence: float | None = None
+
+    def __post_init__(self) -> None:
+        one_of("consistency", self.consistency, CONSISTENCIES)
+        check_at_least(self, weight=0)
+        if self.confidence is not None and not 0 <= self.confidence < 1:
+            raise ValueError(f"confidence must be in [0, 1), got {self.confidence}")
+        if self.kernel is not None:
+            kernels.build(self.kernel)
+
+
+# The MSE is a mean over the classes, hence the large weight.
+_WEIGHT = 10.0
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        Method("supervised", "The labelled images alone"),
+        Method("pi-model", "Pi-model: the student is its own teacher (Laine & Aila 2017)", weight=_WEIGHT),
+        Method(
+            "mean-teacher",
+            "Mean teacher: an EMA of the student (Tarvainen & Valpola 2017)",
+            kernel="ema(0.95)",
+            weight=_WEIGHT,
+        ),
+        Method(
+            "fixmatch",
+            "FixMatch: the student's own confident predictions as labels (Sohn et al. 2020)",
+            consistency="pseudo",
+            weight=1.0,
+            confidence=0.95,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(settings.Settings):
+    """The optimisation of a run: SGD with Nesterov momentum, a linear warm-up, a cosine decay to 0.
+
+    Attributes:
+        labelled_batch: Labelled images a step.
+        unlabelled_batch: Unlabelled images a step.
+        momentum: Momentum of SGD.
+        rampup: Steps until the consistency has its full weight, along a sigmoid.
+        buffers: The teacher's BatchNorm statistics: `"copy"` the student's, `"average"` them like weights, or
+            `"keep"` the first.
+    """
+
+    labelled_batch: int
+    unlabelled_batch: int
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    rampup: int = 0
+    buffers: Literal["copy", "average", "keep"] = "copy"
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, labelled_batch=1, unlabelled_batch=1, rampup=0)
 
 
 @dataclass(frozen=True)
@@ -16,13 +110,13 @@ class Recipe:
     """Train a classifier from few labels and many images.
 
     Attributes:
-        data: A source of `wmateacher.integrations.vision.images`.
-        labels: Number of labelled images, the same of each class.
-        backbone: A spec of `backbones.build`.
+        data: `"digits"`, `"mnist"`, `"fashion-mnist"` or `"cifar10"`.
+        labels: Number of labelled images, the same for every class.
+        backbone: A timm network with its arguments, such as `resnet18(output_stride=8)`.
         image_size: Height and width, in pixels.
-        flip: Views may be mirrored: right for photographs and clothes, wrong for digits.
-        settings: How every method is optimised.
-        methods: By name.
+        flip: Mirror half of the views: right for photographs and clothes, wrong for digits.
+        settings: The optimisation of every method.
+        methods: The methods by name.
     """
 
     data: str
@@ -33,18 +127,21 @@ class Recipe:
     settings: Settings
     methods: Mapping[str, Method] = field(default_factory=lambda: dict(METHODS))
 
+    @property
+    def summary(self) -> str:
+        """One line for the reader."""
+        return f"{self.labels} labels, {self.backbone}, {self.settings.steps} steps"
+
     def method(self, name: str) -> Method:
-        """The method of that name, as this recipe sets it.
+        """Return the method of that name.
 
         Raises:
-            ValueError: The recipe has none of that name.
+            ValueError: The recipe has no such method.
         """
-        if name not in self.methods:
-            raise ValueError(f"unknown method {name!r}; {nearest(name, self.methods)}")
-        return self.methods[name]
+        return lookup("method", name, self.methods)
 
     def with_steps(self, steps: int | None) -> Recipe:
-        """The same with another length, warm-up and ramp-up stretched with it; None: as it is."""
+        """Return the recipe with another number of steps, its schedules stretched; unchanged for None."""
         if steps is None:
             return self
         scale = steps / self.settings.steps
@@ -60,31 +157,16 @@ class Recipe:
 _SMALL = Settings(
     steps=400, learning_rate=0.03, labelled_batch=32, unlabelled_batch=64, warmup=20, rampup=100
 )
+_LONGER = replace(_SMALL, steps=1_500, rampup=400)
 _LARGE = replace(_SMALL, steps=20_000, labelled_batch=64, unlabelled_batch=192, warmup=500, rampup=5_000)
-_RECIPES = {
-    "digits": Recipe("digits", 40, "test_resnet", 16, False, _SMALL),
-    "mnist": Recipe("mnist", 100, "test_resnet", 28, False, _SMALL),
-    "fashion-mnist": Recipe(
-        "fashion-mnist", 100, "test_resnet", 28, True, replace(_SMALL, steps=1_500, rampup=400)
-    ),
-    "cifar10": Recipe(
-        "cifar10",
-        4_000,
-        "resnet18(output_stride=8)",
-        32,
-        True,
-        _LARGE,
-        {**METHODS, "mean-teacher": replace(METHODS["mean-teacher"], kernel="ema(0.999)")},
-    ),
+_SLOW_TEACHER = {**METHODS, "mean-teacher": replace(METHODS["mean-teacher"], kernel="ema(0.999)")}
+RECIPES: Mapping[str, Recipe] = {
+    recipe.data: recipe
+    for recipe in (
+        Recipe("digits", 40, "test_resnet", 16, False, _SMALL),
+        Recipe("mnist", 100, "test_resnet", 28, False, _SMALL),
+        Recipe("fashion-mnist", 100, "test_resnet", 28, True, _LONGER),
+        Recipe("cifar10", 4_000, "resnet18(output_stride=8)", 32, True, _LARGE, _SLOW_TEACHER),
+    )
 }
-
-
-def get(data: str) -> Recipe:
-    """The recipe for that data.
-
-    Raises:
-        ValueError: There is none; lists those there are.
-    """
-    if data not in _RECIPES:
-        raise ValueError(f"unknown data {data!r}; {nearest(data, SOURCES)}")
-    return _RECIPES[data]
+"""The recipes by the name of their data."""

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+__all__ = ["Plain", "Weak", "WeakAndStrong"]
+
 
 class Plain:
-    """How images are looked at in evaluation: resized, not distorted.
+    """Resize an image for evaluation, without distortion.
 
     Args:
         size: Height and width, in pixels.
@@ -20,34 +22,34 @@ class Plain:
         self.pipeline = v2.Compose([*_read(size), *_finish()])
 
     def __call__(self, image: Any) -> Tensor:
-        """float32 `[C, size, size]` of an image."""
+        """Return the view of an image, float32 `[C, size, size]`."""
         return self.pipeline(image)
 
 
 class Weak:
-    """Shifted by up to an eighth of its size; flipped at random where that keeps its meaning.
+    """Shift an image by up to an eighth of its size, and mirror it at random if `flip`.
 
     Args:
         size: Height and width, in pixels.
-        flip: Mirror half of the images: for photographs, not for digits.
+        flip: Whether to mirror half of the images: right for photographs, wrong for digits.
     """
 
     def __init__(self, size: int, flip: bool):
         self.pipeline = v2.Compose([*_shift(size, flip), *_finish()])
 
     def __call__(self, image: Any) -> Tensor:
-        """float32 `[C, size, size]` of an image."""
+        """Return the view of an image, float32 `[C, size, size]`."""
         return self.pipeline(image)
 
 
 class WeakAndStrong:
-    """A weak view and an independent strong one: RandAugment, then a patch erased, as in FixMatch.
+    """Return a weak view and an independent strong one: RandAugment, then an erased patch, as in FixMatch.
 
     Args:
         size: Height and width, in pixels.
-        flip: As for `Weak`.
-        operations: Of RandAugment on each image.
-        magnitude: Of its operations, 0 to 30.
+        flip: Whether to mirror half of the images.
+        operations: The number of RandAugment's operations on each image.
+        magnitude: The magnitude of the operations, 0 to 30.
     """
 
     def __init__(self, size: int, flip: bool, operations: int = 2, magnitude: int = 9):
@@ -63,7 +65,7 @@ class WeakAndStrong:
         )
 
     def __call__(self, image: Any) -> tuple[Tensor, Tensor]:
-        """Both views of an image, float32 `[C, size, size]` each."""
+        """Return both views of an image, float32 `[C, size, size]` each."""
         return self.weak(image), self.strong(image)
 
 

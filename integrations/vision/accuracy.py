@@ -11,6 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from wmateacher.integrations.engine import processes
 
+__all__ = ["Labelled", "Scores", "score"]
+
 Labelled = Iterable[tuple[Tensor, Tensor]]
 """Batches of images `[B, 3, H, W]` and labels `[B]`."""
 
@@ -18,15 +20,15 @@ _BINS = 10
 
 
 class Scores(NamedTuple):
-    """What is measured on one test set.
+    """The scores of a classifier on one test set.
 
     Attributes:
-        accuracy: Top-1, in percent.
-        ece: Expected calibration error over the whole set, in [0, 1]: 10 bins, l1.
-        ece_per_batch: The same, computed in each batch and averaged. This is how the published TRACER
-            figures were computed; it is larger, and depends on the batches' size and order.
-        reliability: For each of the 10 bins of confidence that has images: their mean confidence, their
-            accuracy in [0, 1], and their share of the set.
+        accuracy: The top-1 accuracy, in percent.
+        ece: The expected calibration error over the whole set, in [0, 1], with 10 bins and the l1 norm.
+        ece_per_batch: The mean of the calibration errors of the batches. The published TRACER figures are
+            computed so; it is larger, and depends on the size and the order of the batches.
+        reliability: For each of the 10 bins of confidence with images, their mean confidence, their accuracy
+            in [0, 1], and their share of the set.
     """
 
     accuracy: float
@@ -44,21 +46,22 @@ def score(
     *,
     parts: bool = False,
 ) -> Scores:
-    """Compare a classifier's answers with the labels.
+    """Compare the predictions of a classifier with the labels.
 
     Args:
-        classifier: Evaluated in eval mode, its mode restored; on the device to work on.
+        classifier: The classifier, on the device to work on. It is evaluated in eval mode; its mode is
+            restored.
         batches: The test set.
-        classes: Their number C.
-        logits: Images `[B, 3, H, W]` to logits `[B, C]`; the classifier itself by default.
-        parts: The batches are this rank's parts of them; else every rank is given all, and takes its part.
+        classes: The number of classes C.
+        logits: Maps images `[B, 3, H, W]` to logits `[B, C]`. Default: the classifier.
+        parts: Whether the batches are this rank's parts. Otherwise every rank gets all, and takes its part.
 
     Raises:
         ValueError: The test set is empty.
     """
     device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
     answer = classifier if logits is None else logits
-    # What they are given is whole on every rank.
+    # The metrics see gathered rows, the same on every rank, so they must not be summed over ranks again.
     accuracy = MulticlassAccuracy(classes, average="micro", sync_on_compute=False).to(device)
     overall, single = (
         MulticlassCalibrationError(classes, n_bins=_BINS, norm="l1", sync_on_compute=False).to(device)
@@ -95,7 +98,7 @@ def score(
 
 
 def _fill(bins: Tensor, probabilities: Tensor, labels: Tensor) -> None:
-    """Add answers to the bins of their confidence: its sum, the right ones, all."""
+    """Add predictions to the bins of their confidence: its sum, the number of correct ones, of all."""
     confidence, predicted = probabilities.double().nan_to_num().max(1)
     which = (confidence * len(bins)).long().clamp(max=len(bins) - 1)
     right = (predicted == labels).double()

@@ -1,29 +1,33 @@
-"""Networks that timm builds, from a spec such as `vit_tiny_patch16_224(patch_size=4,depth=4)`."""
+"""Networks of timm from a spec such as `vit_tiny_patch16_224(patch_size=4,depth=4)`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import timm
 from torch import nn
 
 from wmateacher.checks import nearest
 from wmateacher.spec import parse_call
+
+__all__ = ["build"]
 
 
 def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) -> nn.Module:
     """Build a network with random weights.
 
     Args:
-        spec: A name that timm knows, with any of its arguments in brackets.
-        image_size: Height and width of its images, in pixels. Vision transformers are built for it and
-            take other sizes too, their position embedding interpolated.
-        channels: Of the images.
-        classes: Width of the classifier; 0: none, pooled features `[B, num_features]` come out.
+        spec: The name of a timm network, with any of its arguments in brackets.
+        image_size: Height and width of the images, in pixels. Vision transformers take other sizes too, with
+            their position embedding interpolated.
+        channels: The number of channels of the images.
+        classes: The number of outputs of the classifier; 0 for no classifier, so that the network returns
+            pooled features `[B, num_features]`.
 
     Raises:
-        ValueError: timm has no such network, or does not build it with these arguments.
+        ValueError: timm has no such network, or cannot build it with these arguments.
     """
+    import timm
+
     call = parse_call(spec)
     if call.args:
         raise ValueError(f"backbone {spec!r}: give arguments by name, as in {call.name}(depth=4)")
@@ -33,7 +37,7 @@ def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) ->
             "see timm.list_models()"
         )
     given = {"in_chans": channels, "num_classes": classes, **call.kwargs}
-    # Which sizes a network can be told differs from family to family; the first that fits is taken.
+    # Families of networks differ in the arguments for the image size; the first that fits is taken.
     size: dict[str, Any] = {"img_size": image_size}
     reason: Exception | None = None
     for told in ({**size, "dynamic_img_size": True}, size, {}):

@@ -1,4 +1,4 @@
-"""Small real data with domain shifts: digits in colours, turned, noisy, on other backgrounds.
+"""Small real data with domain shifts: digits in colours, rotated, noisy, on other backgrounds.
 
 Sources are grey images of ink on nothing: scikit-learn's bundled handwritten digits, MNIST or
 Fashion-MNIST. A `Domain` draws them in colour; the shift suite (`SHIFTS`) mirrors pre-training on many
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wmateacher.checks import nearest
+from wmateacher.checks import one_of
 
 Colour = tuple[float, float, float]
 Range = tuple[float, float]
@@ -62,7 +62,7 @@ class Split:
         return len(self.labels)
 
     def subset(self, count: int, seed: int = 0) -> Split:
-        """`count` images chosen at random, or all where there are not more."""
+        """Return `count` images chosen at random, or all if there are not more."""
         if count >= len(self):
             return self
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
@@ -74,12 +74,12 @@ class Source:
     """A data set in three splits.
 
     Attributes:
-        name: As given to `load`.
+        name: The name, as given to `load`.
         classes: The class names, in the order of the labels.
         templates: Captions with one `{}` for the class name.
-        train: For pre-training and fine-tuning.
-        val: For every choice that is made by looking at results.
-        test: For reporting.
+        train: The images for pre-training and fine-tuning.
+        val: The images for every choice that depends on results.
+        test: The images for reported results.
     """
 
     name: str
@@ -92,12 +92,12 @@ class Source:
 
 @dataclass(frozen=True)
 class Domain:
-    """How grey ink is drawn in colour.
+    """The colours, rotation and noise with which grey images are drawn.
 
     Attributes:
-        ink: Colours of the ink for labels 0-4 and for 5-9, or `"random"` for one at random per image.
-        paper: The same for the background; random ones keep a contrast of 0.35 to the ink.
-        agreement: Share of images whose colours follow their label; the others get the other half's.
+        ink: Colours of the ink for labels 0-4 and for 5-9, or `"random"` for a random one for each image.
+        paper: Colours of the background, likewise; random ones keep a contrast of 0.35 to the ink.
+        agreement: Share of images whose colours follow their label; the others get those of the other half.
         rotation: Range of the angle in degrees, counter-clockwise.
         noise: Range of the standard deviation of Gaussian noise, clipped to [0, 1] afterwards.
     """
@@ -114,10 +114,10 @@ class Domain:
         Args:
             split: Grey images `[B, 1, H, W]` and labels `[B]`.
             size: Height and width S of the result, in pixels.
-            generator: Source of all randomness.
+            generator: The generator of all random numbers.
 
         Returns:
-            float32 `[B, 3, S, S]` in [0, 1].
+            The drawings, float32 `[B, 3, S, S]` in [0, 1].
         """
         count = len(split)
 
@@ -138,7 +138,7 @@ class Domain:
         return image.clamp(0, 1)
 
     def _colours(self, half: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Colours of ink and paper, `[B, 3]` each."""
+        """Return the colours of ink and paper, `[B, 3]` each."""
 
         def pick(colours: tuple[Colour, Colour] | Literal["random"]) -> Tensor:
             if colours == "random":
@@ -147,7 +147,7 @@ class Domain:
 
         ink, paper = pick(self.ink), pick(self.paper)
         if "random" in (self.ink, self.paper):
-            # Push too similar pairs apart along each channel, the paper first where it is random.
+            # Too similar pairs would make invisible digits: push them apart, the paper if it is random.
             close = (ink - paper).abs().amax(1, keepdim=True) < 0.35
             apart = torch.where(ink > 0.5, ink - 0.5, ink + 0.5)
             if self.paper == "random":
@@ -169,7 +169,7 @@ NARROW = Domain(ink=(RED, BLUE), paper=(BLACK, BLACK), agreement=0.95)
 """The fine-tuning domain: 0-4 red and 5-9 blue with probability 95%, on black."""
 
 WIDE = Domain(ink="random", paper="random", rotation=(-45.0, 45.0), noise=(0.0, 0.2))
-"""The pre-training domains: any two colours, any small turn, some noise."""
+"""The pre-training domains: any two colours, any small rotation, some noise."""
 
 SHIFTS: Mapping[str, Domain] = {
     "gray": replace(NARROW, ink=(WHITE, WHITE)),
@@ -179,7 +179,7 @@ SHIFTS: Mapping[str, Domain] = {
     "swapped": replace(NARROW, ink=(BLUE, RED)),
     "background": replace(NARROW, paper="random"),
 }
-"""The six test domains, none of which fine-tuning sees."""
+"""The six test domains, which fine-tuning does not see."""
 
 SOURCES = ("digits", "mnist", "fashion-mnist")
 
@@ -191,20 +191,19 @@ def load(name: str = "digits", root: str | Path | None = None, *, download: bool
         name: `"digits"` (1,797 images of 8x8 bundled with scikit-learn: 1,097 / 300 / 400),
             `"mnist"` or `"fashion-mnist"` (through torchvision: 58,000 / 2,000 of its training images
             and its 10,000 test images).
-        root: Folder that holds torchvision's `MNIST/raw`; needed for all but `"digits"`.
-        download: Let torchvision download what is not there.
+        root: The folder that holds torchvision's `MNIST/raw`, required for all but `"digits"`.
+        download: Whether torchvision may download missing files.
 
     Raises:
-        ValueError: An unknown name, or no root where one is needed.
-        FileNotFoundError: The files are not there.
+        ValueError: The name is unknown, or `root` is missing.
+        FileNotFoundError: The files are missing.
     """
     if name == "digits":
         everything = _bundled()
         rest, test = stratify(everything, 400)
         train, val = stratify(rest, 300)
         return Source(name, DIGITS, DIGIT_TEMPLATES, train, val, test)
-    if name not in SOURCES:
-        raise ValueError(f"unknown data {name!r}; {nearest(name, SOURCES)}")
+    one_of("data", name, SOURCES)
     if root is None:
         raise ValueError(
             f"data {name!r} needs the folder that holds it, got root=None: pass root=DIR "
@@ -252,10 +251,10 @@ def _torchvision(name: str, root: Path, train: bool, download: bool) -> Split:
 
 
 def stratify(split: Split, held_out: int) -> tuple[Split, Split]:
-    """All but, and exactly, `held_out` images, the classes in the same proportions in both."""
+    """Split off `held_out` images, with the classes in the same proportions in both parts."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     labels = split.labels[order]
-    # Rank every image within its class; the lowest relative ranks are held out.
+    # Relative ranks within the class, so that the lowest ones hold each class in proportion.
     rank = torch.empty(len(split))
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from wmateacher.checks import nearest
+from wmateacher.checks import one_of
 from wmateacher.integrations.engine import processes, signals
 from wmateacher.integrations.engine.sampling import Epochs, mix
 from wmateacher.integrations.vision import digits
+
+__all__ = ["SOURCES", "Images", "Viewed", "Views", "load"]
 
 SOURCES = (*digits.SOURCES, "cifar10")
 
@@ -24,13 +26,13 @@ class Images:
     """A data set in three splits of (image, label), the images uint8 `[C, H, W]` or as PIL has them.
 
     Attributes:
-        name: As given to `load`.
-        classes: Names, in the order of the labels.
-        train: For training.
-        val: For every choice that is made by looking at results.
-        test: For reporting.
-        labels: Of the training images, int64 `[N]`.
-        channels: 1 for grey images, 3 for colour.
+        name: The name, as given to `load`.
+        classes: The class names, in the order of the labels.
+        train: The images for training.
+        val: The images for every choice that depends on results.
+        test: The images for reported results.
+        labels: The labels of the training images, int64 `[N]`.
+        channels: The number of channels: 1 for grey images, 3 for colour.
     """
 
     name: str
@@ -48,19 +50,18 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     Args:
         name: `"digits"`, `"mnist"`, `"fashion-mnist"`, `"cifar10"` (through torchvision: 48,000 / 2,000 of
             its training images and its 10,000 test images), or `"imagefolder:DIR"`: a folder with
-            `train` and `val`, a subfolder per class in each; a twentieth of `train` is held out.
-        root: Folder that holds torchvision's files.
-        download: Let torchvision download what is not there.
+            `train` and `val`, a subfolder for each class in both; a twentieth of `train` is held out.
+        root: The folder that holds torchvision's files.
+        download: Whether torchvision may download missing files.
 
     Raises:
-        ValueError: An unknown name, or no root where one is needed.
-        FileNotFoundError: The files are not there.
+        ValueError: The name is unknown, or `root` is missing.
+        FileNotFoundError: The files are missing.
     """
     kind, _, folder = name.partition(":")
     if kind == "imagefolder":
         return _folders(Path(folder))
-    if kind not in SOURCES or folder:
-        raise ValueError(f"unknown data {name!r}; {nearest(name, (*SOURCES, 'imagefolder:DIR'))}")
+    one_of("data", name, (*SOURCES, "imagefolder:DIR"))
     if kind == "cifar10":
         return _cifar10(root, download)
     source = digits.load(kind, root, download=download)
@@ -112,7 +113,7 @@ def _folders(folder: Path) -> Images:
     if train.classes != test.classes:
         differing = sorted(set(train.classes) ^ set(test.classes))
         raise ValueError(f"{folder}/train and {folder}/val differ in their classes: {differing[:5]}")
-    # A twentieth of the training images is held out; `val` is the test set, as is usual with ImageNet.
+    # As is usual with ImageNet, `val` is the test set, so the validation images come out of `train`.
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     held = len(train) // 20
     kept = sorted(order[held:])
@@ -127,18 +128,18 @@ Transform = Callable[[Any], Any]
 class Views:
     """A `loop.Stream` of transformed images with their labels.
 
-    What a step holds depends on the seed and the step alone, however many workers and processes there are;
-    each process gets its part.
+    The batch of a step depends on the seed and the step alone, whatever the number of workers and processes.
+    Each process gets its part.
 
     Args:
-        data: (image, label) pairs.
-        transform: An image to a tensor, or to a tuple of tensors; all that is random in it is torch's.
+        data: The (image, label) pairs.
+        transform: Maps an image to a tensor or a tuple of tensors. Its random numbers must be torch's.
         batch_size: Images a step.
-        seed: Of order and transforms.
-        indices: Use these images only.
-        workers: Processes that prepare batches; 0: this one.
-        what: Name of the images in messages.
-        order: Gives the indices of each step's images; by default they are `Epochs`.
+        seed: The seed of the order and the transforms.
+        indices: The indices of the images to use. Default: all.
+        workers: The number of processes that prepare batches; 0 for the calling process.
+        what: The name of the images in messages.
+        order: Gives the indices of each step's images. Default: `Epochs`.
 
     Raises:
         ValueError: A batch is larger than the data.
@@ -162,14 +163,15 @@ class Views:
         self._data = _Seeded(data, transform)
 
     def __call__(self, first_step: int) -> Iterator[Any]:
-        """Batches without end from `first_step` on: what the transform gives, stacked, and labels."""
+        """Return batches from `first_step` on, without end: the stacked views, and labels."""
         loader: DataLoader[Any] = DataLoader(
             self._data,
             batch_sampler=self._keys(first_step),
             num_workers=self.workers,
             worker_init_fn=signals.leave_to_main,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else it would draw from the global one
+            # Without a generator the loader would draw from the global one and change the run.
+            generator=torch.Generator(),
         )
         return iter(loader)
 
@@ -182,12 +184,12 @@ class Views:
 
 
 class Viewed(Dataset[Any]):
-    """Images looked at in one way, with their labels.
+    """Images under one transform, with their labels.
 
     Args:
-        data: (image, label) pairs.
-        view: An image to a tensor.
-        indices: Of those to look at; None: all.
+        data: The (image, label) pairs.
+        view: Maps an image to a tensor.
+        indices: The indices of the images to use. Default: all.
     """
 
     def __init__(self, data: Dataset[Any], view: Transform, indices: Tensor | None = None):

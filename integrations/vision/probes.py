@@ -1,10 +1,12 @@
-"""How good frozen features are: k nearest neighbours, and a linear classifier."""
+"""Probes of frozen features: k nearest neighbours and a linear classifier."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+__all__ = ["knn_accuracy", "linear_accuracy"]
 
 _CHUNK = 1024
 
@@ -13,18 +15,18 @@ _CHUNK = 1024
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, tau: float = 0.07
 ) -> float:
-    """Accuracy in percent of the weighted vote of the k training images of greatest cosine similarity.
+    """Return the accuracy, in percent, of a vote of the k most similar training images by cosine.
 
-    Each votes with weight exp(similarity / tau) (Wu et al. 2018, section 3.4; k = 20 and tau = .07 as in
-    Caron et al. 2021).
+    Each image votes with weight exp(similarity / tau) (Wu et al. 2018, section 3.4). The defaults k = 20 and
+    tau = .07 are those of Caron et al. 2021.
 
     Args:
-        train: Features `[N, D]`.
-        train_labels: int64 `[N]`.
-        test: Features `[M, D]`.
-        test_labels: int64 `[M]`.
-        k: Neighbours; all where there are fewer.
-        tau: Temperature of the vote.
+        train: The training features, shape `[N, D]`.
+        train_labels: Their labels, int64 `[N]`.
+        test: The test features, shape `[M, D]`.
+        test_labels: Their labels, int64 `[M]`.
+        k: The number of neighbours; all training images if there are fewer.
+        tau: The temperature of the vote.
     """
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     bank, k = F.normalize(train.float(), dim=1), min(k, len(train))
@@ -42,24 +44,24 @@ def linear_accuracy(
     train_labels: Tensor,
     test: Tensor,
     test_labels: Tensor,
-    distill_weight: float = 1.0,
+    inverse_penalty: float = 1.0,
     most: int = 100_000,
 ) -> float:
-    """Accuracy in percent of scikit-learn's logistic regression on standardised features.
+    """Return the accuracy, in percent, of scikit-learn's logistic regression on standardised features.
 
     Args:
-        train: Features `[N, D]`.
-        train_labels: int64 `[N]`.
-        test: Features `[M, D]`.
-        test_labels: int64 `[M]`.
-        distill_weight: C, the inverse of the L2 penalty.
-        most: Training images, drawn at random where there are more.
+        train: The training features, shape `[N, D]`.
+        train_labels: Their labels, int64 `[N]`.
+        test: The test features, shape `[M, D]`.
+        test_labels: Their labels, int64 `[M]`.
+        inverse_penalty: The inverse C of the L2 penalty.
+        most: The largest number of training images; more are subsampled at random.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=distill_weight, max_iter=1000))
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=inverse_penalty, max_iter=1000))
     if len(train) > most:
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:most]
         train, train_labels = train[chosen], train_labels[chosen]

@@ -16,14 +16,16 @@ from torchvision.transforms.functional import to_tensor
 
 from wmateacher.integrations.clip import micro_batches
 from wmateacher.integrations.clip.data import imagenet
-from wmateacher.integrations.clip.data.batches import Batch, DrawnPairs
+from wmateacher.integrations.clip.data.batches import Batch
+from wmateacher.integrations.clip.data.digits import DigitPairs
 from wmateacher.integrations.clip.data.files import Table
 from wmateacher.integrations.clip.data.imagenet import Photos
-from wmateacher.integrations.clip.data.photos import FilePairs
+from wmateacher.integrations.clip.data.photos import PhotoPairs
 from wmateacher.integrations.clip.evaluation import score_set
 from wmateacher.integrations.clip.methods import METHODS
 from wmateacher.integrations.clip.model import build
-from wmateacher.integrations.clip.training import Settings, fit
+from wmateacher.integrations.clip.recipes import Settings
+from wmateacher.integrations.clip.training import fit
 from wmateacher.integrations.engine import processes
 from wmateacher.integrations.engine.sampling import mix
 from wmateacher.integrations.vision import digits
@@ -61,7 +63,7 @@ def test_ranks_parts_make_the_batch_of_one_process(folder):
     files(folder)
     table = Path(folder) / f"pairs-{dist.get_rank()}.csv"
     table.write_text("filepath,title\n" + "".join(f"{i}.png,{i}\n" for i in range(COUNT)))
-    made = FilePairs(Table(table), view, tokenizer, batch_size=6, seed=0)
+    made = PhotoPairs(Table(table), view, tokenizer, batch_size=6, seed=0)
     assert made.order.steps_per_epoch == 2
     for step, batch in enumerate(islice(made(0), 4)):
         texts = batch.tokens[batch.caption, 0]
@@ -140,7 +142,7 @@ def test_gradients_in_parts_on_ranks_are_those_of_the_whole_batch(folder):
     own = whole.rows(slice(rank * each, (rank + 1) * each)).to(device())
     for _ in range(2):  # a second step, after the reducer has been used
         model.zero_grad()
-        held = micro_batches.Cached(wrapped, micro_batches.parts_of(own, 2))
+        held = micro_batches.Cached(wrapped, micro_batches.split(own, 2))
         (info_nce(*held.answers) + 0.1 * model.image.weight.norm()).backward()
         held.backward()
         for (name, expected), found in zip(alone.named_parameters(), model.parameters(), strict=True):
@@ -159,7 +161,7 @@ def test_statistics_of_student_and_teacher_are_the_same_on_all_ranks_at_every_st
     torch.manual_seed(0)
     towers, tokenizer = build("tiny-resnet-32")
     source = digits.load("digits")
-    stream = DrawnPairs(
+    stream = DigitPairs(
         source.val, digits.NARROW, source.classes, source.templates, tokenizer,
         size=towers.image_size, batch_size=8, seed=0,
     )  # fmt: skip

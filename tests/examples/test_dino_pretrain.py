@@ -13,8 +13,10 @@ sys.path.insert(0, str(EXAMPLE.parent))
 
 import dino_pretrain  # noqa: E402
 
+from wmateacher.integrations.engine import command as command_line  # noqa: E402
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SHORT = ("--steps", "12", "--batch-size", "16", "--kernels", "uniform", "ema(0.9)")
+SHORT = ("--steps", "12", "--settings.batch-size", "16", "--kernels", "uniform", "ema(0.9)")
 
 
 def command(*arguments):
@@ -80,19 +82,28 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kernels": ("betta(1,1)",)}, "unknown kernel 'betta'; did you mean 'beta'"),
-        ({"data": "cifar100"}, "unknown data 'cifar100'; did you mean 'cifar10'"),
-        ({"data": "mnist"}, "data 'mnist' needs the folder that holds it"),
-        ({"data": "imagefolder:/nowhere"}, "no folder /nowhere/train"),
-        ({"batch_size": 5000}, "batch_size must be between 1 and the 1097 training images, got 5000"),
-        ({"backbone": "resnet19"}, "unknown backbone 'resnet19'"),
-        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ({"device": "cuda:77"}, "device 'cuda:77' cannot be used"),
+        (["--kernels", "betta(1,1)"], "unknown kernel 'betta'; did you mean 'beta'"),
+        (["cifar100"], "unknown recipe 'cifar100'; did you mean 'cifar10'"),
+        (["mnist"], "data 'mnist' needs the folder that holds it"),
+        (["imagefolder", "--data", "imagefolder:/nowhere"], "no folder /nowhere/train"),
+        (
+            ["--settings.batch-size", "5000"],
+            "batch_size must be between 1 and the 1097 training images, got 5000",
+        ),
+        (["--backbone", "resnet19"], "unknown backbone 'resnet19'"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
     ],
 )
 def test_bad_input_is_named(tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        dino_pretrain.main(dino_pretrain.Arguments(**arguments, output=tmp_path / "out"))
+        dino_pretrain.main([*arguments, "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", dino_pretrain.recipes.RECIPES)
+def test_every_recipe_is_the_command_lines_own(name):
+    _, recipe = command_line.parse(dino_pretrain.Options, dino_pretrain.recipes.RECIPES, "digits", [name])
+    assert recipe == dino_pretrain.recipes.RECIPES[name]
 
 
 def test_bad_input_is_a_line_on_the_command_line():

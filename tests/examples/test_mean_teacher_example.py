@@ -13,6 +13,8 @@ sys.path.insert(0, str(EXAMPLE.parent))
 
 import mean_teacher  # noqa: E402
 
+from wmateacher.integrations.engine import command as command_line  # noqa: E402
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SHORT = ("--steps", "20", "--methods", "supervised", "fixmatch", "mean-teacher", "--kernels", "uniform")
 METHODS = ["supervised", "fixmatch", "mean-teacher", "uniform"]
@@ -75,16 +77,33 @@ def test_two_processes_train_too(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"methods": ("mean-techer",)}, "unknown method 'mean-techer'; did you mean 'mean-teacher'"),
-        ({"kernels": ("unifrom",)}, "unknown kernel 'unifrom'; did you mean 'uniform'"),
-        ({"labels": 5}, "labels must be at least one of each of the 10 classes, got 5"),
-        ({"data": "minst"}, "unknown data 'minst'; did you mean 'mnist'"),
-        ({"data": "mnist"}, "data 'mnist' needs the folder that holds it"),
-        ({"data": "cifar10"}, "data 'cifar10' needs the folder that holds it"),
-        ({"confidence": 2.0}, r"confidence must be in \[0, 1\), got 2.0"),
-        ({"seeds": 0}, "--seeds must be at least 1, got 0"),
+        (["--methods", "mean-techer"], "unknown method 'mean-techer'; did you mean 'mean-teacher'"),
+        (["--kernels", "unifrom"], "unknown kernel 'unifrom'; did you mean 'uniform'"),
+        (["--labels", "5"], "labels must be at least one of each of the 10 classes, got 5"),
+        (["minst"], "unknown recipe 'minst'; did you mean 'mnist'"),
+        (["mnist"], "data 'mnist' needs the folder that holds it"),
+        (["cifar10"], "data 'cifar10' needs the folder that holds it"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_named(tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        mean_teacher.main(mean_teacher.Arguments(**arguments, output=tmp_path / "out"))
+        mean_teacher.main([*arguments, "--output", str(tmp_path / "out")])
+
+
+def test_a_value_of_a_method_that_cannot_be_is_explained(capsys):
+    with pytest.raises(SystemExit):
+        mean_teacher.main(["--methods.fixmatch.confidence", "2"])
+    assert "confidence must be in [0, 1), got 2.0" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", mean_teacher.recipes.RECIPES)
+def test_every_recipe_is_the_command_lines_own(name):
+    _, recipe = command_line.parse(mean_teacher.Options, mean_teacher.recipes.RECIPES, "digits", [name])
+    assert recipe == mean_teacher.recipes.RECIPES[name]
+
+
+def test_bad_input_is_a_line_on_the_command_line():
+    done = run("--seeds", 0)
+    assert done.returncode == 1
+    assert done.stderr == "error: --seeds must be at least 1, got 0\n"

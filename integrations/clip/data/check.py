@@ -1,4 +1,4 @@
-"""What is in a folder of data sets, what is wrong with it, and how to get what is missing.
+"""Check a folder of data sets: what it holds, what is wrong, and where to get what is missing.
 
 python -m wmateacher.integrations.clip.data.check DATA_ROOT
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +16,19 @@ from tqdm import tqdm
 from wmateacher.integrations.clip.data import files, imagenet
 from wmateacher.integrations.engine import tables
 
+__all__ = ["Finding", "check", "check_pairs", "main", "table"]
+
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one set.
+    """The state of one data set.
 
     Attributes:
-        name: Of the set.
-        where: Its folder; None where it is missing.
-        images: Their number.
-        classes: How many classes have images; 0 where they have captions alone.
-        problems: What is wrong, each with its remedy; empty: all is well.
+        name: The name of the set.
+        where: The folder of the set. None: it is missing.
+        images: The number of images.
+        classes: The number of classes that have images. 0: the images have captions only.
+        problems: What is wrong with it, each with a fix.
     """
 
     name: str
@@ -36,13 +39,13 @@ class Finding:
 
 
 def check(name: str, root: Path, read: bool = False, progress: bool = False) -> Finding:
-    """Look at one set.
+    """Check one of ImageNet's sets.
 
     Args:
-        name: One of `imagenet.SETS`.
+        name: A name of `imagenet.SETS`.
         root: The folder that holds the sets.
-        read: Read every image, too, which takes long.
-        progress: Show a bar while reading, where there is a terminal.
+        read: Whether to read every image, too, which is slow.
+        progress: Whether to show a progress bar while reading in a terminal.
     """
     wanted = imagenet.SETS[name]
     try:
@@ -65,17 +68,17 @@ def check(name: str, root: Path, read: bool = False, progress: bool = False) -> 
 
 
 def check_pairs(where: str, root: Path, read: bool = False, progress: bool = False) -> Finding:
-    """Look at a table of captions, or at tar shards.
+    """Check a table of captions, or tar shards.
 
     Args:
-        where: As `files.load` takes it, relative to `root`.
-        root: A folder.
-        read: As in `check`.
-        progress: As in `check`.
+        where: The pairs, as for `files.load`.
+        root: The folder that `where` is relative to.
+        read: Whether to read every image, too, which is slow.
+        progress: Whether to show a progress bar while reading in a terminal.
     """
     try:
         found = files.load(where, root)
-        files.check_labels(found, len(imagenet.CLASSES))
+        files.check_labels(found, imagenet.CLASSES)
     except FileNotFoundError as error:
         return Finding(where, problems=(str(error),))
     except (ValueError, OSError, ImportError) as error:
@@ -85,7 +88,7 @@ def check_pairs(where: str, root: Path, read: bool = False, progress: bool = Fal
 
 
 def table(findings: list[Finding]) -> str:
-    """One row a set, and under them all that is wrong."""
+    """Return a table with one row per set, followed by the problems."""
     rows = [
         {
             "set": f.name,
@@ -113,20 +116,22 @@ def _unreadable(found: files.Captioned, name: str, progress: bool) -> list[str]:
     return bad
 
 
-def main() -> None:
-    """Check a data root; exit 1 where something is missing or wrong."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Check a data root; exit with 1 if anything is missing or wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m wmateacher.integrations.clip.data.check",
-        description="Look at a folder that holds ImageNet, the five sets it is shifted to, or captions.",
+        description="Check a folder that holds ImageNet, its five shifted test sets, or captions.",
     )
     parser.add_argument("root", type=Path, metavar="DATA_ROOT", help="the folder that holds the sets")
-    parser.add_argument("--sets", nargs="*", choices=list(imagenet.SETS), help="only these; none: no set")
+    parser.add_argument(
+        "--sets", nargs="*", choices=list(imagenet.SETS), help="check only these; none: no set"
+    )
     parser.add_argument(
         "--pairs", nargs="+", default=[], metavar="FILE",
-        help="tables of captions (.csv, .tsv) and tar shards (cc3m-{0000..0331}.tar) to look at, too",
+        help="tables of captions (.csv, .tsv) and tar shards (cc3m-{0000..0331}.tar) to check, too",
     )  # fmt: skip
-    parser.add_argument("--read", action="store_true", help="read every image, too, which takes long")
-    arguments = parser.parse_args()
+    parser.add_argument("--read", action="store_true", help="read every image, too, which is slow")
+    arguments = parser.parse_args(argv)
     if not arguments.root.is_dir():
         parser.error(f"no folder {arguments.root}: give the folder that holds the data sets")
     names = list(imagenet.SETS) if arguments.sets is None else arguments.sets
@@ -135,7 +140,7 @@ def main() -> None:
         check_pairs(where, arguments.root, arguments.read, progress=True) for where in arguments.pairs
     ]
     if not findings:
-        parser.error("nothing to look at: name sets or pairs")
+        parser.error("nothing to check: name sets or pairs")
     print(table(findings))
     sys.exit(any(f.problems for f in findings))
 

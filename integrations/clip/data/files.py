@@ -1,4 +1,4 @@
-"""Image-text pairs from files: folders of classes, tables of captions, and tar shards."""
+"""Image-text pairs in files: folders of classes, tables of captions, and tar shards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from torch import Tensor
 
 from wmateacher.integrations.clip.data import imagenet
 
-IMAGE_COLUMNS, CAPTION_COLUMNS, LABEL_COLUMN = ("filepath", "image"), ("title", "caption"), "label"
-"""Of a table; open_clip's names first."""
+__all__ = ["Captioned", "Folder", "Shards", "Table", "check_labels", "load"]
+
+# The column names of a table; open_clip's come first.
+_IMAGE_COLUMNS, _CAPTION_COLUMNS, _LABEL_COLUMN = ("filepath", "image"), ("title", "caption"), "label"
+# The extensions of the members of a shard.
 _IMAGES, _TEXT, _LABEL = ("jpg", "jpeg", "png", "webp"), "txt", "cls"
 
 
@@ -24,8 +27,8 @@ class Captioned(Protocol):
     """Images with a text each.
 
     Attributes:
-        labels: int64 `[N]`, their classes; None where there are none.
-        templated: Their texts are made of their classes' names, in a template.
+        labels: Class indices, int64 `[N]`, or None if there are none.
+        templated: Whether the texts are templates filled with class names.
     """
 
     labels: Tensor | None
@@ -34,20 +37,20 @@ class Captioned(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, str]:
-        """The image in RGB, and its text, empty where it is `templated`.
+        """Return an image in RGB and its text, which is empty if texts are templated.
 
         Raises:
-            OSError: It cannot be read.
+            OSError: If the image or its text cannot be read.
         """
         ...
 
     def name(self, index: int) -> str:
-        """Where it lies, for messages."""
+        """Return the location of an image, for messages."""
         ...
 
 
 class Folder:
-    """A set of `clip.data.imagenet`, whose texts are templates with the classes' names."""
+    """A set of `clip.data.imagenet`, whose texts are templates filled with class names."""
 
     templated = True
 
@@ -66,14 +69,14 @@ class Folder:
 
 
 class Table:
-    """A CSV or TSV of image files and captions, with a `label` column or without.
+    """A CSV or TSV of image files and captions, optionally with labels.
 
-    Columns are found by their names, `IMAGE_COLUMNS` and `CAPTION_COLUMNS`; files are relative to the
-    table's folder.
+    The columns are named `filepath` or `image`, `title` or `caption`, and `label`. Image files are relative
+    to the table's folder.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It has not the columns, or a row is not whole; it says which.
+        FileNotFoundError: If there is no such file.
+        ValueError: If a column is missing or a row is incomplete; the message says which.
     """
 
     templated = False
@@ -98,8 +101,8 @@ class Table:
             stream.seek(0)
             rows = csv.reader(stream, delimiter="\t" if "\t" in header else ",", strict=True)
             names = next(rows, [])
-            image, caption = self._column(names, IMAGE_COLUMNS), self._column(names, CAPTION_COLUMNS)
-            label = names.index(LABEL_COLUMN) if LABEL_COLUMN in names else None
+            image, caption = self._column(names, _IMAGE_COLUMNS), self._column(names, _CAPTION_COLUMNS)
+            label = names.index(_LABEL_COLUMN) if _LABEL_COLUMN in names else None
             for row in self._whole(rows, len(names)):
                 self.files.append(row[image])
                 self.captions.append(row[caption])
@@ -111,7 +114,7 @@ class Table:
         return len(self.files)
 
     def read(self, index: int) -> tuple[Image.Image, str]:  # noqa: D102
-        return imagenet.opened(self.name(index)), self.captions[index]
+        return imagenet.read_image(self.name(index)), self.captions[index]
 
     def name(self, index: int) -> str:  # noqa: D102
         return str(self.file.parent / self.files[index])
@@ -133,28 +136,28 @@ class Table:
                 if len(row) != columns:
                     raise ValueError(
                         f"{self.file}, line {rows.line_num}: {len(row)} columns where the first line has "
-                        f"{columns}; it is cut off there or damaged: get it again, or mend the line"
+                        f"{columns}; it is cut off there or damaged: get it again, or repair the line"
                     )
                 yield row
         except csv.Error as error:
             raise ValueError(
                 f"{self.file}, line {rows.line_num}: {error}: it is cut off there, or a quotation mark is "
-                "not closed; get it again, or mend it"
+                "not closed; get it again, or repair it"
             ) from error
 
 
 class Shards:
-    """Tar files in WebDataset's layout: for each key an image, a `.txt`, and a class in `.cls` or none.
+    """Tar files in WebDataset's layout: an image, a `.txt`, and optionally a class in `.cls` for each key.
 
-    The archives are listed once, and read at any place from then on, so that their order is like any
-    other's, and resumes.
+    The archives are listed once and then read at random positions, so that their pairs can be shuffled and
+    resumed like any others.
 
     Args:
-        pattern: Files with braces as WebDataset has them, such as `cc3m-{0000..0331}.tar`.
+        pattern: Files, with braces as in WebDataset: `cc3m-{0000..0331}.tar`.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: An archive cannot be read or is cut off, or has no pairs.
+        FileNotFoundError: If a file is missing.
+        ValueError: If an archive cannot be read, is cut off, or has no pairs.
     """
 
     templated = False
@@ -196,7 +199,7 @@ class Shards:
             caption = _content(file, text).decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise OSError(f"the text of {self.name(index)} is not in UTF-8 ({error})") from error
-        return imagenet.opened(BytesIO(_content(file, image))), caption
+        return imagenet.read_image(BytesIO(_content(file, image))), caption
 
     def name(self, index: int) -> str:  # noqa: D102
         file, key, *_ = self.pairs[index]
@@ -210,7 +213,7 @@ def _label(text: str, where: str) -> int:
 
 
 def _listed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Key -> extension -> (offset, size) of an archive's members."""
+    """Return key -> extension -> (offset, size) of an archive's members."""
     from webdataset.tariterators import base_plus_ext
 
     if not file.is_file():
@@ -243,23 +246,23 @@ def _content(file: str, part: tuple[int, int]) -> bytes:
 
 
 def load(where: str, root: Path | None) -> Captioned:
-    """Pairs by the name of a set of ImageNet's kind, a table, or shards.
+    """Open image-text pairs.
 
     Args:
-        where: A name of `imagenet.SETS` that has all 1,000 classes; a file that ends in `.csv` or `.tsv`; or
-            a pattern of `.tar` files.
-        root: The folder that a set lies in, and that other paths are relative to.
+        where: A name of `imagenet.SETS` with all 1,000 classes, a `.csv` or `.tsv` file, or a pattern of
+            `.tar` files.
+        root: The folder that holds the sets, and that other paths are relative to.
 
     Raises:
-        ValueError: It is none of these; or as the kinds say.
-        FileNotFoundError: It is not there.
+        ValueError: If `where` is none of these, or the pairs are damaged.
+        FileNotFoundError: If the pairs are missing.
     """
     if where in imagenet.SETS:
-        if imagenet.SETS[where].classes != len(imagenet.CLASSES):
-            whole = [name for name, s in imagenet.SETS.items() if s.classes == len(imagenet.CLASSES)]
+        if imagenet.SETS[where].classes != imagenet.CLASSES:
+            whole = [name for name, s in imagenet.SETS.items() if s.classes == imagenet.CLASSES]
             raise ValueError(
-                f"{where!r} has {imagenet.SETS[where].classes} classes, numbered in its own way, and is for "
-                f"tests: train on {', '.join(whole)}, or on a table of captions"
+                f"{where!r} has {imagenet.SETS[where].classes} classes, with indices of its own, and is a "
+                f"test set: train on {', '.join(whole)}, or on a table of captions"
             )
         if root is None:
             raise ValueError(f"{where!r} needs the folder that holds it: pass root=DIR (--data-root DIR)")
@@ -276,10 +279,10 @@ def load(where: str, root: Path | None) -> Captioned:
 
 
 def check_labels(data: Captioned, classes: int) -> None:
-    """See that labels, where there are any, number the classes.
+    """Check that labels, if there are any, are indices of the classes.
 
     Raises:
-        ValueError: One does not; it says which.
+        ValueError: If one is not; the message says which.
     """
     if data.labels is None:
         return
@@ -287,5 +290,5 @@ def check_labels(data: Captioned, classes: int) -> None:
     if wrong:
         raise ValueError(
             f"labels must be in 0 ... {classes - 1}, got {int(data.labels[wrong[0]])} of "
-            f"{data.name(wrong[0])}, and {len(wrong) - 1} more that are not: they number ImageNet's classes"
+            f"{data.name(wrong[0])}, and {len(wrong) - 1} more outside: they index ImageNet's classes"
         )

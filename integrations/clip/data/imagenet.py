@@ -1,4 +1,4 @@
-"""ImageNet and the five sets that it is shifted to, read from their own folders."""
+"""ImageNet and its five shifted test sets, read from the folders that their authors distribute."""
 
 from __future__ import annotations
 
@@ -11,21 +11,45 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-import open_clip
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 
-from wmateacher.checks import nearest
+from wmateacher.checks import lookup, nearest
 
-CLASSES: tuple[str, ...] = tuple(open_clip.IMAGENET_CLASSNAMES)
-"""OpenAI's names of the 1,000 classes."""
-TEMPLATES: tuple[str, ...] = tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES)
-"""OpenAI's 80 captions; TRACER trains on six more of its own, which are not known to us."""
+__all__ = [
+    "CLASSES",
+    "SETS",
+    "SHIFTS",
+    "ImageSet",
+    "Photos",
+    "Test",
+    "class_names",
+    "find",
+    "load",
+    "openai_templates",
+    "read_image",
+]
+
+CLASSES = 1000
 _BORDER = 2
+
+
+@lru_cache
+def class_names() -> tuple[str, ...]:
+    """Return OpenAI's names of the 1,000 classes."""
+    import open_clip
+
+    return tuple(open_clip.IMAGENET_CLASSNAMES)
+
+
+@lru_cache
+def openai_templates() -> tuple[str, ...]:
+    """Return OpenAI's 80 captions. TRACER trains on six more of its own, which are not published."""
+    import open_clip
+
+    return tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES)
 
 
 @dataclass(frozen=True)
@@ -33,14 +57,15 @@ class ImageSet:
     """One data set, as its authors distribute it.
 
     Attributes:
-        name: In results and messages.
-        folders: Where under the data root it may lie; the first that exists is read.
-        layout: `"wnid"`: a folder of images for each WordNet identifier; `"numbers"`: for each class index
-            from 0; `"objectnet"`: for each object, under `images`, beside its `mappings`.
-        classes: Number of classes C that it is scored on.
-        images: Their number in the published set, on those classes.
-        source: How to get it.
-        subset: timm's list of its classes, where it does not have all 1,000.
+        name: The name in results and messages.
+        folders: Folders under the data root that may hold the set; the first that exists is read.
+        layout: The meaning of the folders in it. `"wnid"`: one for each WordNet identifier; `"numbers"`: one
+            for each class index from 0; `"objectnet"`: one for each object under `images`, beside
+            `mappings`.
+        classes: The number of classes C that it is scored on.
+        images: The number of images of these classes in the published set.
+        source: Where to get it.
+        subset: timm's list of its classes if it does not have all 1,000.
     """
 
     name: str
@@ -85,16 +110,16 @@ SETS: Mapping[str, ImageSet] = {
         ),
     )
 }  # fmt: skip
-"""By name; `imagenet` is its validation set, on which the paper tests."""
+"""The data sets by name. `imagenet` is ImageNet's validation set, on which the paper tests."""
 SHIFTS = ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet")
-"""The paper's."""
+"""The paper's shifted test sets."""
 
 
-def opened(file: str | BytesIO, border: int = 0) -> Image.Image:
-    """An image in RGB, without a border of so many pixels.
+def read_image(file: str | BytesIO, border: int = 0) -> Image.Image:
+    """Read an image in RGB and cut off `border` pixels on every side.
 
     Raises:
-        OSError: It cannot be read, whichever way its decoder failed, or nothing of it is left.
+        OSError: If the image cannot be read, whichever error its decoder raised, or is nothing but border.
     """
     try:
         with Image.open(file) as image:
@@ -115,8 +140,8 @@ class Photos(Dataset[Any]):
     """Image files with labels.
 
     Args:
-        files: The files.
-        labels: int64 `[N]`.
+        files: The paths.
+        labels: Class indices, int64 `[N]`.
         border: Pixels to cut off on every side.
     """
 
@@ -127,39 +152,37 @@ class Photos(Dataset[Any]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """The image in RGB, and its label.
+        """Return an image in RGB and its label.
 
         Raises:
-            OSError: The file cannot be read as an image.
+            OSError: If the file cannot be read as an image.
         """
-        return opened(self.files[index], self.border), int(self.labels[index])
+        return read_image(self.files[index], self.border), int(self.labels[index])
 
 
 @dataclass(frozen=True)
 class Test:
-    """A set to score on.
+    """A test set.
 
     Attributes:
-        images: Labels are 0 ... C - 1 within the set.
-        classes: C.
-        answers: Logits `[B, 1000]` of ImageNet's classes to those of the set, `[B, C]`.
+        images: The images, with labels 0 ... C - 1 within the set.
+        classes: The number of classes C.
+        logits_of: A function from logits of ImageNet's classes `[B, 1000]` to logits of the set's, `[B, C]`.
     """
 
     images: Photos
     classes: int
-    answers: Callable[[Tensor], Tensor]
+    logits_of: Callable[[Tensor], Tensor]
 
 
 def find(name: str, root: Path) -> Path:
-    """The folder of a set under a data root.
+    """Return the folder of a set under a data root.
 
     Raises:
-        ValueError: There is no set of that name.
-        FileNotFoundError: It is not there; says how to get it.
+        ValueError: If there is no set of that name.
+        FileNotFoundError: If the set is missing; the message says where to get it.
     """
-    if name not in SETS:
-        raise ValueError(f"unknown data set {name!r}; {nearest(name, SETS)}")
-    wanted = SETS[name]
+    wanted = lookup("data set", name, SETS)
     for folder in wanted.folders:
         if (root / folder).is_dir():
             return root / folder
@@ -169,26 +192,27 @@ def find(name: str, root: Path) -> Path:
 
 
 def load(name: str, root: Path) -> Test:
-    """Read a set; a part of its classes is enough.
+    """Read a test set, which may have a part of its classes only.
 
-    ImageNet-R and -A are scored among their 200 classes; ObjectNet among its 113, each with the largest of
-    the logits of the ImageNet classes that it is mapped to.
+    ImageNet-R and -A are scored among their 200 classes. ObjectNet is scored among its 113 classes; the
+    logit of each is the largest among the ImageNet classes that it is mapped to.
 
     Raises:
-        ValueError: There is no set of that name; a folder in it is none of its classes; it has no images.
-        FileNotFoundError: It is not there; says how to get it.
+        ValueError: If there is no set of that name, a folder in it is not one of its classes, or it has no
+            images.
+        FileNotFoundError: If the set is missing; the message says where to get it.
     """
     folder = find(name, root)
     wanted = SETS[name]
     if wanted.layout == "objectnet":
         return _objectnet(folder)
     if wanted.layout == "numbers":
-        return Test(_labelled(folder, {str(i): i for i in range(1000)}, name), 1000, _all)
+        return Test(_labelled(folder, {str(i): i for i in range(CLASSES)}, name), CLASSES, _all)
     if wanted.subset is None:
-        return Test(_labelled(folder, _index(), name), 1000, _all)
-    chosen = sorted(_index()[wnid] for wnid in _lines(wanted.subset))
-    inside = {wnid: chosen.index(_index()[wnid]) for wnid in _lines(wanted.subset)}
-    return Test(_labelled(folder, inside, name), len(chosen), _Subset(tuple(chosen)))
+        return Test(_labelled(folder, _index(), name), CLASSES, _all)
+    indices = sorted(_index()[wnid] for wnid in _lines(wanted.subset))
+    inside = {wnid: indices.index(_index()[wnid]) for wnid in _lines(wanted.subset)}
+    return Test(_labelled(folder, inside, name), len(indices), _Subset(tuple(indices)))
 
 
 def _all(logits: Tensor) -> Tensor:
@@ -197,17 +221,17 @@ def _all(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Subset:
-    """Logits of some classes."""
+    """Select the logits of some classes."""
 
-    chosen: tuple[int, ...]
+    indices: tuple[int, ...]
 
     def __call__(self, logits: Tensor) -> Tensor:
-        return logits[:, list(self.chosen)]
+        return logits[:, list(self.indices)]
 
 
 @dataclass(frozen=True)
 class _Largest:
-    """For each class of a set the largest logit of the ImageNet classes that it is mapped to."""
+    """Take the largest logit of the ImageNet classes that each class of a set is mapped to."""
 
     groups: tuple[tuple[int, ...], ...]
 
@@ -217,13 +241,15 @@ class _Largest:
 
 @lru_cache
 def _index() -> dict[str, int]:
-    """WordNet identifier -> index of the ImageNet class."""
+    """Return the class index of every WordNet identifier."""
+    from timm.data import ImageNetInfo
+
     return {wnid: i for i, wnid in enumerate(ImageNetInfo().label_names())}
 
 
 @lru_cache
 def _lines(file: str) -> tuple[str, ...]:
-    """A list that timm has of a set's classes."""
+    """Read one of timm's lists of a set's classes."""
     text = (resources.files("timm.data") / "_info" / file).read_text(encoding="utf-8")
     return tuple(text.split())
 
@@ -231,11 +257,13 @@ def _lines(file: str) -> tuple[str, ...]:
 def _labelled(
     folder: Path, label: Mapping[str, int], name: str, border: int = 0, others: Sequence[str] = ()
 ) -> Photos:
-    """The images in the folders that `label` knows; `others` are known too, and left out.
+    """Return the images in the folders named in `label`, leaving out those in `others`.
 
     Raises:
-        ValueError: A folder is neither; there are no images.
+        ValueError: If a folder is in neither, or there are no images.
     """
+    from torchvision.datasets import ImageFolder
+
     try:
         found = ImageFolder(str(folder), allow_empty=True)
     except FileNotFoundError as error:
@@ -243,7 +271,7 @@ def _labelled(
     wrong = [c for c in found.classes if c not in label and c not in others]
     if wrong:
         raise ValueError(
-            f"folder {folder / wrong[0]} is no class of {name}"
+            f"folder {folder / wrong[0]} is not a class of {name}"
             + (f", nor are {len(wrong) - 1} others" if wrong[1:] else "")
             + f": {nearest(wrong[0], label)}. Move it out of there"
         )
@@ -254,7 +282,7 @@ def _labelled(
 
 
 def _objectnet(folder: Path) -> Test:
-    """The classes that ObjectNet's own mappings relate to ImageNet, its images without their red border."""
+    """Return the ObjectNet classes that its mappings relate to ImageNet, without the images' red border."""
     mappings = folder / "mappings"
     named = _json(mappings / "folder_to_objectnet_label.json")
     related = _json(mappings / "objectnet_to_imagenet_1k.json")
@@ -272,7 +300,7 @@ def _objectnet(folder: Path) -> Test:
         }
     except (KeyError, IndexError) as error:
         raise ValueError(
-            f"the mappings in {mappings} do not fit each other ({error!r}): take all from one archive"
+            f"the mappings in {mappings} do not match each other ({error!r}): take all from one archive"
         ) from error
     ordered = sorted(groups)
     label = {name: i for i, name in enumerate(ordered)}
@@ -290,4 +318,4 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _incomplete(file: Path) -> FileNotFoundError:
-    return FileNotFoundError(f"no {file}: {SETS['objectnet'].source} has it; unpack all of it")
+    return FileNotFoundError(f"no {file}: unpack all of {SETS['objectnet'].source}")

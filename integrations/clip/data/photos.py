@@ -1,48 +1,49 @@
-"""Image-text pairs read from files, batch after batch, as the training loop eats them."""
+"""Photographs with captions, read from files, as batches of image-text pairs."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from wmateacher.integrations.clip.data.batches import Batch
+from wmateacher.integrations.clip.data.batches import Batch, Sampling
 from wmateacher.integrations.clip.data.files import Captioned
 from wmateacher.integrations.clip.model import Tokenizer
 from wmateacher.integrations.engine import processes
 from wmateacher.integrations.engine.sampling import Balanced, Epochs, generator
 from wmateacher.integrations.vision.images import Views
 
-Sampling = Literal["epochs", "balanced"]
-_IN_A_ROW = 20
+__all__ = ["PhotoPairs"]
+
+_MOST_UNREADABLE = 20
 
 
-class FilePairs:
-    """A `loop.Stream` of image-text pairs read from files.
+class PhotoPairs:
+    """Image-text pairs read from files.
 
-    What a step holds depends on the seed and the step alone, however many workers and processes there are;
-    each process gets its part. For an image that cannot be read the next one that can stands in, counted
-    in the batch, with a warning for the first.
+    This is a `loop.Stream`. The content of a step depends on the seed and the step alone, however many
+    workers and processes there are; each process gets its part. An image that cannot be read is replaced by
+    the next one that can. The batch counts these, and the first one causes a warning.
 
     Args:
         data: The pairs.
-        transform: A PIL image to a tensor; all that is random in it is torch's.
-        tokenizer: Of the towers.
-        batch_size: Pairs a step.
-        seed: Of order, transforms and captions.
-        classes: Names, for pairs whose texts are made of them.
-        templates: Captions with one `{}`, one of which is drawn for each image and step.
-        sampling: `"epochs"`: a new permutation each, the last batch of each filled up with its first images.
-            `"balanced"`: `Balanced`.
-        workers: Processes that read; 0: this one.
+        transform: A function from a PIL image to a tensor, random through torch's generator only.
+        tokenizer: The towers' tokenizer.
+        batch_size: Pairs per step.
+        seed: The seed of order, transforms and captions.
+        classes: The class names, for captions made of them.
+        templates: Captions with one `{}`; one is drawn for each image and step.
+        sampling: `"epochs"` draws a new permutation each epoch and fills its last batch up with the epoch's
+            first images. `"balanced"` draws all classes equally often, see `Balanced`.
+        workers: Processes that read images. 0: this process.
 
     Raises:
-        ValueError: A batch is larger than the data; balanced batches of images without labels.
+        ValueError: If a batch is larger than the data, or balanced batches are asked for without labels.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class FilePairs:
         if sampling == "balanced":
             if data.labels is None:
                 raise ValueError(
-                    "sampling='balanced' needs labels, the data has captions only: give it a label for "
-                    "each image, or take sampling='epochs'"
+                    "sampling='balanced' needs labels, the data has captions only: give a label for each "
+                    "image, or use sampling='epochs'"
                 )
             self.order: Epochs | Balanced = Balanced(data.labels, batch_size, seed, "training pairs")
         else:
@@ -75,7 +76,7 @@ class FilePairs:
         self._warned = False
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Batches without end from `first_step` on."""
+        """Yield this process's batches without end, from `first_step` on."""
         for step, (images, (captions, used)) in enumerate(self._views(first_step), first_step):
             yield self._batch(step, images, list(captions), used)
 
@@ -84,6 +85,7 @@ class FilePairs:
         own = processes.local_slice(len(whole))
         labels = None if self.data.labels is None else self.data.labels[used]
         if self.data.templated and labels is not None:
+            # Drawn for all processes' images, so that captions do not depend on the number of processes.
             drawn = torch.randint(len(self.templates), (len(whole),), generator=generator(self.seed, 1, step))
             captions = [
                 self.templates[template].format(self.classes[label])
@@ -96,8 +98,8 @@ class FilePairs:
         if missing.any() and not self._warned:
             first = self.data.name(int(whole[own][missing][0]))
             warnings.warn(
-                f"{first} cannot be read: the next image stands in, here and for all others; the log "
-                "counts them as unreadable",
+                f"{first} cannot be read: the next image replaces it, as for every other such image; the "
+                "log counts them as unreadable",
                 stacklevel=2,
             )
             self._warned = True
@@ -105,7 +107,7 @@ class FilePairs:
 
 
 class _Readable(Dataset[Any]):
-    """(image, (text, index)) of an image, or of the next that can be read."""
+    """(image, (text, index)) of an image, or of the next one that can be read."""
 
     def __init__(self, data: Captioned):
         self.data = data
@@ -114,7 +116,7 @@ class _Readable(Dataset[Any]):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, tuple[str, int]]:
-        for ahead in range(_IN_A_ROW):
+        for ahead in range(_MOST_UNREADABLE):
             tried = (index + ahead) % len(self)
             try:
                 image, text = self.data.read(tried)
@@ -122,6 +124,6 @@ class _Readable(Dataset[Any]):
                 continue
             return image, (text, tried)
         raise OSError(
-            f"{self.data.name(index)} and the {_IN_A_ROW - 1} images after it cannot be read: check the "
-            "paths, and the files"
+            f"{self.data.name(index)} and the {_MOST_UNREADABLE - 1} images after it cannot be read: check "
+            "the paths and the files"
         )

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from wmateacher import kernels
-from wmateacher.integrations.clip import ablations, recipes
+from wmateacher.integrations.clip import ablations, paper, recipes
 from wmateacher.integrations.clip.methods import METHODS, TRACER_TERMS
 
 TRACER = METHODS["tracer"]
@@ -26,7 +26,7 @@ def results(oods):
 @pytest.mark.parametrize("what", ["kernel", "lambda", "terms"])
 def test_each_grid_is_the_papers_and_holds_tracer_itself(what):
     made = ablations.variants(what, TRACER, 400)
-    assert list(made) == list(ablations.PUBLISHED[what])
+    assert list(made) == list(paper.ABLATIONS[what])
     assert all(method.name == name for name, method in made.items())
     settings = [method.settings() | {"name": ""} for method in made.values()]
     assert settings.count(TRACER.settings() | {"name": ""}) == 1
@@ -43,7 +43,7 @@ def test_variants_differ_in_what_is_varied_alone():
     assert terms["all"].distillation == TRACER_TERMS
     wide = ablations.variants("terms", recipes.get("imagenet-rn50").method("tracer"), 400)
     assert wide["fd+crd"].distillation == "0.1953125*fd + crd"
-    with pytest.raises(ValueError, match=r"'fd \+ crd' has no icl: leave --distillation out"):
+    with pytest.raises(ValueError, match=r"'fd \+ crd' has no icl: leave --methods.tracer.distillation out"):
         ablations.variants("terms", replace(TRACER, distillation="fd + crd"), 400)
     alphas = ablations.variants("alpha", TRACER, 400, of="tracer")
     assert [m.merge.alpha for m in alphas.values()] == [i / 10 for i in range(11)]
@@ -91,9 +91,9 @@ def test_an_ablation_without_published_figures_shows_its_own(tmp_path):
 
 
 def test_published_figures_are_complete():
-    rows = [row for grid in ablations.PUBLISHED.values() for row in grid.values()]
+    rows = [row for grid in paper.ABLATIONS.values() for row in grid.values()]
     assert len(rows) == 6 + 6 + 7
-    assert ablations.PUBLISHED["kernel"]["beta(0.5,0.5)"] == ablations.PUBLISHED["lambda"]["lambda=0.9"]
+    assert paper.ABLATIONS["kernel"]["beta(0.5,0.5)"] == paper.ABLATIONS["lambda"]["lambda=0.9"]
     assert all(50 < ood < 70 and 0 < ece < 0.2 for _, ood, ece in rows)
     assert all(top is None or math.isclose(top, 82, abs_tol=2) for top, *_ in rows)
 

@@ -3,7 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
-from wmateacher.integrations.clip.data.batches import DrawnPairs
+from wmateacher.integrations.clip.data.digits import DigitPairs
 from wmateacher.integrations.vision.digits import NARROW, Split
 
 
@@ -15,7 +15,7 @@ def tokenizer(texts):
 def pairs(batch_size=8, seed=0, count=30):
     images = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     split = Split(images, torch.arange(count) % 3)
-    return DrawnPairs(
+    return DigitPairs(
         split,
         NARROW,
         ["a", "bb", "ccc"],

@@ -15,7 +15,7 @@ from torchvision.transforms.functional import to_tensor
 
 from wmateacher.integrations.clip.data import files, imagenet
 from wmateacher.integrations.clip.data.files import Folder, Shards, Table
-from wmateacher.integrations.clip.data.photos import FilePairs
+from wmateacher.integrations.clip.data.photos import PhotoPairs
 
 COUNT = 10
 
@@ -68,7 +68,7 @@ def shards(root, labels=True):
 
 
 def stream(data, batch_size=4, seed=0, transform=view, classes=("a", "b", "c"), **options):
-    return FilePairs(
+    return PhotoPairs(
         data, transform, tokenizer, batch_size=batch_size, seed=seed, classes=classes,
         templates=("{}", "x {}"), **options,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def test_workers_give_the_same_batches(root):
 def test_class_folders_get_a_template_for_each_image_and_step(tmp_path):
     learnable(tmp_path)
     data = Folder("imagenet-train", tmp_path)
-    names = imagenet.CLASSES
+    names = imagenet.class_names()
     drawn = set()
     for batch in islice(stream(data, batch_size=32, classes=names)(0), 6):
         texts = [text_of(t) for t in batch.tokens[batch.caption]]
@@ -165,7 +165,7 @@ def test_the_next_image_stands_in_for_one_that_cannot_be_read_and_is_counted(roo
     (root / "images/4.png").unlink()
     made = stream(Table(table(root)), batch_size=10)
     with pytest.warns(
-        UserWarning, match=r"images/[34].png cannot be read: the next image stands in"
+        UserWarning, match=r"images/[34].png cannot be read: the next image replaces it"
     ) as caught:
         batches = list(islice(made(0), 3))
     assert len(caught) == 1
@@ -287,7 +287,7 @@ def test_sets_of_other_classes_are_not_trained_on(tmp_path):
     learnable(tmp_path)
     for name in ("imagenet-r", "imagenet-a", "objectnet"):
         with pytest.raises(
-            ValueError, match=f"'{name}' has .* classes, numbered in its own way, and is for tests: train"
+            ValueError, match=f"'{name}' has .* classes, with indices of its own, and is a test set: train"
         ):
             files.load(name, tmp_path)
     assert isinstance(files.load("imagenet-v2", tmp_path), Folder)

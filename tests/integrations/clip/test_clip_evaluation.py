@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from wmateacher.integrations.clip.evaluation import Scores, score, summarise
+from wmateacher.integrations.clip.model import Prompts, build, zero_shot_head
 
 
 class Fixed(torch.nn.Module):
@@ -71,13 +72,11 @@ def test_answers_that_are_no_numbers_have_scores():
 
 
 def test_a_head_is_built_in_eval_mode():
-    from wmateacher.integrations.clip.model import build, zero_shot_head
-
     towers, tokenizer = build("tiny-vit-16")
     towers.clip.token_embedding.register_forward_hook(lambda *a: seen.append(towers.training))
     seen = []
     towers.train()
-    zero_shot_head(towers, tokenizer, ["a"], ["x {}"])
+    zero_shot_head(towers, Prompts(["a"], ["x {}"], tokenizer))
     assert seen == [False]
     assert towers.training
 

@@ -8,14 +8,27 @@ import pytest
 import torch
 from tiny_clip import SOURCE, pairs
 
-from wmateacher.integrations.clip import guidance, recipes
-from wmateacher.integrations.clip.data.batches import Batch, joined
+from wmateacher.integrations.clip import clocks, recipes, training
+from wmateacher.integrations.clip.data.batches import Batch, join
 from wmateacher.integrations.clip.experiment import Experiment
-from wmateacher.integrations.clip.heads import Classifier, Prompts, head_of, towers_of, zero_shot
-from wmateacher.integrations.clip.methods import METHODS, Merge, Method
-from wmateacher.integrations.clip.model import build
-from wmateacher.integrations.clip.objective import Objective, cross_frobenius, orthogonality
-from wmateacher.integrations.clip.training import Settings, build_student, fit
+from wmateacher.integrations.clip.methods import METHODS, Merge, Method, RandomTexts
+from wmateacher.integrations.clip.model import (
+    Classifier,
+    Prompts,
+    build,
+    head_of,
+    towers_of,
+    zero_shot_head,
+)
+from wmateacher.integrations.clip.objective import (
+    Objective,
+    build_guide,
+    cross_frobenius,
+    orthogonality,
+    random_tokens,
+)
+from wmateacher.integrations.clip.recipes import Settings
+from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.vision.digits import NARROW, WIDE
 from wmateacher.posthoc import interpolate, model_stock
 
@@ -100,7 +113,7 @@ def distilled(name, student, teacher, towers, prompts, step):
             )
             texts /= np.linalg.norm(texts, axis=1, keepdims=True)
         else:
-            tokens = guidance.RandomTexts(towers, prompts, 5).tokens(step)
+            tokens = random_tokens(prompts.tokenizer, RandomTexts(), 5, step)
             texts = array(towers.encode_text(tokens, normalize=True))
         ours, theirs = (scale * array(side.image) @ texts.T for side in (student, teacher))
         if name == "car-ft":
@@ -172,8 +185,6 @@ def test_the_published_coefficients():
 
 def test_carots_teacher_keeps_its_window_of_ten_updates():
     """Late in a run each update counts one in ten, however many steps lie between."""
-    from wmateacher.integrations.clip import clocks
-
     method = METHODS["carot"]
     kernel, _ = clocks.build(method.kernel, method.update_every, method.clock)
     omegas = 1 - kernel.retention(np.arange(25_031), 25_030)
@@ -191,7 +202,7 @@ def test_gradients_reach_what_the_method_trains(name, towers, prompts):
     start = build_student(method, towers, prompts)
     objective = Objective(method, start, prompts)
     student = moved(start)
-    both = joined(*(pairs(towers, prompts, domain).batch(0) for domain in (NARROW, WIDE)))
+    both = join(*(pairs(towers, prompts, domain).batch(0) for domain in (NARROW, WIDE)))
     labels = torch.arange(32) % 10
     answers, targets = student(*both[:3]), start(*both[:3])
     beside = answers if method.anchors else None
@@ -208,7 +219,7 @@ def test_gradients_reach_what_the_method_trains(name, towers, prompts):
 
 
 def test_a_linear_head_starts_as_the_zero_shot_one(towers, prompts):
-    head = zero_shot(towers, prompts)
+    head = zero_shot_head(towers, prompts)
     student = Classifier(towers, prompts)
     torch.testing.assert_close(head_of(student, prompts), head)
     images = torch.randn(4, 3, 16, 16)
@@ -223,21 +234,22 @@ def test_a_linear_head_starts_as_the_zero_shot_one(towers, prompts):
 
 
 def test_the_texts_of_a_guidance(towers, prompts):
-    contexts = guidance.build("contexts", towers, prompts, 0)
+    contexts = build_guide("contexts", towers, prompts, 0)
     assert contexts(0).shape == (5, 64)
     assert torch.equal(contexts(0), contexts(9))
-    random = guidance.build("random_texts(80,8)", towers, prompts, 0)
-    tokens = random.tokens(4)
+    tokens = random_tokens(prompts.tokenizer, RandomTexts(80, 8), 0, 4)
     assert tokens.shape == (80, 16)
     assert (tokens[:, 0] == 49406).all()
     assert (tokens[:, 9] == 49407).all()
     assert not tokens[:, 10:].any()
     assert (tokens[:, 1:9] < 49406).all()
     assert len(tokens[:, 1:9].unique()) > 600
-    assert torch.equal(tokens, guidance.build("random_texts", towers, prompts, 0).tokens(4))
-    assert not torch.equal(tokens, random.tokens(5))
-    assert not torch.equal(tokens, guidance.build("random_texts", towers, prompts, 1).tokens(4))
-    torch.testing.assert_close(random(4), towers.encode_text(tokens, normalize=True))
+    assert torch.equal(tokens, random_tokens(prompts.tokenizer, RandomTexts(), 0, 4))
+    assert not torch.equal(tokens, random_tokens(prompts.tokenizer, RandomTexts(), 0, 5))
+    assert not torch.equal(tokens, random_tokens(prompts.tokenizer, RandomTexts(), 1, 4))
+    features = towers.encode_text(tokens, normalize=True)
+    for spec in ("random_texts(80,8)", "random_texts"):
+        torch.testing.assert_close(build_guide(spec, towers, prompts, 0)(4), features)
 
 
 def run(method, towers, prompts, settings=SETTINGS, **options):
@@ -269,8 +281,6 @@ def test_probing_trains_the_head_alone_and_then_all(towers, prompts):
 
 
 def test_each_phase_has_its_own_warm_up_and_decay(towers, prompts):
-    from wmateacher.integrations.clip import training
-
     settings = replace(SETTINGS, steps=100, warmup=20)
     method = replace(METHODS["lp-ft"], probe=0.4, probe_rate=10.0, rate=2.0)
     student = build_student(method, towers, prompts)
@@ -292,7 +302,7 @@ def test_anchors_change_what_is_learnt(towers, prompts):
 
 def test_joined_batches_keep_each_images_caption(towers, prompts):
     first, second = (pairs(towers, prompts, domain).batch(0) for domain in (NARROW, WIDE))
-    both = joined(first, second)
+    both = join(first, second)
     captions = [batch.tokens[batch.caption] for batch in (first, second)]
     assert torch.equal(both.tokens[both.caption], torch.cat(captions))
     assert torch.equal(both.images, torch.cat([first.images, second.images]))
@@ -328,7 +338,7 @@ def test_every_method_runs_on_the_digits(experiment, name):
     assert len(record["ood_per_shift"]) == 6
     assert experiment.run(name) == record
     has_gap = METHODS[name].kernel is not None
-    assert experiment.gap_file(name, 0).exists() == has_gap
+    assert experiment.file("gaps", name, 0).exists() == has_gap
 
 
 def test_an_interpolations_ends_are_the_pretrained_and_the_fine_tuned(experiment):
@@ -359,7 +369,7 @@ def test_only_trained_methods_are_merged(experiment):
 @pytest.mark.parametrize("name", ["lp-ft", "tracer"])
 def test_the_trained_head_classifies(experiment, name):
     student = experiment._finished(experiment.recipe.method(name), 0).student
-    only = {"id": experiment.world.tests["id"]}
+    only = {"id": experiment.data.tests["id"]}
     scores = experiment.evaluate(student, only)
     assert scores["id"].accuracy == experiment.run(name)["id"]
     towers = towers_of(student)
@@ -376,11 +386,11 @@ def test_the_trained_head_classifies(experiment, name):
         ("ft", {"head": "txt"}, "unknown head 'txt'; did you mean 'text'"),
         ("tracer", {"clock": "step"}, "unknown clock 'step'; did you mean 'steps'"),
         ("tracer", {"update_every": 0}, "update_every must be a whole number of at least 1, got 0"),
-        ("flyp", {"probe": 0.5}, r"method 'flyp' has probe=0.5 and no linear head .*head='linear'"),
-        ("car-ft", {"probe": 0.5}, "a teacher does not follow a student that is frozen for a while; set probe"),
+        ("flyp", {"probe": 0.5}, r"method 'flyp' has probe=0.5 and no linear head .*set head='linear'"),
+        ("car-ft", {"probe": 0.5}, "a teacher cannot follow a student that is frozen for a while; set probe"),
         ("lp-ft", {"probe": 1.0}, r"probe must be a share of the steps in \[0, 1\), got 1.0"),
         ("ft", {"anchors": 1.0}, "anchor pairs need the towers' contrastive loss, head='text'"),
-        ("tracer", {"guidance": "contexts"}, "whose texts need a text tower that is not trained: head='linear'"),
+        ("tracer", {"guidance": "contexts"}, "whose texts need a frozen text tower: set head='linear'"),
         ("car-ft", {"guidance": "context"}, "unknown guidance 'context'; did you mean 'contexts'"),
         ("car-ft", {"guidance": "random_texts(0)"}, "count must be a whole number of at least 1, got 0"),
         ("car-ft", {"distillation": "fd"}, "takes paired, a linear head gives logits: choose from"),
@@ -412,10 +422,10 @@ def test_what_is_missing_is_named(towers, prompts):
     with pytest.raises(ValueError, match=r"method 'arf' needs anchor pairs, .* pass anchors="):
         fit(towers, METHODS["arf"], stream, SETTINGS)
     with pytest.raises(ValueError, match="length must be at most 14 for this model, got 15"):
-        guidance.build("random_texts(80,15)", towers, prompts, 0)
+        build_guide("random_texts(80,15)", towers, prompts, 0)
     nothing = replace(prompts, tokenizer=lambda texts: prompts.tokenizer(texts))
     with pytest.raises(ValueError, match="needs a tokenizer with sot_token_id.* got function"):
-        guidance.build("random_texts", towers, nothing, 0)
+        build_guide("random_texts", towers, nothing, 0)
 
     def unlabelled(first_step):
         for batch in stream(first_step):

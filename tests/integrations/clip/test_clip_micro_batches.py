@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from wmateacher.integrations.clip import micro_batches
 from wmateacher.integrations.clip.data.batches import Batch
-from wmateacher.integrations.clip.heads import Prompts
 from wmateacher.integrations.clip.methods import METHODS
-from wmateacher.integrations.clip.model import build
-from wmateacher.integrations.clip.training import Settings, build_student, fit
+from wmateacher.integrations.clip.model import Prompts, build
+from wmateacher.integrations.clip.recipes import Settings
+from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.vision.digits import WIDE
 from wmateacher.losses import PairedEmbeddings, info_nce
 
@@ -51,10 +51,10 @@ def gradients(model):
 
 def test_parts_make_the_batch():
     whole = batch()
-    parts = micro_batches.parts_of(whole, 4)
+    parts = micro_batches.split(whole, 4)
     assert [len(p.images) for p in parts] == [3, 3, 4]
-    assert [len(p.images) for p in micro_batches.parts_of(whole, 9)] == [5, 5]
-    assert len(micro_batches.parts_of(whole, 10)) == 1
+    assert [len(p.images) for p in micro_batches.split(whole, 9)] == [5, 5]
+    assert len(micro_batches.split(whole, 10)) == 1
     assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
     assert torch.equal(torch.cat([p.tokens[p.caption] for p in parts]), whole.tokens[whole.caption])
     assert torch.equal(torch.cat([p.labels for p in parts]), whole.labels)
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_whole(size):
     expected = gradients(model)
     other = deepcopy(model)
     other.zero_grad()
-    held = micro_batches.Cached(other, micro_batches.parts_of(whole, size))
+    held = micro_batches.Cached(other, micro_batches.split(whole, size))
     info_nce(*held.answers).backward()
     held.backward()
     found = gradients(other)
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_the_whole(size):
 
 def test_dropout_is_the_same_in_both_passes_and_statistics_move_once():
     model, whole = Small().train(), batch(12)
-    parts = micro_batches.parts_of(whole, 4)
+    parts = micro_batches.split(whole, 4)
     held = micro_batches.Cached(model, parts)
     assert model.image[1].num_batches_tracked == 0
     torch.rand(7)  # what the losses draw in between

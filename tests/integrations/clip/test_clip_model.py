@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from wmateacher import WMATeacher
-from wmateacher.integrations.clip.model import build, zero_shot_head
+from wmateacher.integrations.clip.model import Prompts, build, zero_shot_head
 
 SMALL = {"tiny-conv-32": 32, "tiny-vit-16": 16, "tiny-resnet-32": 32, "light-vit-28": 28}
 
@@ -63,7 +63,7 @@ def test_pretrained_files_are_loaded(tmp_path):
 def test_zero_shot_head_is_the_normalised_mean_over_templates():
     towers, tokenizer = build("tiny-vit-16")
     classes, templates = ["one", "two", "three"], ["the digit {}", "a {}"]
-    head = zero_shot_head(towers, tokenizer, classes, templates)
+    head = zero_shot_head(towers, Prompts(classes, templates, tokenizer))
     with torch.no_grad():
         columns = []
         for name in classes:

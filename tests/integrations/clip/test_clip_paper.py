@@ -4,7 +4,7 @@ import pytest
 
 from wmateacher.integrations.clip import recipes
 from wmateacher.integrations.clip.methods import METHODS
-from wmateacher.integrations.clip.paper import PUBLISHED, compare, measured
+from wmateacher.integrations.clip.paper import FORGETTING, PUBLISHED, compare, compare_forgetting, measured
 
 SHIFTS = {
     "imagenet-v2": 70.0,
@@ -41,7 +41,25 @@ def test_the_published_averages_are_those_of_their_rows():
         assert all(30 < v < 90 for k, v in row.items() if k != "ece")
         assert "ece" not in row or 0 < row["ece"] < 0.3
     assert set(PUBLISHED["vit-b-16"]) == set(METHODS) - {"ema", "wise-ft"}
-    assert {r.published for r in recipes.RECIPES.values() if hasattr(r, "published")} == set(PUBLISHED)
+    assert {r.published for r in recipes.RECIPES.values()} == {None, *PUBLISHED, *FORGETTING}
+
+
+def test_forgetting_is_the_accuracy_lost_since_pre_training():
+    methods = {
+        name: {"ood_per_shift": {"original": accuracy}}
+        for name, accuracy in {"zero-shot": 98.0, "flyp": 60.5, "ema": 97.0}.items()
+    }
+    rows = [cells(line) for line in compare_forgetting({"methods": methods}, "colored-mnist").splitlines()]
+    assert rows == [
+        ["method", "accuracy on original", "forgetting", "published"],
+        ["zero-shot", "98.0"],
+        ["flyp", "60.5", "37.5", "37.9"],
+        ["ema", "97.0", "1.0"],
+    ]
+    del methods["zero-shot"]
+    assert "forgetting needs the zero-shot method's result" in compare_forgetting(
+        {"methods": methods}, "colored-mnist"
+    )
 
 
 def test_figures_stand_under_the_papers_and_their_difference():

@@ -12,12 +12,20 @@ from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Split
 
 
+def finetuned(recipe, **changes):
+    return replace(recipe, finetune=replace(recipe.finetune, **changes))
+
+
 def test_data_larger_than_the_bundled_is_pretrained_on_for_longer():
     recipe = recipes.get("digits")
-    assert recipe.with_data("digits") == recipe
-    assert recipe.with_data("mnist").data == "mnist"
-    assert recipe.with_data("mnist").pretrain.steps == 3000
-    assert recipe.with_data("mnist").finetune == recipe.finetune
+    assert recipe.adjust() == recipe
+    mnist = replace(recipe, data="mnist").adjust()
+    assert (mnist.data, mnist.pretrain.steps, mnist.pretrain.warmup) == ("mnist", 3000, 300)
+    assert mnist.finetune == recipe.finetune
+    shorter = replace(recipe, data="mnist", pretrain=replace(recipe.pretrain, steps=77))
+    assert shorter.adjust() == shorter
+    toy = recipes.get("colored-mnist")
+    assert toy.adjust() == toy
 
 
 def test_other_steps_shorten_the_warm_up_in_proportion():
@@ -69,13 +77,13 @@ def test_the_imagenet_recipes_are_the_published_ones(
     assert (recipe.model, recipe.pretrained, recipe.epochs) == (model, "openai", 10)
     assert (s.learning_rate, s.weight_decay, s.batch_size, s.steps) == (rate, decay, batch, steps)
     assert (s.warmup, s.precision, s.clip_norm) == (500, "bf16", None)
-    assert recipe.on(1_281_167).finetune == s
-    assert recipe.on(1_281_167).evaluate_every == steps // 10
+    assert recipe.resolve(1_281_167).finetune == s
+    assert recipe.resolve(1_281_167).evaluate_every == steps // 10
     assert [s.learning_rate_at(step) for step in (0, 499, 500)] == pytest.approx([rate / 500, rate, rate])
     last = rate / 2 * (1 + math.cos(math.pi * (steps - 501) / (steps - 500)))
     assert s.learning_rate_at(steps - 1) == pytest.approx(last)
     assert recipe.scale == (0.9, 1.0)
-    assert len(recipe.templates) == 80
+    assert recipe.templates == ()
     assert recipe.tests == ("imagenet", *imagenet.SHIFTS)
     tracer = recipe.method("tracer")
     assert tracer.distillation == f"{fd!r}*fd + crd + icl + cross_kd"
@@ -95,49 +103,54 @@ def test_the_imagenet_recipes_are_the_published_ones(
 def test_other_pairs_make_other_steps():
     recipe = recipes.get("imagenet-vit-b-16")
     with pytest.raises(
-        ValueError, match=r"got 500 of 100 steps \(5,000 pairs in batches of 512\): pass --set fine"
+        ValueError, match=r"got 500 of 100 steps \(5,000 pairs in batches of 512\): pass --finetune.warmup 10"
     ):
-        recipe.on(5_000)
-    assert recipe.on(500_000).finetune.warmup == 500
-    recipe = recipe.changed("finetune.warmup=9")
-    other = recipe.on(5_000)
+        recipe.resolve(5_000)
+    assert recipe.resolve(500_000).finetune.warmup == 500
+    recipe = finetuned(recipe, warmup=9)
+    other = recipe.resolve(5_000)
     assert (other.finetune.steps, other.finetune.warmup, other.evaluate_every) == (100, 9, 10)
-    assert recipe.changed("evaluate_every=7").on(5_000).evaluate_every == 7
-    assert recipe.changed("epochs=1").on(5_000).finetune.steps == 10
-    for fixed in (recipe.changed("finetune.steps=77"), recipe.with_steps(77)):
-        assert fixed.on(5_000).finetune.steps == 77
-        assert fixed.on(5_000).evaluate_every == 10
+    assert replace(recipe, evaluate_every=7).resolve(5_000).evaluate_every == 7
+    assert replace(recipe, epochs=1).resolve(5_000).finetune.steps == 10
+    for fixed in (finetuned(recipe, steps=77).adjust(), recipe.with_steps(77)):
+        assert fixed.resolve(5_000).finetune.steps == 77
+        assert fixed.resolve(5_000).evaluate_every == 10
     assert recipe.with_steps(None) == recipe
-    assert recipes.get("imagenet-vit-b-16").with_steps(2503).on(5_000).finetune.warmup == 50
-    assert recipe.changed("finetune.batch_size=256").on(1_281_167).finetune.steps == 10 * 5005
+    assert recipes.get("imagenet-vit-b-16").with_steps(2503).resolve(5_000).finetune.warmup == 50
+    assert finetuned(recipe, batch_size=256).resolve(1_281_167).finetune.steps == 10 * 5005
 
 
 @pytest.mark.parametrize(
-    ("assignment", "message"),
+    ("changes", "message"),
     [
-        ("epochs=0", "epochs must be at least 1, got 0"),
-        ("tests=('imagenet-v3',)", "unknown data set 'imagenet-v3' in tests; did you mean 'imagenet-v2'"),
-        ("tests=()", "tests must have at least one data set: the first is in-distribution"),
-        (
-            "templates=('a photo',)",
-            r"templates must be captions with one {} for the class, got \['a photo'\]",
-        ),
-        ("scale=(0.9,)", r"scale must be two shares of an image such as \(0.9, 1.0\), got \(0.9,\)"),
-        ("templates=('a {} {place}',)", r"templates must be captions with one {} for the class, got"),
-        ("published=vit-b", "unknown published 'vit-b'; did you mean 'vit-b-16'"),
-        ("evaluation_batch=0", "evaluation_batch must be at least 1, got 0"),
-        ("finetune.clip_norm=-1", "clip_norm must be above 0, or None for no clipping, got -1.0"),
-        ("methods.ft.clip_norm=0", "clip_norm must be above 0, or None for no clipping, got 0"),
-        ("methods.tracer.kernel=betta(0.5,0.5)", "unknown kernel 'betta'; did you mean 'beta'"),
-        ("flip=2", "flip must be a probability, got 2.0"),
-        ("evaluate_every=-1", "evaluate_every must be at least 0, got -1: 0 is at the end only"),
-        ("methods.tracer.kernel=None", "kernel=None and distillation=.*: give both or neither"),
-        ("finetune.precision=fp8", "finetune.precision must be 'fp32' or 'bf16' or 'fp16', got 'fp8'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"tests": ("imagenet-v3",)}, "unknown data set 'imagenet-v3'; did you mean 'imagenet-v2'"),
+        ({"tests": ()}, "tests must have at least one data set: the first is in-distribution"),
+        ({"templates": ("a photo",)}, r"templates must be captions with one {} for the class, got \['a photo'\]"),
+        ({"templates": ("a {} {place}",)}, "templates must be captions with one {} for the class, got"),
+        ({"scale": (0.9,)}, r"scale must be two shares of an image such as \(0.9, 1.0\), got \(0.9,\)"),
+        ({"sampling": "balance"}, "unknown sampling 'balance'; did you mean 'balanced'"),
+        ({"published": "vit-b"}, "unknown published 'vit-b'; did you mean 'vit-b-16'"),
+        ({"evaluation_batch": 0}, "evaluation_batch must be at least 1, got 0"),
+        ({"flip": 2.0}, "flip must be a probability, got 2.0"),
+        ({"evaluate_every": -1}, "evaluate_every must be at least 0, got -1: 0 is at the end only"),
+    ],
+)  # fmt: skip
+def test_bad_values_of_photo_recipes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(recipes.get("imagenet-vit-b-16"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip_norm": -1.0}, "clip_norm must be above 0, or None for no clipping, got -1.0"),
+        ({"precision": "fp8"}, "precision must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
     ],
 )
-def test_bad_values_of_photo_recipes(assignment, message):
+def test_bad_settings(changes, message):
     with pytest.raises(ValueError, match=message):
-        recipes.get("imagenet-vit-b-16").changed(assignment)
+        finetuned(recipes.DIGITS, **changes)
 
 
 def test_unknown_names_list_what_there_is():
@@ -149,13 +162,13 @@ def test_unknown_names_list_what_there_is():
 
 def test_without_names_a_recipe_runs_its_short_list_and_all_runs_everything():
     recipe = recipes.get("digits")
-    assert recipe.chosen(()) == list(recipe.default)
-    assert recipe.chosen(("all",)) == list(recipe.methods)
-    assert recipe.chosen(("flyp", "arf")) == ["flyp", "arf"]
+    assert recipe.select(()) == list(recipe.default)
+    assert recipe.select(("all",)) == list(recipe.methods)
+    assert recipe.select(("flyp", "arf")) == ["flyp", "arf"]
     toy = recipes.get("colored-mnist")
-    assert toy.chosen(()) == list(toy.methods)
+    assert toy.select(()) == list(toy.methods)
     with pytest.raises(ValueError, match="unknown method 'flip'; did you mean 'flyp'"):
-        recipe.chosen(("flip",))
+        recipe.select(("flip",))
 
 
 def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):
@@ -165,7 +178,7 @@ def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):
     for seed in (0, 1):
         experiment.run("zero-shot", seed)
         experiment.run("tracer", seed)
-    gaps = [experiment.gap_file("tracer", seed).read_text() for seed in (0, 1)]
+    gaps = [experiment.file("gaps", "tracer", seed).read_text() for seed in (0, 1)]
     assert gaps[0] != gaps[1]
     assert experiment.results["methods"]["zero-shot"]["std"]["id"] == 0
     once, again = (experiment.evaluate(experiment.towers) for _ in "ab")

@@ -4,11 +4,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wmateacher.integrations.clip.data.batches import DrawnPairs
-from wmateacher.integrations.clip.heads import Prompts, towers_of
+from wmateacher.integrations.clip.data.digits import DigitPairs
 from wmateacher.integrations.clip.methods import METHODS
-from wmateacher.integrations.clip.model import build
-from wmateacher.integrations.clip.training import Settings, build_student, fit
+from wmateacher.integrations.clip.model import Prompts, build, towers_of
+from wmateacher.integrations.clip.recipes import Settings
+from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.vision.digits import NARROW, WIDE, load
 
 SETTINGS = Settings(steps=6, learning_rate=1e-3, batch_size=16, warmup=2, clip_norm=1.0, checkpoint_every=2)
@@ -23,7 +23,7 @@ def run(method="tracer", model="tiny-vit-16", settings=SETTINGS, stop_after=None
     towers, tokenizer = build(model)
     source = load("digits")
     stream, anchors = (
-        DrawnPairs(
+        DigitPairs(
             source.val, domain, source.classes, source.templates, tokenizer,
             size=towers.image_size, batch_size=settings.batch_size, seed=3,
         )

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from wmateacher.integrations.dino.crops import Crops, DrawnCrops, PhotoCrops, cut, normalise
+from wmateacher.integrations.dino.crops import DrawnCrops, PhotoCrops, cut, normalise
+from wmateacher.integrations.dino.recipes import Crops
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import NARROW, WIDE, Split
 from wmateacher.integrations.vision.images import Images

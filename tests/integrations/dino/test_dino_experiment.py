@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from wmateacher.integrations.dino import pictures, recipes
-from wmateacher.integrations.dino.crops import Crops
 from wmateacher.integrations.dino.experiment import BASELINES, COLUMNS, PIXELS, UNTRAINED, Experiment
-from wmateacher.integrations.engine import curves
-from wmateacher.integrations.engine.tables import table
+from wmateacher.integrations.dino.recipes import Crops
+from wmateacher.integrations.engine.tables import draw_curves, table
 from wmateacher.integrations.vision import backbones, images
 
 
@@ -39,8 +38,8 @@ def test_a_run_leaves_results_and_curves_and_is_not_repeated(tmp_path):
     for part in (again, experiment):
         part._backbone = None  # would be called by anything that is run
     assert again.run("uniform", 1) == record["runs"][1]
-    files = {"uniform": again.curve_file("uniform", 0)}
-    curves.picture(files, {"untrained": 10.0}, tmp_path / "curves.png")
+    files = {"uniform": again.file("curves", "uniform", 0)}
+    draw_curves(files, {"untrained": 10.0}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -104,7 +103,7 @@ def test_maps_of_a_vit_are_its_heads_attention():
     vit = backbones.build("vit_tiny_patch16_224(patch_size=4,embed_dim=16,depth=2,num_heads=4)", 16)
     seen = torch.randn(3, 3, 16, 16)
     before = {k: v.clone() for k, v in vit.state_dict().items()}
-    words, maps = pictures.looked_at(vit, seen)
+    words, maps = pictures.attention_maps(vit, seen)
     assert "attention" in words
     assert maps.shape == (3, 4, 16, 16)
     assert vit.training
@@ -125,8 +124,8 @@ def test_maps_of_a_vit_are_its_heads_attention():
 @pytest.mark.parametrize("spec", ["test_efficientnet_gn", "test_convnext", "test_resnet"])
 def test_maps_of_a_convnet_are_activations(spec, tmp_path):
     network, seen = backbones.build(spec, 64), torch.randn(2, 3, 64, 64)
-    words, maps = pictures.looked_at(network, seen)
+    words, maps = pictures.attention_maps(network, seen)
     assert words == "norm of the last feature map"
     assert maps.shape == (2, 1, 64, 64)
-    pictures.maps(network, seen, tmp_path / "maps.png")
+    pictures.draw_maps(network, seen, tmp_path / "maps.png")
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")

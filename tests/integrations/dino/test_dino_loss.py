@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmateacher.integrations.dino.loss import MultiCropLoss, koleo
+from wmateacher.integrations.dino.model import MultiCropLoss, koleo
 from wmateacher.losses.logits import DINO
 
 

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmateacher.integrations.engine.collapse import CollapseWarning, OutputMonitor, Watch, verdict
-from wmateacher.integrations.engine.loop import History
+from wmateacher.integrations.engine.collapse import CollapseWarning, CollapseWatch, OutputMonitor, diagnose
 
 
 def entropy(p):
@@ -60,13 +59,13 @@ def measured(probabilities):
     ],
 )
 def test_each_kind_is_named(probabilities, message):
-    found = verdict(**measured(probabilities), outputs=10, least_used=5)
+    found = diagnose(**measured(probabilities), outputs=10, least_used=5)
     assert found is None if message is None else found.startswith(message)
 
 
 def test_a_watch_warns_once_a_kind_and_not_in_the_first_tenth():
     dead, constant = measured(torch.eye(10)[[0, 1] * 4]), measured(torch.full((8, 10), 0.1))
-    watch = Watch("mine", 100, 10, 5, "lower it")
+    watch = CollapseWatch("mine", 100, 10, 5, "lower it")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step, logged in [
@@ -85,10 +84,8 @@ def test_a_watch_warns_once_a_kind_and_not_in_the_first_tenth():
     assert str(caught[0].message).endswith(": lower it")
 
 
-def test_the_last_window_is_judged():
-    watch = Watch("mine", 100, 10, 5, "")
-    assert watch.judge(History()) is None
-    series = {"information": [(50, 0.0), (100, 2.0)], "used": [(50, 1.0), (100, 9.0)]}
-    assert watch.judge(History(series)) is None
-    series = {k: v[::-1] for k, v in series.items()}
-    assert watch.judge(History(series)).startswith("constant output")
+def test_the_verdict_is_on_the_last_window():
+    watch = CollapseWatch("mine", 100, 10, 5, "")
+    assert watch.verdict([], []) is None
+    assert watch.verdict([0.0, 2.0], [1.0, 9.0]) is None
+    assert watch.verdict([2.0, 0.0], [9.0, 1.0]).startswith("constant output")

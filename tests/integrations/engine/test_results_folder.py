@@ -71,9 +71,9 @@ def test_a_folder_is_claimed_before_anything_is_trained(tmp_path):
 def test_what_differs_is_named_and_what_changes_no_result_may(tmp_path):
     where = environment("cpu")
     before = {"fit": {"rate": 1, "save": 5}, "many": {str(i): i for i in range(9)}}
-    Results(tmp_path, before, where, ["fit.save"]).claim()
-    Results(tmp_path, {**before, "fit": {"rate": 1, "save": 7}}, where, ["fit.save"])
+    Results(tmp_path, before, where, ["save"]).claim()
+    Results(tmp_path, {**before, "fit": {"rate": 1, "save": 7}}, where, ["save"])
     with pytest.raises(ValueError, match=r"\(different: fit.rate\): choose another folder"):
-        Results(tmp_path, {**before, "fit": {"rate": 2, "save": 5}}, where, ["fit.save"])
+        Results(tmp_path, {**before, "fit": {"rate": 2, "save": 5}}, where, ["save"])
     with pytest.raises(ValueError, match=r"\(different: many.0, many.1, many.2, many.3, many.4 and 4 more\)"):
-        Results(tmp_path, {**before, "many": {str(i): -1 for i in range(9)}}, where, ["fit.save"])
+        Results(tmp_path, {**before, "many": {str(i): -1 for i in range(9)}}, where, ["save"])

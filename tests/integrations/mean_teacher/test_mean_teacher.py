@@ -10,11 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmateacher.integrations.engine.collapse import CollapseWarning
-from wmateacher.integrations.mean_teacher import recipes
-from wmateacher.integrations.mean_teacher.consistency import Consistency
 from wmateacher.integrations.mean_teacher.experiment import Experiment, choose_labelled
-from wmateacher.integrations.mean_teacher.methods import METHODS, Method
-from wmateacher.integrations.mean_teacher.training import Settings, fit
+from wmateacher.integrations.mean_teacher.recipes import METHODS, RECIPES, Method, Settings
+from wmateacher.integrations.mean_teacher.training import Consistency, fit
 from wmateacher.integrations.mean_teacher.views import Plain, Weak, WeakAndStrong
 from wmateacher.integrations.vision import backbones, images
 
@@ -94,9 +92,9 @@ def test_every_method_trains(method):
     start = [p.detach().clone() for p in student.parameters()]
     fitted = run(method, student=student)
     assert any(not torch.equal(a, b) for a, b in zip(start, student.parameters(), strict=True))
-    assert all(map(math.isfinite, fitted.record.values("loss")))
+    assert all(map(math.isfinite, fitted.history.values("loss")))
     assert (fitted.teacher is not None) == (METHODS[method].kernel is not None)
-    assert len(fitted.record.values("consistency")) == (6 if METHODS[method].weight else 0)
+    assert len(fitted.history.values("consistency")) == (6 if METHODS[method].weight else 0)
 
 
 def test_unlabelled_images_train_the_student():
@@ -126,10 +124,15 @@ def test_batch_norm_follows_the_policy(buffers, same):
         assert torch.equal(held[name], value) == (who == same)
 
 
+def evaluate(networks):
+    network = networks.get("teacher", networks["student"])
+    return {"validation": float(next(network.parameters()).detach().sum())}
+
+
 @pytest.mark.parametrize("method", ["mean-teacher", "pi-model", "fixmatch", "supervised"])
 def test_a_resumed_run_ends_bit_identical(tmp_path, method):
     spec, file = "test_resnet(drop_rate=0.3)", tmp_path / "run.pt"
-    options = {"validate": lambda m: float(next(m.parameters()).detach().sum()), "validate_every": 2}
+    options = {"evaluate": evaluate, "evaluate_every": 2, "evaluate_last": True}
     whole = run(method, student=network(spec=spec), **options)
     for stop_after in (1, 3, 5):
         with pytest.raises(Stopped):
@@ -137,7 +140,7 @@ def test_a_resumed_run_ends_bit_identical(tmp_path, method):
     resumed = run(method, student=network(spec=spec), checkpoint=file, **options)
     for key, value in whole.student.state_dict().items():
         assert torch.equal(value, resumed.student.state_dict()[key]), key
-    assert whole.record.series == resumed.record.series
+    assert whole.history.series == resumed.history.series
     if whole.teacher is not None:
         ours, theirs = whole.teacher.state_dict(), resumed.teacher.state_dict()
         assert all(torch.equal(v, theirs[k]) for k, v in ours.items() if isinstance(v, torch.Tensor))
@@ -218,7 +221,7 @@ def test_views_are_the_same_for_any_workers_and_leave_the_global_generator_alone
 
 
 def test_an_experiment_keeps_its_records(tmp_path):
-    recipe = recipes.get("digits").with_steps(4)
+    recipe = RECIPES["digits"].with_steps(4)
     recipe = replace(recipe, settings=replace(recipe.settings, unlabelled_batch=8))
     experiment = Experiment(recipe, tmp_path, progress=False)
     for name in ("supervised", "mean-teacher"):

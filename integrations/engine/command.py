@@ -1,0 +1,119 @@
+"""Command lines by tyro: a recipe by name, any value of it by `--PART.VALUE`, and the options of the run."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from wmateacher.checks import lookup
+from wmateacher.integrations.engine import tracking
+
+__all__ = ["RunOptions", "parse", "run"]
+
+OptionsT = TypeVar("OptionsT")
+RecipeT = TypeVar("RecipeT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that every example has beside its recipe. They change no result."""
+
+    data_root: Path | None = None
+    """Folder that holds the data; not needed for the bundled digits."""
+    download: bool = False
+    """Download the data to --data-root if it is not there."""
+    workers: int = 0
+    """Processes that read and prepare images."""
+    seeds: int = 1
+    """Number of seeds; with several, tables show mean and sample deviation."""
+    output: Path | None = None
+    """Results folder; an interrupted run in it is continued. Default: a new folder in runs/."""
+    log_to: tuple[tracking.Tool, ...] = ()
+    """tensorboard, wandb, or both: where to log losses, their terms, the gap and evaluations."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one, under torchrun each process its own."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+
+
+def parse(
+    options: type[OptionsT],
+    recipes: Mapping[str, RecipeT],
+    default: str,
+    argv: Sequence[str] | None = None,
+) -> tuple[OptionsT, RecipeT]:
+    """Read a command line: `[RECIPE] [--OPTION VALUE ...] [--PART.VALUE VALUE ...]`.
+
+    Args:
+        options: Dataclass of the run's options. Its docstring describes the program in `--help`.
+        recipes: The recipes by name, each a dataclass; nested dataclasses and mappings of them are reached by
+            dots. A recipe may have a `summary`, which `--help` shows.
+        default: The name of the recipe that runs if none is given.
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The options, and the recipe with the changes of the command line.
+
+    Raises:
+        ValueError: There is no such recipe, or a value is refused by its dataclass.
+        SystemExit: `--help` was asked for, or an argument is unknown or of the wrong type.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    name = given.pop(0) if given and not given[0].startswith("-") else default
+    recipe = lookup("recipe", name, recipes)
+    both = make_dataclass(
+        "Command",
+        [
+            ("options", Annotated[options, tyro.conf.arg(name="")]),
+            ("recipe", Annotated[type(recipe), tyro.conf.arg(name="")]),
+        ],
+    )
+    command: Any = tyro.cli(
+        both,
+        args=given,
+        default=both(options(), recipe),
+        prog=f"{Path(sys.argv[0]).name} {name}",
+        description=_description(options, recipes, default),
+        config=(tyro.conf.AvoidSubcommands,),
+        registry=_first_entries() if {"-h", "--help"} & set(given) else None,
+    )
+    return command.options, command.recipe
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a program; bad input, missing data and a loss that is not finite end it with one line."""
+    try:
+        main()
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _description(options: type, recipes: Mapping[str, Any], default: str) -> str:
+    lines = [inspect.getdoc(options) or "", "", f"The first argument names the recipe (default: {default}):"]
+    lines += [f"  {name}: {getattr(recipe, 'summary', '')}".rstrip(": ") for name, recipe in recipes.items()]
+    return "\n".join(lines)
+
+
+def _first_entries() -> ConstructorRegistry:
+    """Show one entry, NAME, of every mapping of dataclasses: in `--help` the others would be the same."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def mapping(info: StructTypeInfo) -> StructConstructorSpec | None:
+        entries = info.default
+        if not isinstance(entries, Mapping) or not all(map(is_dataclass, entries.values())) or not entries:
+            return None
+        name, first = next(iter(entries.items()))
+        text = f"NAME is one of {', '.join(entries)}. The defaults shown are those of {name}."
+        return StructConstructorSpec(dict, (StructFieldSpec("NAME", type(first), first, text),))
+
+    return registry

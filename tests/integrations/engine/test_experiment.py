@@ -1,0 +1,60 @@
+"""The experiment that all tasks share: looked up, resumed, recorded."""
+
+import json
+from dataclasses import dataclass, replace
+
+import pytest
+
+from wmateacher.integrations.engine.experiment import Experiment, Outcome, Table
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: int = 3
+    summary: str = ""
+    checkpoint_every: int = 1
+
+
+class Doubling(Experiment[Recipe]):
+    trained = ()
+
+    def train(self, name, seed):
+        self.trained += ((name, seed),)
+        rows = [(step, 2.0 * step) for step in range(self.recipe.steps)]
+        return Outcome({"accuracy": float(10 + seed)}, {"curves": Table(("step", "accuracy"), rows)})
+
+
+def test_a_run_is_recorded_with_its_tables_and_not_repeated(tmp_path):
+    experiment = Doubling(Recipe(), tmp_path)
+    record = experiment.run("a(1,2)", 1)
+    assert record == {"seed": 1, "accuracy": 11.0}
+    assert experiment.file("curves", "a(1,2)", 1).read_text().split() == [
+        "step,accuracy",
+        "0,0.0",
+        "1,2.0",
+        "2,4.0",
+    ]
+    again = Doubling(Recipe(), tmp_path)
+    assert again.run("a(1,2)", 1) == record
+    assert again.trained == ()
+    again.run("a(1,2)", 0)
+    assert again.trained == (("a(1,2)", 0),)
+    assert json.loads((tmp_path / "results.json").read_text())["methods"]["a(1,2)"]["accuracy"] == 10.5
+
+
+def test_a_folder_belongs_to_one_configuration_but_not_to_its_checkpoint_interval(tmp_path):
+    Doubling(Recipe(), tmp_path).run("a")
+    Doubling(replace(Recipe(), checkpoint_every=7, summary="other words"), tmp_path)
+    with pytest.raises(ValueError, match=r"another configuration \(different: steps\)"):
+        Doubling(Recipe(steps=4), tmp_path)
+
+
+def test_every_method_and_seed_has_a_checkpoint_and_a_label_of_its_own(tmp_path):
+    experiment = Doubling(Recipe(), tmp_path, progress=False)
+    options = [experiment.loop_options(name, seed) for name in ("a", "a b", "a-b") for seed in (0, 1)]
+    assert len({o["checkpoint"] for o in options}) == 6
+    assert options[1] == {
+        "checkpoint": tmp_path / "checkpoints/a-1.pt",
+        "label": "a (seed 1)",
+        "progress": False,
+    }
