@@ -74,8 +74,8 @@ def run(script, *arguments, **options):
     return Program(script, *arguments, **options).wait()
 
 
-def launch(size, script, *arguments, cwd="."):
-    """Run a program on `size` ranks, with torchrun's environment; the ranks' programs."""
+def launch(size, script, *arguments, cwd=".", wait=True):
+    """Run a program on `size` ranks, each with the environment that torchrun gives it; one `Program` a rank."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -88,7 +88,7 @@ def launch(size, script, *arguments, cwd="."):
         Program(script, *arguments, cwd=cwd, env={**shared, "RANK": rank, "LOCAL_RANK": rank})
         for rank in range(size)
     ]
-    return [rank.wait() for rank in ranks]
+    return [rank.wait() for rank in ranks] if wait else ranks
 
 
 def _execute(argv, cwd, env, stdout, stderr):
