@@ -1,19 +1,59 @@
+import os
+from pathlib import Path
+
+# One thread for this process and for those that tests start: the tensors are small, and tests share their
+# cores. Both must be set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+import hypothesis
 import pytest
 import torch
 
-# One thread each: the tensors are small, and tests may share their cores with other processes.
-torch.set_num_threads(1)
+TESTS = Path(__file__).parent
+
+# A folder, or a module beside this file, -> its group. Everything else is the library alone.
+GROUPS = {
+    "integrations": "integration",
+    "benchmarks": "system",
+    "distributed": "system",
+    "examples": "system",
+    "test_docs.py": "system",
+    "test_layout.py": "system",
+    "test_packaging.py": "system",
+    "test_readme.py": "system",
+    "test_results.py": "system",
+}
+
+hypothesis.settings.register_profile("quick", max_examples=15, deadline=None)
+hypothesis.settings.register_profile("full", max_examples=100, deadline=None)
+
+
+def group(path):
+    return GROUPS.get(path.relative_to(TESTS).parts[0], "core")
 
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
 
 
+def pytest_configure(config):
+    torch.set_num_threads(1)
+    hypothesis.settings.load_profile("full" if config.getoption("--runslow") else "quick")
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Do not even import the modules of the other groups: `-m core` needs no integration's packages."""
+    asked = config.option.markexpr
+    if asked in {"core", *GROUPS.values()} and collection_path.suffix == ".py":
+        return True if group(collection_path) != asked else None
+    return None
+
+
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--runslow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
+    for item in items:
+        item.add_marker(group(item.path))
+        if "slow" in item.keywords and not config.getoption("--runslow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,10 @@
-"""Who may import whom, and what importing the library loads."""
+"""Who may import whom, which names they may use, and what an import loads."""
 
 import ast
+import graphlib
+import importlib
+import inspect
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,97 +12,182 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-CORE = sorted(
-    p for p in (ROOT / "wmateacher").rglob("*.py") if "integrations" not in p.relative_to(ROOT).parts
-)
-OTHERS = [*sorted((ROOT / "integrations").rglob("*.py")), *sorted((ROOT / "examples").glob("*.py"))]
 
-# Module of the core -> modules of the core that it may import.
-ALLOWED = {
+# A module or package of the core -> what it may import of the core. A package also imports itself.
+CORE = {
     "spec": set(),
     "checks": set(),
-    "kernels": {"checks", "spec"},
-    "schedule": {"checks", "kernels"},
-    "sharding": set(),
-    "pairing": {"checks", "sharding"},
+    "collectives": set(),
     "averaging": set(),
     "attachment": set(),
+    "sharding": set(),
+    "kernels": {"checks", "spec"},
+    "schedule": {"checks", "kernels"},
+    "pairing": {"checks", "sharding"},
     "swapping": {"averaging", "sharding"},
     "shadow": {"averaging", "pairing", "sharding"},
     "teacher": {"attachment", "kernels", "pairing", "schedule", "shadow", "sharding", "swapping"},
-    "collectives": set(),
     "distributed": {"collectives", "pairing", "sharding"},
-    "losses": {"checks", "collectives", "losses", "spec"},
+    "losses": {"checks", "collectives", "spec"},
     "diagnostics": {"checks", "losses", "sharding", "teacher"},
     "files": set(),
-    "posthoc": {"checks", "files", "kernels", "pairing", "posthoc", "schedule", "teacher"},
+    "posthoc": {"checks", "files", "kernels", "pairing", "schedule", "teacher"},
     "theory": {"checks", "kernels", "schedule"},
-    "migration": {"checks", "kernels", "pairing", "teacher"},
+    "migration": {"checks", "kernels", "teacher"},
     "cli": {"checks", "kernels", "posthoc", "theory"},
     "__init__": {"diagnostics", "kernels", "losses", "migration", "posthoc", "teacher", "theory"},
+}  # fmt: skip
+
+# A room of the integrations -> the rooms that it may import. The adapters are the modules at the top.
+ROOMS = {
+    "adapters": set(),
+    "engine": set(),
+    "vision": {"engine"},
+    "clip": {"engine", "vision"},
+    "dino": {"engine", "vision"},
+    "mean_teacher": {"engine", "vision"},
 }
+ENGINE_MAY_USE = {"checks", "collectives", "files", "spec"}
+IMAGES = {"PIL", "open_clip", "sklearn", "timm", "torchmetrics", "torchvision"}
+DECLARATIONS = ["clip.methods", "clip.paper", "clip.recipes", "dino.recipes", "mean_teacher.recipes"]
+OPTIONAL = {
+    "PIL", "accelerate", "diffusers", "ema_pytorch", "lightning", "matplotlib", "open_clip", "sklearn",
+    "tensorboard", "timm", "torch_ema", "torchmetrics", "torchvision", "transformers", "tyro", "webdataset",
+}  # fmt: skip
 
 
-def imported(path):
-    """Dotted names of everything that a module imports, anywhere in it."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+def modules(folder, package):
+    """Files of a package by the dotted names of their modules; symbolic links are not followed."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = path.relative_to(folder).with_suffix("").parts
+        if package != "wmateacher" or parts[0] != "integrations":
+            found[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return found
+
+
+LIBRARY = modules(ROOT / "wmateacher", "wmateacher")
+INTEGRATIONS = modules(ROOT / "integrations", "wmateacher.integrations")
+OURS = LIBRARY | INTEGRATIONS
+PROGRAMS = {str(p.relative_to(ROOT)): p for d in ("examples", "benchmarks") for p in (ROOT / d).glob("*.py")}
+TREES = {name: ast.parse(path.read_text()) for name, path in (OURS | PROGRAMS).items()}
+
+
+def imported(name):
+    """Pairs (module, name in it or None) of every import statement of a module, wherever it stands."""
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
-            names += [a.name for a in node.names]
+            yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names += [f"{node.module}.{a.name}" for a in node.names]
-    return names
+            assert node.level == 0, f"{name}: relative import of {node.module}"
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield (module, None) if module in OURS else (node.module, alias.name)
 
 
-def room(path):
-    return path.relative_to(ROOT / "wmateacher").parts[0].removesuffix(".py")
+def core_part(name):
+    """The key of `CORE` that a module of the library belongs to."""
+    return [*name.split("."), "__init__"][1]
 
 
-@pytest.mark.parametrize("path", CORE, ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_core_depends_one_way_and_never_on_integrations(path):
-    for name in imported(path):
-        top, *rest = name.split(".")
-        if top == "wmateacher":
-            assert rest[0] in ALLOWED[room(path)], f"{path} imports {name}"
+def room(name):
+    """The key of `ROOMS` that a module of the integrations belongs to."""
+    parts = name.split(".")[2:]
+    return parts[0] if parts and parts[0] in ROOMS else "adapters"
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_core_depends_one_way_and_never_on_integrations(name):
+    part = core_part(name)
+    for target, _ in imported(name):
+        if target in OURS:
+            assert target in LIBRARY, f"{name} imports {target}"
+            assert core_part(target) in CORE[part] | {part}, f"{name} imports {target}"
         else:
-            assert top in {*sys.stdlib_module_names, "torch", "numpy", "scipy"}, f"{path} imports {name}"
+            known = {*sys.stdlib_module_names, "torch", "numpy", "scipy"}
+            assert target.split(".")[0] in known, f"{name} imports {target}"
 
 
-@pytest.mark.parametrize("path", OTHERS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_integrations_and_examples_use_public_names_only(path):
-    for name in imported(path):
-        parts = name.split(".")
-        if parts[0] == "wmateacher":
-            assert not any(p.startswith("_") for p in parts if p != "__future__"), f"{path} imports {name}"
-        assert parts[0] != "integrations", f"{path} imports {name}: the package is wmateacher.integrations"
+def test_the_table_of_the_core_is_complete():
+    assert {core_part(name) for name in LIBRARY} == set(CORE)
 
 
-def test_importing_the_library_loads_no_optional_package():
-    code = """
-import sys, wmateacher, wmateacher.diagnostics, wmateacher.migration
-optional = {
-    "open_clip", "timm", "torchvision", "torchmetrics", "sklearn", "matplotlib", "tyro", "lightning",
-    "transformers", "accelerate", "diffusers", "ema_pytorch", "torch_ema", "tensorboard", "webdataset",
-}
-print(sorted(optional & set(sys.modules)))
+@pytest.mark.parametrize("name", INTEGRATIONS)
+def test_rooms_of_the_integrations_depend_one_way(name):
+    own = room(name)
+    for target, _ in imported(name):
+        if target in INTEGRATIONS:
+            assert room(target) in ROOMS[own] | {own}, f"{name} imports {target}"
+        elif own == "engine":
+            assert target.split(".")[0] not in IMAGES, f"{name} imports {target}"
+            if target in LIBRARY:
+                assert core_part(target) in ENGINE_MAY_USE, f"{name} imports {target}"
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {name: {target for target, _ in imported(name) if target in OURS} - {name} for name in OURS}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def exported(module):
+    """The names in `__all__` of one of our modules; None if it has none."""
+    for node in TREES[module].body:
+        if isinstance(node, ast.Assign) and any(getattr(t, "id", "") == "__all__" for t in node.targets):
+            return set(ast.literal_eval(node.value))
+    return None
+
+
+@pytest.mark.parametrize("name", OURS | PROGRAMS)
+def test_only_public_names_of_other_modules_are_used(name):
+    aliases = {}
+    for target, attribute in imported(name):
+        assert target.split(".")[0] != "integrations", f"{name} imports {target}: use wmateacher.integrations"
+        if target not in OURS:
+            continue
+        if attribute is None:
+            aliases[target.rpartition(".")[2]] = target
+        else:
+            public = exported(target)
+            assert not attribute.startswith("_") or attribute == "__version__", f"{target}.{attribute}"
+            assert public is None or attribute in public, f"{target}.{attribute} is not in its __all__"
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", None) in aliases:
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            assert not private, f"{name}, line {node.lineno}: {aliases[node.value.id]}.{node.attr}"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The modules that a new process has after importing the library, and after the declarations."""
+    program = f"""
+import json, sys, warnings
+warnings.simplefilter("ignore")
+import wmateacher, wmateacher.diagnostics, wmateacher.migration, wmateacher.posthoc, wmateacher.theory
+library = sorted(sys.modules)
+for name in {DECLARATIONS}:
+    __import__(f"wmateacher.integrations.{{name}}")
+print(json.dumps([library, sorted(sys.modules)]))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def test_every_public_name_has_a_docstring():
-    import importlib
-    import inspect
-    import pkgutil
+def test_importing_the_library_loads_no_optional_package(loaded):
+    library, _ = loaded
+    assert not OPTIONAL & set(library)
 
-    import wmateacher
 
-    names = [f"wmateacher.{m.name}" for m in pkgutil.iter_modules(wmateacher.__path__)]
-    for module in (wmateacher, *map(importlib.import_module, names)):
-        assert module.__doc__, module.__name__
-        for name, value in vars(module).items():
-            ours = str(getattr(value, "__module__", None)).startswith("wmateacher")
-            if name.startswith("_") or not ours or not callable(value):
-                continue
-            assert inspect.getdoc(value), f"{module.__name__}.{name}"
+def test_declarations_load_no_model_library(loaded):
+    _, declarations = loaded
+    assert not OPTIONAL & set(declarations)
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_every_public_name_has_a_docstring(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for key, value in vars(module).items():
+        ours = str(getattr(value, "__module__", None)).startswith("wmateacher")
+        if ours and not key.startswith("_") and callable(value):
+            assert inspect.getdoc(value), f"{name}.{key}"

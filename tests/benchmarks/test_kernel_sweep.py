@@ -2,13 +2,10 @@
 
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
+import programs
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -18,16 +15,17 @@ import kernel_sweep  # noqa: E402
 import sweep_report  # noqa: E402
 
 SHORT = ["--steps", "4", "--pretrain-steps", "6", "--jobs", "2"]
-KERNELS = ["--kernels", "none", "static", "beta(0.5, 0.5)", "ema(0.9)"]
+FEW = ["--kernels", "none", "beta(0.5, 0.5)", "ema(0.9)"]
+KERNELS = [*FEW, "static"]
 LOOKED_AT = ["cells.csv", "plane.png", "profiles.png", "gaps.png", "predicted.png", "report.html"]
 
 
-def command(*arguments):
-    return [sys.executable, str(ROOT / "benchmarks/kernel_sweep.py"), *map(str, arguments)]
+SCRIPT = ROOT / "benchmarks/kernel_sweep.py"
 
 
-def sweep(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True)
+@pytest.fixture
+def sweep(forks):
+    return lambda *arguments: programs.run(SCRIPT, *arguments)
 
 
 def record(kernel, seed, ID, OOD, distill_weight=0.9, gap=0.1):
@@ -78,13 +76,13 @@ def test_folders_of_cells_differ_and_are_plain():
 
 
 @pytest.mark.slow
-def test_a_sweep_leaves_everything_and_runs_nothing_twice(tmp_path):
-    arguments = [*SHORT, *KERNELS, "--seeds", 2, "--output", tmp_path / "out", "--cache", tmp_path / "cache"]
+def test_a_sweep_leaves_everything_and_runs_nothing_twice(sweep, tmp_path):
+    arguments = [*SHORT, *FEW, "--seeds", 2, "--output", tmp_path / "out", "--cache", tmp_path / "cache"]
     done = sweep(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "8 cells, 8 to run, 2 at a time" in done.stdout
+    assert "6 cells, 6 to run, 2 at a time" in done.stdout
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert len(results["cells"]) == 8
+    assert len(results["cells"]) == 6
     assert sweep_report.table(results).splitlines()[0] in done.stdout
     for name in LOOKED_AT:
         assert (tmp_path / "out" / name).stat().st_size > 100
@@ -94,10 +92,10 @@ def test_a_sweep_leaves_everything_and_runs_nothing_twice(tmp_path):
     assert "https://" not in page
     assert "beta(0.5,0.5)" in page
     with (tmp_path / "out/cells.csv").open() as stream:
-        assert len(list(csv.DictReader(stream))) == 8
+        assert len(list(csv.DictReader(stream))) == 6
     assert not list((tmp_path / "out").rglob("*.pt"))
     again = sweep(*arguments)
-    assert "8 cells, 0 to run" in again.stdout
+    assert "6 cells, 0 to run" in again.stdout
     assert json.loads((tmp_path / "out/results.json").read_text()) == results
     other = sweep(*arguments, "--steps", 5)
     assert other.returncode == 1
@@ -109,7 +107,7 @@ def test_a_sweep_leaves_everything_and_runs_nothing_twice(tmp_path):
     ("task", "cells", "axes"),
     [("dino", 3, ("knn", "linear")), ("mean-teacher", 4, ("accuracy", "student_accuracy"))],
 )
-def test_other_tasks_are_swept_too(tmp_path, task, cells, axes):
+def test_other_tasks_are_swept_too(sweep, tmp_path, task, cells, axes):
     done = sweep("--task", task, "--steps", 4, "--quick", *KERNELS, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "out/results.json").read_text())
@@ -122,20 +120,16 @@ def test_other_tasks_are_swept_too(tmp_path, task, cells, axes):
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
-    arguments = [*SHORT, *KERNELS, "--jobs", 1, "--cache", tmp_path / "cache", "--output"]
-    process = subprocess.Popen(
-        command(*arguments, tmp_path / "killed"), stdout=subprocess.DEVNULL, start_new_session=True
-    )
+def test_a_killed_sweep_goes_on_where_it_was(sweep, tmp_path):
+    arguments = [*SHORT, *FEW, "--jobs", 1, "--cache", tmp_path / "cache", "--output"]
     file = tmp_path / "killed/results.json"
-    while process.poll() is None and not file.exists():
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    killed = programs.Program(SCRIPT, *arguments, tmp_path / "killed")
+    killed.until(file.exists)
+    killed.kill(group=True)
     before = json.loads(file.read_text())["cells"]
-    assert 0 < len(before) < 4
+    assert 0 < len(before) < 3
     done = sweep(*arguments, tmp_path / "killed")
-    assert f"4 cells, {4 - len(before)} to run" in done.stdout
+    assert f"3 cells, {3 - len(before)} to run" in done.stdout
     assert sweep(*arguments, tmp_path / "whole").returncode == 0
     cells, expected = (
         json.loads((tmp_path / folder / "results.json").read_text())["cells"]
@@ -171,7 +165,7 @@ def test_bad_input(arguments, message, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_missing_data_is_a_line_and_no_traceback(tmp_path):
+def test_missing_data_is_a_line_and_no_traceback(sweep, tmp_path):
     done = sweep("--data", "mnist", "--output", tmp_path / "out", "--cache", tmp_path / "cache")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")

@@ -1,10 +1,10 @@
 """The benchmarks of an update run, and tell what they measured."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -15,8 +15,7 @@ import averagers  # noqa: E402
 
 
 def benchmark(script, *arguments):
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return programs.run(ROOT / "benchmarks" / script, *arguments)
 
 
 @pytest.mark.parametrize("precision", averagers.PRECISIONS)
@@ -55,7 +54,7 @@ def held(keep):
 @pytest.mark.parametrize(
     ("script", "picture"), [("update_overhead.py", "overhead.png"), ("memory.py", "memory.png")]
 )
-def test_a_benchmark_leaves_its_results(script, picture, tmp_path):
+def test_a_benchmark_leaves_its_results(forks, script, picture, tmp_path):
     rounds = ["--rounds", "1"] if script == "update_overhead.py" else []
     helpers = ["wmateacher", "wmateacher, split", "timm ModelEmaV3"]
     options = ["--models", "3,000 tensors", "--helpers", *helpers, "--output", tmp_path]

@@ -10,7 +10,7 @@ from pool import Pool
 
 @pytest.fixture(scope="session")
 def pools():
-    """One pool a backend and world size, each spawned once."""
+    """One pool a backend and world size, each started once."""
     made = {}
     yield lambda *key: made.setdefault(key, Pool(*key))
     for pool in made.values():

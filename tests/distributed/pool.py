@@ -1,4 +1,4 @@
-"""Processes that run test functions together, spawned once for all tests of a world size."""
+"""Processes that run test functions together, started once for all tests of a world size."""
 
 import contextlib
 import importlib
@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
@@ -68,14 +69,17 @@ class Pool:
         self.ranks = []
 
     def _start(self):
-        context = multiprocessing.get_context("spawn")
+        # A fork has all imports already, but cannot use the GPU if this process has.
+        context = multiprocessing.get_context("spawn" if self.backend == "nccl" else "fork")
         folder = tempfile.mkdtemp()
         for rank in range(self.size):
             here, there = context.Pipe()
             process = context.Process(
                 target=_work, args=(self.backend, rank, self.size, folder, there), daemon=True
             )
-            process.start()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside any thread
+                process.start()
             there.close()
             self.ranks.append((process, here))
         for _, pipe in self.ranks:
@@ -89,6 +93,8 @@ def device():
 
 
 def _work(backend, rank, size, folder, pipe):
+    if backend != "nccl":
+        warnings.resetwarnings()  # a fork begins inside a test, in which warnings are errors
     sys.path.insert(0, str(Path(__file__).parent))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     torch.set_num_threads(1)

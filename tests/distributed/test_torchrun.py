@@ -2,13 +2,12 @@
 
 import csv
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from pool import device
@@ -20,39 +19,8 @@ from wmateacher.integrations.engine import processes
 EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_tracer.py"
 OPTIONS = (
     "--methods", "zero-shot", "tracer", "--model", "tiny-vit-16", "--pretrain-steps", "40",
-    "--steps", "70", "--set", "finetune.checkpoint_every=30", "--device", "cpu",
+    "--steps", "70", "--finetune.checkpoint-every", "30", "--device", "cpu", "--cache", "cache", "--output",
 )  # fmt: skip
-
-
-def command(ranks, tmp_path, output):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [
-        sys.executable,
-        *launcher,
-        str(EXAMPLE),
-        *OPTIONS,
-        "--cache",
-        str(tmp_path / "cache"),
-        "--output",
-        output,
-    ]
-
-
-def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def run(ranks, tmp_path, output):
-    done = subprocess.run(
-        command(ranks, tmp_path, output),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environment(),
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def results(folder):
@@ -67,25 +35,22 @@ def gaps(folder):
 
 @pytest.mark.slow
 def test_the_table_is_that_of_one_process_also_resumed_on_another_number(tmp_path):
-    printed = run(1, tmp_path, "one")
-    two = run(2, tmp_path, "two")
-    victim = subprocess.Popen(
-        command(2, tmp_path, "three"), cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "three/checkpoints/tracer-0.pt").exists():
-        assert victim.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    os.killpg(victim.pid, signal.SIGKILL)
-    victim.wait()
+    one = programs.run(EXAMPLE, *OPTIONS, "one", cwd=tmp_path)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = subprocess.run(
+        [*torchrun, EXAMPLE, *OPTIONS, "two"], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
+    ranks = programs.launch(2, EXAMPLE, *OPTIONS, "three", cwd=tmp_path, wait=False)
+    ranks[0].until((tmp_path / "three/checkpoints/tracer-0.pt").exists)
+    for rank in ranks:
+        rank.kill()
     assert "tracer" not in results(tmp_path / "three")
-    resumed = run(1, tmp_path, "three")  # what two processes began
-    for text in (printed, two, resumed):
-        assert text.count("method ") == 1
-        assert text.count("wrote ") == 1
-        assert text.count("zero-shot (seed 0): ID") == 1
+    resumed = programs.run(EXAMPLE, *OPTIONS, "three", cwd=tmp_path)  # what two processes began
+    for done in (one, two, resumed):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("method ") == 1
+        assert done.stdout.count("wrote ") == 1
+        assert done.stdout.count("zero-shot (seed 0): ID") == 1
     expected = results(tmp_path / "one")
     for folder in ("two", "three"):
         found = results(tmp_path / folder)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from test_huggingface import (
     Sentences,
     TeacherTrainer,
@@ -41,4 +42,5 @@ def main(folder):
 
 
 if __name__ == "__main__":
+    AcceleratorState._reset_state(reset_partial_state=True)  # the test process leaves its own to its forks
     main(Path(sys.argv[1]))

@@ -1,9 +1,8 @@
 """A loop of Accelerate's: nothing but public calls of both."""
 
-import subprocess
-import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from accelerate import Accelerator
@@ -93,8 +92,6 @@ def test_steps_that_the_scaler_skips_do_not_count():
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    program = Path(__file__).parent / "accelerate_ranks.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, str(program), str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("average is right") == 4
+    for rank in programs.launch(2, Path(__file__).parent / "accelerate_ranks.py", tmp_path):
+        assert rank.returncode == 0, rank.stderr[-3000:]
+        assert rank.stdout.count("average is right") == 2

@@ -1,9 +1,10 @@
+import importlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -353,14 +354,11 @@ def test_bad_arguments_say_what_to_do(tmp_path):
         TeacherTrainer(classifier(), arguments(tmp_path), distillation="kll")
 
 
-def test_without_transformers_the_error_names_the_extra():
-    program = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "try: import wmateacher.integrations.huggingface\n"
-        "except ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "pip install 'wmateacher[huggingface]'" in done.stdout
+def test_without_transformers_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "wmateacher.integrations.huggingface")
+    with pytest.raises(ImportError, match=r"pip install 'wmateacher\[huggingface\]'"):
+        importlib.import_module("wmateacher.integrations.huggingface")
 
 
 # --- processes ----------------------------------------------------------------------------------------
@@ -369,8 +367,6 @@ def test_without_transformers_the_error_names_the_extra():
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     """Each rank asserts in the program: counts, the definition of the average, resuming."""
-    program = Path(__file__).parent / "huggingface_ranks.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, str(program), str(tmp_path)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("average is right") == 4
+    for rank in programs.launch(2, Path(__file__).parent / "huggingface_ranks.py", tmp_path):
+        assert rank.returncode == 0, rank.stderr[-3000:]
+        assert rank.stdout.count("average is right") == 2

@@ -1,8 +1,9 @@
-import subprocess
+import importlib
 import sys
 from pathlib import Path
 
 import lightning as L
+import programs
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
@@ -366,14 +367,12 @@ def test_bad_arguments_say_what_to_do(tmp_path, options, message):
         fitted(tmp_path, TeacherCallback(**options))
 
 
-def test_without_lightning_the_error_names_the_extra():
-    program = (
-        "import sys; sys.modules['lightning'] = None\n"
-        "try: import wmateacher.integrations.lightning\n"
-        "except ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "needs Lightning: pip install 'wmateacher[lightning]'" in done.stdout
+def test_without_lightning_the_error_names_the_extra(monkeypatch):
+    for name in ("lightning", "lightning.pytorch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "wmateacher.integrations.lightning")
+    with pytest.raises(ImportError, match=r"needs Lightning: pip install 'wmateacher\[lightning\]'"):
+        importlib.import_module("wmateacher.integrations.lightning")
 
 
 # --- processes ----------------------------------------------------------------------------------------
@@ -383,13 +382,9 @@ def test_without_lightning_the_error_names_the_extra():
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes(tmp_path, strategy):
     """Each rank asserts in the program: counts, the definition of the average, resuming."""
-    program = Path(__file__).parent / "lightning_ranks.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(program), strategy, str(tmp_path)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("average is right") == 4
+    for rank in programs.launch(2, Path(__file__).parent / "lightning_ranks.py", strategy, tmp_path):
+        assert rank.returncode == 0, rank.stderr[-3000:]
+        assert rank.stdout.count("average is right") == 2
 
 
 def test_a_teacher_is_a_wmateacher(tmp_path):

@@ -1,0 +1,117 @@
+"""Run programs in forks of the test process: real processes to signal and examine, without their imports' cost.
+
+A program's own start, in an interpreter of its own, is left to one test for each program.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch._dynamo  # an optimizer's first step imports it
+
+import wmateacher  # noqa: F401 - what every program imports, once for all forks
+
+TIMEOUT = 300.0
+"""Seconds after which a program counts as hanging."""
+
+
+class Program:
+    """`python script arguments...`, started at once; use `wait` or the signals to end it."""
+
+    def __init__(self, script, *arguments, cwd=".", env=None):
+        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        argv = [str(a) for a in (script, *arguments)]
+        # Not a daemon: the program may start loaders of its own.
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_execute, args=(argv, cwd, env or {}, *(f.fileno() for f in self._files))
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside any thread, idle ones too
+            self._process.start()
+
+    @property
+    def returncode(self):
+        """The exit code, minus the signal's number for a program that one ended; None while it runs."""
+        return self._process.exitcode
+
+    def until(self, condition):
+        """Wait until `condition()` is true while the program runs."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            assert self.returncode is None, self.wait().stderr[-3000:]
+            assert time.monotonic() < deadline, "the program hangs"
+            time.sleep(0.01)
+
+    def wait(self):
+        """Wait for the end; from then on there are `stdout` and `stderr`."""
+        self._process.join(TIMEOUT)
+        if self.returncode is None:
+            self.kill()
+            raise AssertionError(f"the program hangs\n{self.stderr[-3000:]}")
+        for file, name in zip(self._files, ("stdout", "stderr"), strict=True):
+            if not file.closed:
+                file.seek(0)
+                setattr(self, name, file.read().decode())
+                file.close()
+        return self
+
+    def kill(self, number=signal.SIGKILL, *, group=False):
+        """Send a signal to the program, or also to the processes that it started, and wait for its end."""
+        (os.killpg if group else os.kill)(self._process.pid, number)
+        return self.wait()
+
+
+def run(script, *arguments, **options):
+    """Run a program to its end."""
+    return Program(script, *arguments, **options).wait()
+
+
+def launch(size, script, *arguments, cwd=".", wait=True):
+    """Run a program on `size` ranks, each with the environment that torchrun gives it; one `Program` a rank."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+        "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0,
+        "TORCHELASTIC_MAX_RESTARTS": 0, "ROLE_RANK": 0,
+    }  # fmt: skip
+    ranks = [
+        Program(script, *arguments, cwd=cwd, env={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in range(size)
+    ]
+    return [rank.wait() for rank in ranks] if wait else ranks
+
+
+def _execute(argv, cwd, env, stdout, stderr):
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.update({key: str(value) for key, value in env.items()})
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    warnings.resetwarnings()
+    warnings.simplefilter("ignore", DeprecationWarning)
+    sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).parent)]
+    code = 0
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)
