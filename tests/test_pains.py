@@ -1,4 +1,4 @@
-"""What users of averaging helpers run into again and again: one test for each, named after it."""
+"""The common pitfalls of averaging helpers, one test for each, named after what the teacher does instead."""
 
 import copy
 
@@ -21,7 +21,7 @@ def perturb(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_an_average_in_low_precision_stalls(dtype):
+def test_the_average_of_a_low_precision_student_does_not_stall(dtype):
     model = student(dtype)
     teacher = WMATeacher(model, "ema(0.999)")
     for p in model.parameters():
@@ -33,7 +33,7 @@ def test_an_average_in_low_precision_stalls(dtype):
 
 
 @pytest.mark.parametrize("asked", ["auto", "split", torch.float32, torch.float64], ids=str)
-def test_a_float32_average_of_a_bfloat16_student_raises(asked):
+def test_a_bfloat16_student_may_be_averaged_in_any_precision(asked):
     model = student(torch.bfloat16)
     teacher = WMATeacher(model, "uniform", dtype=asked)
     perturb(model)
@@ -41,7 +41,7 @@ def test_a_float32_average_of_a_bfloat16_student_raises(asked):
     assert teacher(torch.randn(3, 4).bfloat16()).dtype is torch.bfloat16
 
 
-def test_counters_are_lost_on_resume_and_the_average_is_overwritten():
+def test_a_resumed_teacher_keeps_its_step_count():
     model = student()
     teacher = WMATeacher(model, "uniform")
     for _ in range(9):
@@ -54,7 +54,7 @@ def test_counters_are_lost_on_resume_and_the_average_is_overwritten():
     assert resumed.omega == pytest.approx(1 / 11)
 
 
-def test_a_restore_that_consumes_nothing_passes_unnoticed():
+def test_a_state_without_a_teacher_is_refused():
     teacher = WMATeacher(student(), "uniform")
     for state in ({}, student().state_dict(), {"_orig_mod.module.0.weight": torch.zeros(8, 4)}):
         for strict in (True, False):
@@ -62,14 +62,14 @@ def test_a_restore_that_consumes_nothing_passes_unnoticed():
                 teacher.load_state_dict(state, strict=strict)
 
 
-def test_a_checkpoint_is_written_while_weights_are_swapped():
+def test_the_student_cannot_be_saved_while_weights_are_swapped():
     model = student()
     teacher = WMATeacher(model, "uniform")
     with teacher.swap(), pytest.raises(RuntimeError, match="state_dict"):
         model.state_dict()
 
 
-def test_training_goes_on_with_averaged_weights_after_an_exception_in_validation():
+def test_the_student_gets_its_weights_back_after_an_exception_in_validation():
     model = student()
     teacher = WMATeacher(model, "uniform")
     perturb(model)
@@ -79,7 +79,7 @@ def test_training_goes_on_with_averaged_weights_after_an_exception_in_validation
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_validation_uses_an_average_that_was_never_updated():
+def test_a_teacher_that_was_never_updated_is_the_student():
     model = student().eval()
     teacher = WMATeacher(model, "beta(0.5,0.5)", 100)
     x = torch.randn(3, 4)
@@ -88,7 +88,7 @@ def test_validation_uses_an_average_that_was_never_updated():
         assert torch.equal(teacher(x), model(x))
 
 
-def test_batch_norm_statistics_go_stale_and_integers_are_averaged():
+def test_batch_norm_statistics_follow_and_integers_are_copied():
     model = student()
     for buffers in ("copy", "average"):
         teacher = WMATeacher(model, "ema(0.9)", buffers=buffers)
@@ -101,7 +101,7 @@ def test_batch_norm_statistics_go_stale_and_integers_are_averaged():
         model[1].reset_running_stats()
 
 
-def test_prefixes_of_torch_compile_make_an_update_match_nothing():
+def test_a_compiled_student_is_matched_by_name():
     model = student()
     teacher = WMATeacher(model, "ema(0.5)")
     compiled = torch.compile(nn.Sequential(torch.compile(model[0]), model[1], torch.compile(model[2])))
@@ -111,7 +111,7 @@ def test_prefixes_of_torch_compile_make_an_update_match_nothing():
     torch.testing.assert_close(teacher.module[0].weight, (before + model[0].weight) / 2)
 
 
-def test_modules_that_cannot_be_deep_copied_crash():
+def test_modules_that_cannot_be_deep_copied_get_a_factory():
     model = student()
     model.cache = model[0].weight * 2
     assert torch.equal(WMATeacher(model, "uniform").module.cache, model.cache)
@@ -122,7 +122,7 @@ def test_modules_that_cannot_be_deep_copied_crash():
 
 
 @pytest.mark.parametrize("kernel", ["ema(0.999)", "power(sigma_rel=0.1)", "beta(0.5,0.5)"])
-def test_an_update_interval_changes_the_window(kernel):
+def test_an_update_interval_keeps_the_window(kernel):
     ages = {}
     for every in (1, 10):
         model = nn.Linear(1, 1)
@@ -134,7 +134,7 @@ def test_an_update_interval_changes_the_window(kernel):
     assert ages[10] == pytest.approx(ages[1], abs=5)
 
 
-def test_a_teacher_of_an_adapter_copies_the_frozen_base():
+def test_a_teacher_of_an_adapter_shares_the_frozen_base():
     model = student()
     model[0].requires_grad_(False)
     teacher = WMATeacher(model, "uniform")
@@ -142,12 +142,12 @@ def test_a_teacher_of_an_adapter_copies_the_frozen_base():
 
 
 @pytest.mark.parametrize(("kernel", "number"), [("ema(7)", "7"), ("ema(-0.1)", "-0.1"), ("ema(1.5)", "1.5")])
-def test_momentum_and_decay_are_confused_and_any_number_is_accepted(kernel, number):
+def test_a_decay_out_of_range_is_refused(kernel, number):
     with pytest.raises(ValueError, match=rf"ema: .*retention.* got {number}"):
         WMATeacher(student(), kernel)
 
 
-def test_updates_happen_at_every_micro_batch_or_before_the_step():
+def test_an_attached_teacher_updates_once_after_each_step():
     model = student()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     teacher = WMATeacher(model, "tail(0.5)", 8)  # before the tail: the latest student
@@ -160,7 +160,7 @@ def test_updates_happen_at_every_micro_batch_or_before_the_step():
     assert teacher.step == 2
 
 
-def test_tied_weights_move_twice():
+def test_tied_weights_are_averaged_once():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     nn.init.zeros_(model[0].weight)
@@ -170,7 +170,7 @@ def test_tied_weights_move_twice():
     torch.testing.assert_close(teacher.module[1].weight, torch.full((3, 3), 0.1))
 
 
-def test_dropout_stays_on_in_the_teacher():
+def test_dropout_is_off_in_the_teacher():
     teacher = WMATeacher(nn.Dropout(0.5), "uniform").train()
     x = torch.ones(100)
     assert torch.equal(teacher(x), x)

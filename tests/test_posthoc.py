@@ -596,7 +596,7 @@ BAD = {
     "either every or steps": bad_recorder(),
     "got every=5 and steps=[1]": bad_recorder(every=5, steps=[1]),
     "every must be a whole number of at least 1, got 0": bad_recorder(every=0),
-    "steps must be increasing whole numbers of optimizer steps, at least 0, got [3, 2]": bad_recorder(
+    "steps must be rising whole numbers of optimizer steps, from 0 on, got [3, 2]": bad_recorder(
         steps=[3, 2]
     ),
     "steps must be within the run, got 11 with total_steps=10": bad_recorder(steps=[3, 11]),

@@ -126,7 +126,7 @@ def increasing(argument: str, values: Sequence[int]) -> list[int]:
         numbers, whole = [], False
     if not whole or not numbers or numbers[0] < 0 or not all(map(operator.lt, numbers, numbers[1:])):
         raise ValueError(
-            f"{argument} must be increasing whole numbers of optimizer steps, at least 0, got {values!r}"
+            f"{argument} must be rising whole numbers of optimizer steps, from 0 on, got {values!r}"
         )
     return numbers
 
