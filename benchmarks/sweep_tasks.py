@@ -111,7 +111,7 @@ class ClipTask(Task):
 
     def recipe(self, cell: Cell | None = None) -> clip_recipes.DigitsRecipe:
         """The digits recipe, with the cell's method in it alone."""
-        recipe = clip_recipes.DIGITS.with_data(self.data).with_pretraining(self.pretrain_steps)
+        recipe = replace(clip_recipes.DIGITS, data=self.data).adjust().with_pretraining(self.pretrain_steps)
         recipe = recipe.with_steps(self.steps)
         if cell is None:
             return recipe

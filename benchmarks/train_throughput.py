@@ -1,12 +1,13 @@
-"""Images a second of CLIP fine-tuning, FLYP and TRACER, and where a step's time goes.
+"""Measure the images per second of CLIP fine-tuning by FLYP and TRACER, and the time of each part of a step.
 
     python benchmarks/train_throughput.py                      # ViT-B/16, 224 px; on a GPU bf16 and batch 512
 
-Synthetic images and captions, the published losses, AdamW. Steps of both methods take turns; figures are
-medians over the rounds, the ratio the median of TRACER's time over FLYP's of the same round.
-`forward+backward` is the student's, `teacher` the teacher's forward, `losses` the distillation's value and
-gradient with respect to the embeddings (measured beside the step), `optimizer` AdamW's step, and `update` the
-average's. The floor of TRACER is 4/3 of FLYP: a forward is a third of a forward and backward.
+Images and captions are synthetic; the losses are the published ones, with AdamW. Steps of both methods
+alternate. Figures are medians over the rounds; the ratio is the median of TRACER's time over FLYP's in the
+same round. `forward+backward` is the student's, `teacher` the teacher's forward pass, `losses` the
+distillation's value and gradient with respect to the embeddings (measured outside the step), `optimizer`
+AdamW's step, and `update` the update of the average. TRACER takes at least 4/3 of FLYP's time, because a
+forward pass is a third of a forward and backward pass.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ FLOOR = 4 / 3
 
 
 def main() -> None:
-    """Measure, print, and write results.json."""
+    """Measure, print the table, and write results.json."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-16", help="any that open_clip builds (default: ViT-B-16)")
     parser.add_argument("--batch", type=int, default=512 if gpu else 8, help="512 on a GPU, else 8")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16" if gpu else "fp32")
-    parser.add_argument("--rounds", type=int, default=9, help="steps timed of each method (default: 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each method (default: 9)")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/train-throughput"))
     arguments = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
 
 
 class Steps:
-    """One student in training, by FLYP or by TRACER, with a clock between the parts of a step."""
+    """A student trained by FLYP or by TRACER, with the parts of a step timed."""
 
     def __init__(self, model: str, batch: int, precision: str, device: str):
         torch.manual_seed(0)
@@ -79,7 +80,7 @@ class Steps:
         self.parts: dict[str, float] = {}
 
     def run(self, distils: bool) -> float:
-        """Seconds of one step; its parts are in `parts`."""
+        """Take one step and return its seconds; those of its parts are in `parts`."""
         self.parts, method = {}, METHODS["tracer"]
         begin = self._now()
         batch = (self.images, self.tokens, self.caption)
@@ -105,7 +106,7 @@ class Steps:
         return self._now() - begin - self.parts.pop("measuring", 0.0)
 
     def _alone(self, answers: PairedEmbeddings, targets: PairedEmbeddings) -> None:
-        """Time the distillation's value and gradient at the embeddings, beside the step."""
+        """Time the distillation's value and gradient at the embeddings, outside the step."""
         began = self._now()
         image, text = (t.detach().requires_grad_() for t in answers[:2])
         held = PairedEmbeddings(image, text, answers[2].detach())
@@ -125,13 +126,14 @@ class Steps:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Medians of both methods' steps and parts."""
+    """Return the medians of both methods' steps and parts."""
     steps = Steps(arguments.model, arguments.batch, arguments.precision, arguments.device)
     taken: dict[str, list[dict[str, float]]] = {"flyp": [], "tracer": []}
     for turn in range(arguments.rounds + 2):
         for name, rounds in taken.items():
             seconds = steps.run(distils=name == "tracer")
-            if turn > 1:  # the first two warm up
+            # The first two rounds warm up.
+            if turn > 1:
                 rounds.append({"step": seconds, **steps.parts})
     methods = {
         name: {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
@@ -148,7 +150,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One row a method, and under it the ratio."""
+    """Return a table with one row per method, and the ratio below it."""
     rows = []
     for name, seconds in results["seconds"].items():
         row = {"method": name, "images/s": f"{results['batch'] / seconds['step']:.2f}"}

@@ -56,7 +56,7 @@ def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
             if getattr(options, name):
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is for recipes of digits, got recipe {recipe.name!r}")
-    recipe = recipes.adjust(recipe).with_steps(options.steps)
+    recipe = recipe.adjust().with_steps(options.steps)
     return recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, DigitsRecipe) else recipe
 
 
@@ -66,7 +66,8 @@ def select(options: Options, recipe: recipes.Recipe) -> tuple[recipes.Recipe, li
         return recipe, recipe.select(options.methods)
     if options.methods:
         raise ValueError(f"--ablate {options.ablate} runs its own variants: leave out --methods")
-    one_of("trained method in --alpha-of", options.alpha_of, [n for n, m in recipe.methods.items() if m.trains])
+    trained = [name for name, method in recipe.methods.items() if method.trains]
+    one_of("trained method in --alpha-of", options.alpha_of, trained)
     variants = ablations.variants(
         options.ablate, recipe.method("tracer"), recipe.finetune.steps, options.alpha_of
     )
@@ -83,7 +84,8 @@ def check_comparison(recipe: recipes.Recipe) -> None:
         )
     if isinstance(recipe, PhotoRecipe) and recipe.tests[0] != "imagenet":
         raise ValueError(
-            f"--compare-paper: the first of tests is in-distribution and must be 'imagenet', got {recipe.tests}"
+            "--compare-paper: the first of tests is in-distribution and must be 'imagenet', got "
+            f"{recipe.tests}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ __all__ = [
     "Merge",
     "Method",
     "RandomTexts",
-    "check_clip_norm",
     "parse_guidance",
     "tracer_terms",
 ]
@@ -37,16 +37,6 @@ TRACER_TERMS = tracer_terms(512)
 """TRACER's distillation at width 512."""
 CAROT_EMA = "ema(0.05,0.9,schedule=linear,warmup=0.2)"
 """CaRot's teacher: its decay rises from 0.05 to 0.9 over the first 20% of the run."""
-
-
-def check_clip_norm(clip_norm: float | None) -> None:
-    """Check that gradients can be clipped at a norm.
-
-    Raises:
-        ValueError: If it is neither positive nor None.
-    """
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"clip_norm must be above 0, or None for no clipping, got {clip_norm}")
 
 
 @dataclass(frozen=True)
@@ -74,6 +64,12 @@ class RandomTexts:
             positive_int(f"random_texts: {name}", getattr(self, name))
 
 
+_GUIDANCE: dict[str, Callable[..., Contexts | RandomTexts]] = {
+    "contexts": Contexts,
+    "random_texts": RandomTexts,
+}
+
+
 def parse_guidance(guidance: str) -> Contexts | RandomTexts:
     """Return the texts that a spec names.
 
@@ -84,8 +80,8 @@ def parse_guidance(guidance: str) -> Contexts | RandomTexts:
         ValueError: If the spec does not parse or names neither.
     """
     call = parse_call(guidance)
-    kinds: dict[str, type[Contexts | RandomTexts]] = {"contexts": Contexts, "random_texts": RandomTexts}
-    return call.build(lookup("guidance", call.name, kinds))
+    texts: Contexts | RandomTexts = call.build(lookup("guidance", call.name, _GUIDANCE))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -179,7 +175,8 @@ class Method:
         one_of("head", self.head, ("text", "linear"))
         one_of("clock", self.clock, clocks.CLOCKS)
         positive_int("update_every", self.update_every)
-        check_clip_norm(self.clip_norm)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be above 0, or None for no clipping, got {self.clip_norm}")
         if self.kernel is not None:
             kernels.build(self.kernel)
         if (self.kernel is None) != (self.distillation is None):
@@ -283,7 +280,8 @@ _METHODS = [
     ),
     # ARF adds two InfoNCE losses. The one on rich captions of the fine-tuning images is left out, because it
     # needs a captioning model. The one on pairs retrieved from web data uses the recipe's anchor pairs; on
-    # digits these are drawn as in pre-training, so ARF sees images that other methods do not. Weight 1 is ours.
+    # digits these are drawn as in pre-training, so ARF sees images that other methods do not. Weight 1 is our
+    # choice.
     Method(
         "arf",
         "FLYP + InfoNCE of anchor pairs like those of pre-training: half of ARF (Han et al. 2024)",

@@ -1,8 +1,8 @@
 """Micro batches for losses that see the whole batch: the memory of a part, the gradients of the whole.
 
 Gradient caching (Gao et al. 2021, "Scaling deep contrastive learning batch size under memory limited setup"):
-embed every micro batch without a graph, compute the loss of all embeddings and its gradient at them, then embed
-every micro batch again with a graph and backpropagate that gradient through it.
+embed every micro batch without a graph, compute the loss of all embeddings and its gradient at them, then
+embed every micro batch again with a graph and backpropagate that gradient through it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,15 @@ from typing import Any
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.tables import Results
 
-__all__ = ["ABLATIONS", "ABLATION_STEPS", "FORGETTING", "PUBLISHED", "compare", "compare_forgetting", "measured"]
+__all__ = [
+    "ABLATIONS",
+    "ABLATION_STEPS",
+    "FORGETTING",
+    "PUBLISHED",
+    "compare",
+    "compare_forgetting",
+    "measured",
+]
 
 Row = Mapping[str, float]
 _FIVE = ("id", "imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectnet", "ood")
@@ -85,8 +93,8 @@ ABLATIONS: Mapping[str, Mapping[str, tuple[float | None, float, float]]] = {
     "interval": {},
     "alpha": {},
 }
-"""Figures by ablation and variant: ImageNet accuracy, mean accuracy and mean ECE of the shifts; ViT-B/16, three
-seeds."""
+"""Figures by ablation and variant: accuracy on ImageNet, mean accuracy and mean ECE of the shifts. All are of
+ViT-B/16, means of three seeds."""
 ABLATION_STEPS = 25_030
 """Optimizer steps of the runs with update intervals of 1, 500 and 2,500 steps."""
 

@@ -14,7 +14,7 @@ __all__ = ["course", "picture", "reliability", "table", "teachers"]
 
 
 def table(results: Results) -> str:
-    """Return a table with one row per method: accuracies in percent, the shifts' mean ECE, seconds of training.
+    """Return a table with one row per method: accuracies in percent, the shifts' mean ECE, training seconds.
 
     With several seeds every figure is `mean ± sample deviation`.
     """

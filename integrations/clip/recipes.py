@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from wmateacher.checks import lookup, one_of
 from wmateacher.integrations.clip import paper
 from wmateacher.integrations.clip.data import imagenet
 from wmateacher.integrations.clip.data.batches import Sampling
-from wmateacher.integrations.clip.methods import METHODS, Method, check_clip_norm, tracer_terms
-from wmateacher.integrations.engine import schedules
+from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
+from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.sampling import steps_per_epoch
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
-__all__ = ["RECIPES", "DigitsRecipe", "PhotoRecipe", "Recipe", "Settings", "adjust", "get"]
+__all__ = ["RECIPES", "DigitsRecipe", "PhotoRecipe", "Recipe", "Settings", "get"]
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a run is optimised: AdamW, linear warm-up, cosine decay to 0.
+@dataclass(frozen=True, kw_only=True)
+class Settings(settings.Settings):
+    """How a run is optimised: AdamW, a linear warm-up, then a cosine decay to 0.
 
     Attributes:
         steps: Optimizer steps T of the run.
@@ -43,34 +43,21 @@ class Settings:
         freeze_text: Train the image tower and the logit scale only.
     """
 
-    steps: int
-    learning_rate: float
+    precisions = ("fp32", "bf16", "fp16")
+
     batch_size: int
     weight_decay: float = 0.1
     warmup: int = 500
-    clip_norm: float | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     grad_checkpointing: bool = False
     micro_batch: int | None = None
     compile: bool = False
-    seed: int = 0
-    checkpoint_every: int = 100
     freeze_text: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch_size", 1), ("warmup", 0), ("checkpoint_every", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        super().__post_init__()
+        settings.check_at_least(self, batch_size=1)
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}: None is all at once")
-        check_clip_norm(self.clip_norm)
-        one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of the optimizer step with index `step`, from 0."""
-        return schedules.warmup_cosine(step, self.steps, self.warmup, self.learning_rate)
 
     def scaled(self, steps: int | None) -> Settings:
         """Return the settings with other steps and the warm-up in proportion; None: unchanged."""
@@ -129,7 +116,10 @@ class Recipe:
         """
         if tuple(names) == ("all",):
             return list(self.methods)
-        return [self.method(name) and name for name in names or self.default or self.methods]
+        selected = list(names or self.default or self.methods)
+        for name in selected:
+            self.method(name)
+        return selected
 
     def trained(self, name: str) -> Method:
         """Return the method that is trained for a method: itself, or the one that a merge is of."""
@@ -158,6 +148,10 @@ class Recipe:
                 "(--anchors FILE), or leave the method out"
             )
         return None
+
+    def adjust(self: RecipeT) -> RecipeT:
+        """Return the recipe with the values that follow from those changed on the command line."""
+        return self
 
     def with_steps(self: RecipeT, steps: int | None) -> RecipeT:
         """Return the recipe with other steps of fine-tuning and the warm-up in proportion."""
@@ -192,6 +186,17 @@ class DigitsRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("data", self.data, digits.SOURCES)
+
+    def adjust(self) -> DigitsRecipe:
+        """Return the recipe with more steps of pre-training if `data` was changed to larger data.
+
+        Steps that were changed stay as they are.
+        """
+        before = RECIPES.get(self.name)
+        if not isinstance(before, DigitsRecipe) or self.pretrain.steps != before.pretrain.steps:
+            return self
+        is_larger = self.data not in (before.data, "digits")
+        return self.with_pretraining(self.large_data_steps) if is_larger else self
 
     def with_pretraining(self, steps: int | None) -> DigitsRecipe:
         """Return the recipe with other steps of pre-training and the warm-up in proportion."""
@@ -276,10 +281,9 @@ class PhotoRecipe(Recipe):
         train: The training pairs: `imagenet-train`, a .csv or .tsv of captions, or .tar shards.
         anchors: Pairs like those of pre-training, likewise, for methods that need them.
         tests: The test sets; the first is in-distribution.
-        templates: Captions with one `{}` for the class, in training and in the zero-shot head. Empty: OpenAI's
-            80.
-        epochs: Passes over the training pairs. None: `finetune.steps` decides, which it also does if it is
-            changed.
+        templates: Captions with one `{}` for the class, in training and in the zero-shot head. Empty:
+            OpenAI's 80.
+        epochs: Passes over the training pairs. None: `finetune.steps` is used, as it is if it was changed.
         sampling: `epochs`, or `balanced`: all classes equally often.
         scale: The smallest and largest share of an image in a training crop.
         flip: The probability of a horizontal flip.
@@ -318,6 +322,12 @@ class PhotoRecipe(Recipe):
             raise ValueError(f"scale must be two shares of an image such as (0.9, 1.0), got {self.scale}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip must be a probability, got {self.flip}")
+
+    def adjust(self) -> PhotoRecipe:
+        """Return the recipe without `epochs` if the steps of fine-tuning were changed."""
+        before = RECIPES.get(self.name)
+        changed = before is not None and self.finetune.steps != before.finetune.steps
+        return replace(self, epochs=None) if changed else self
 
     def resolve(self, pairs: int) -> PhotoRecipe:
         """Return the recipe with the numbers of steps that follow from the number of training pairs.
@@ -403,19 +413,3 @@ def get(name: str) -> Recipe:
         ValueError: If there is none; the message lists the recipes.
     """
     return lookup("recipe", name, RECIPES)
-
-
-def adjust(recipe: Recipe) -> Recipe:
-    """Return a changed recipe with the values that follow from the changes.
-
-    Larger data lengthens pre-training if its steps were not changed, and changed steps of fine-tuning take the
-    place of epochs.
-    """
-    base = get(recipe.name)
-    if isinstance(recipe, DigitsRecipe) and isinstance(base, DigitsRecipe):
-        same_steps = recipe.pretrain.steps == base.pretrain.steps
-        if same_steps and recipe.data not in (base.data, "digits"):
-            return recipe.with_pretraining(recipe.large_data_steps)
-    elif isinstance(recipe, PhotoRecipe) and recipe.finetune.steps != base.finetune.steps:
-        return replace(recipe, epochs=None)
-    return recipe

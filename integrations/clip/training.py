@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from wmateacher.integrations.engine import loop, processes
 from wmateacher.losses import PairedEmbeddings
 
 __all__ = ["Fit", "build_student", "fit"]
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -177,7 +175,7 @@ class _FineTuning:
         if self.teacher is not None:
             # The optimizer knows which steps the gradient scaler skips; those must not be averaged.
             self.teacher.attach(self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        self.scaler = settings.grad_scaler(self.device)
         if settings.grad_checkpointing:
             towers_of(student).clip.set_grad_checkpointing()
         if settings.compile:
@@ -255,8 +253,7 @@ class _FineTuning:
         self.model = processes.parallel(self.student)
 
     def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST.get(self.settings.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        return self.settings.autocast(self.device)
 
     def _targets(self, parts: list[Batch]) -> PairedEmbeddings | Classified | None:
         """Return the teacher's output, or None without a teacher."""
@@ -280,9 +277,7 @@ class _FineTuning:
 
     def run_config(self) -> dict[str, Any]:
         """Return the settings that must match for a checkpoint to be resumed."""
-        settings = asdict(self.settings)
-        del settings["checkpoint_every"]
-        return {**self.method.settings(), **settings}
+        return {**self.method.settings(), **self.settings.run_config()}
 
     def nan_hint(self) -> str:
         """Return the settings to change if the loss is not finite."""

@@ -104,7 +104,7 @@ def _description(options: type, recipes: Mapping[str, Any], default: str) -> str
 
 
 def _first_entries() -> ConstructorRegistry:
-    """Keep only the first entry of every mapping of dataclasses: in `--help` the others would be the same."""
+    """Show one entry, NAME, of every mapping of dataclasses: in `--help` the others would be the same."""
     registry = ConstructorRegistry()
 
     @registry.struct_rule
@@ -113,7 +113,7 @@ def _first_entries() -> ConstructorRegistry:
         if not isinstance(entries, Mapping) or not all(map(is_dataclass, entries.values())) or not entries:
             return None
         name, first = next(iter(entries.items()))
-        text = f"Settings of {name}. Each of {', '.join(entries)} has the same."
-        return StructConstructorSpec(dict, (StructFieldSpec(name, type(first), first, text),))
+        text = f"NAME is one of {', '.join(entries)}. The defaults shown are those of {name}."
+        return StructConstructorSpec(dict, (StructFieldSpec("NAME", type(first), first, text),))
 
     return registry

@@ -34,13 +34,12 @@ def sets(tmp_path_factory):
     return root
 
 
+def arguments(root, *more):
+    return [*TINY, *more, "--data-root", str(root), "--device", "cpu"]
+
+
 def command(root, *more):
-    return [sys.executable, str(EXAMPLE), *TINY, *more, "--data-root", str(root)]
-
-
-def run(root, *more):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(root, *more), capture_output=True, text=True, env=environment)
+    return [sys.executable, str(EXAMPLE), *arguments(root, *more)]
 
 
 def rows(file):
@@ -50,10 +49,13 @@ def rows(file):
 @pytest.mark.slow
 def test_all_methods_by_the_real_command_and_what_can_be_learnt_is_learnt(sets, tmp_path):
     out = tmp_path / "out"
-    done = run(
-        sets, "finetune.learning_rate=3e-3", "methods.ft.rate=1", "epochs=15", "evaluate_every=30",
-        "--methods", "all", "--compare-paper", "--workers", "1", "--output", str(out),
+    run = command(
+        sets, "--finetune.learning-rate", "3e-3", "--methods.ft.rate", "1", "--epochs", "15",
+        "--evaluate-every", "30", "--methods", "all", "--compare-paper", "--workers", "1",
+        "--output", str(out),
     )  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(run, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())
     assert set(results["methods"]) == set(METHODS)
@@ -95,21 +97,16 @@ def without_seconds(results):
 
 @pytest.mark.slow
 def test_killed_five_times_at_random_steps_a_run_ends_with_the_same_numbers(sets, tmp_path):
-    arguments = (
-        "epochs=50", "evaluate_every=30", "finetune.checkpoint_every=7", "finetune.learning_rate=1e-3",
-        "--methods", "tracer",
+    given = (
+        "--epochs", "50", "--evaluate-every", "30", "--finetune.checkpoint-every", "7",
+        "--finetune.learning-rate", "1e-3", "--methods", "tracer", "--output",
     )  # fmt: skip
-    settings = (*TINY[TINY.index("--set") + 1 :], *arguments[:-2])
-    options = {
-        "recipe": "imagenet-vit-b-16", "model": "tiny-vit-16", "data_root": sets, "methods": ("tracer",),
-        "set": settings, "device": "cpu",
-    }  # fmt: skip
-    clip_tracer.main(clip_tracer.Arguments(**options, output=tmp_path / "whole"))
+    clip_tracer.main(arguments(sets, *given, str(tmp_path / "whole")))
     checkpoint = tmp_path / "killed/checkpoints/tracer-0.pt"
     targets = sorted(random.Random(5).sample(range(10, 190), 5))
     for target in targets:
         victim = subprocess.Popen(
-            command(sets, *arguments, "--output", str(tmp_path / "killed")),
+            command(sets, *given, str(tmp_path / "killed")),
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         deadline = time.monotonic() + 200
@@ -120,7 +117,7 @@ def test_killed_five_times_at_random_steps_a_run_ends_with_the_same_numbers(sets
         victim.send_signal(signal.SIGKILL)
         victim.wait()
         assert not (tmp_path / "killed/gaps").exists()  # it had not ended
-    clip_tracer.main(clip_tracer.Arguments(**options, output=tmp_path / "killed"))
+    clip_tracer.main(arguments(sets, *given, str(tmp_path / "killed")))
     results = [json.loads((tmp_path / d / "results.json").read_text()) for d in ("whole", "killed")]
     assert without_seconds(results[0]) == without_seconds(results[1])
     for what in ("gaps", "epochs", "reliability"):
@@ -133,9 +130,9 @@ def test_killed_five_times_at_random_steps_a_run_ends_with_the_same_numbers(sets
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group_saves_first_also_with_workers(sets, tmp_path):
-    arguments = ("epochs=200", "finetune.checkpoint_every=50", "--methods", "flyp", "--workers", "2")
+    given = ("--epochs", "200", "--finetune.checkpoint-every", "50", "--methods", "flyp", "--workers", "2")
     run = subprocess.Popen(
-        command(sets, *arguments, "--output", str(tmp_path / "out")), stderr=subprocess.PIPE, text=True,
+        command(sets, *given, "--output", str(tmp_path / "out")), stderr=subprocess.PIPE, text=True,
         stdout=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     checkpoint = tmp_path / "out/checkpoints/flyp-0.pt"
@@ -152,8 +149,6 @@ def test_a_signal_to_the_whole_group_saves_first_also_with_workers(sets, tmp_pat
     assert "Traceback" not in error
 
 
-NO_ANCHORS = ("pretrained=None", "finetune.batch_size=8", "finetune.warmup=1")
-
 # --- faults ---------------------------------------------------------------------------------------
 
 
@@ -163,16 +158,11 @@ def root(tmp_path):
     return tmp_path
 
 
-def go(root, *assignments, at=None, **options):
-    """The program itself, in this process; its results."""
-    given = {"recipe": "imagenet-vit-b-16", "model": "tiny-vit-16", "data_root": root, "methods": ("flyp",)}
-    settings = (*TINY[TINY.index("--set") + 1 :], "epochs=1", *assignments)
-    clip_tracer.main(
-        clip_tracer.Arguments(
-            **{**given, "set": settings, "output": root / "out", "device": "cpu", **options}
-        )
-    )
-    return json.loads(((at or root / "out") / "results.json").read_text())
+def go(root, *more, out=None):
+    """Run the program in this process and return its results."""
+    out = out or root / "out"
+    clip_tracer.main(arguments(root, "--methods", "flyp", "--epochs", "1", *more, "--output", str(out)))
+    return json.loads((out / "results.json").read_text())
 
 
 @pytest.mark.parametrize("train", ["imagenet-train", "anchors.csv"])
@@ -181,18 +171,20 @@ def test_corrupt_images_are_counted_and_lose_nothing(root, train):
         file.write_bytes(file.read_bytes()[:100])
     next((root / "imagenet-r").rglob("*.jpg")).write_bytes(b"")
     with (
-        pytest.warns(UserWarning, match="cannot be read: the next image stands in"),
+        pytest.warns(UserWarning, match="cannot be read: the next image replaces it"),
         pytest.warns(
             UserWarning, match="1 of 6 images cannot be read and are left out, such as .*imagenet-r"
         ),
     ):
-        results = go(root, f"train={train}", "epochs=2")
+        results = go(root, "--train", train, "--epochs", "2")
     assert results["methods"]["flyp"]["runs"][0]["unreadable"] == 4  # two in each epoch
 
 
 def test_wrong_folders_and_tables_are_errors_before_anything_runs(root):
     picture(root / "imagenet/train/n00000000/x.JPEG", 0)
-    with pytest.raises(ValueError, match="n00000000 is no class of imagenet-train: .*Move it out of there"):
+    with pytest.raises(
+        ValueError, match="n00000000 is not a class of imagenet-train: .*Move it out of there"
+    ):
         go(root)
     (root / "imagenet/train/n00000000").rename(root / "elsewhere")
     table = root / "anchors.csv"
@@ -206,92 +198,79 @@ def test_wrong_folders_and_tables_are_errors_before_anything_runs(root):
     with pytest.raises(
         FileNotFoundError, match="no imagenet-sketch in .*; get https://github.com/HaohanWang"
     ):
-        go(root, "anchors=None")
+        go(root, "--anchors", "None")
     assert not (root / "out").exists()
-    results = go(root, "anchors=None", "tests=('imagenet', 'objectnet')")
+    results = go(root, "--anchors", "None", "--tests", "imagenet", "objectnet")
     assert list(results["methods"]["flyp"]["ood_per_shift"]) == ["objectnet"]
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("more", "message"),
     [
-        ({"data_root": None}, "needs the folder that holds its data sets, got root=None: pass root=DIR"),
-        ({"data": "mnist"}, "--data is for recipes of digits, got --recipe imagenet-vit-b-16"),
-        ({"pretrain_steps": 3}, "--pretrain-steps is for recipes of digits"),
-        ({"set": ("epoch=3",)}, "unknown setting 'epoch'; did you mean 'epochs'"),
+        (["--pretrain-steps", "3"], "--pretrain-steps is for recipes of digits, got recipe 'imagenet-vit-b-16'"),
+        (["--pretrained", "openai"], "unknown weights 'openai' for 'tiny-vit-16': neither a file nor a tag"),
         (
-            {"set": ("pretrained=openai",)},
-            "unknown weights 'openai' for 'tiny-vit-16': neither a file nor a tag",
-        ),
-        (
-            {"set": ("tests=('imagenet-r', 'imagenet')",), "compare_paper": True},
+            ["--tests", "imagenet-r", "imagenet", "--compare-paper"],
             "the first of tests is in-distribution and must be 'imagenet', got",
         ),
         (
-            {"methods": ("flyp", "arf"), "set": NO_ANCHORS},
-            "method 'arf' needs anchor pairs, .*--set anchors=FILE",
+            ["--methods", "flyp", "arf", "--anchors", "None"],
+            "method 'arf' needs anchor pairs, .*--anchors FILE",
         ),
         (
-            {"recipe": "digits", "set": (), "compare_paper": True},
-            "the paper has no table for recipe 'digits'",
+            ["--train", "anchors.csv", "--methods", "flyp", "wise-ft"],
+            "'wise-ft' has a linear head and needs labels, the data has captions only",
         ),
     ],
-)
-def test_bad_options(sets, tmp_path, options, message):
+)  # fmt: skip
+def test_bad_options(sets, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
-        go(sets, **{"output": tmp_path / "out", **options})
-
-
-def test_captions_without_labels_are_not_for_classifiers(sets, tmp_path):
-    with pytest.raises(
-        ValueError, match="'wise-ft' has a linear head and needs labels, the data has captions only"
-    ):
-        go(sets, "train=anchors.csv", methods=("flyp", "wise-ft"), output=tmp_path / "out")
+        go(sets, *more, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_parts_balanced_batches_and_half_precision_by_the_command_line(sets, tmp_path):
-    given = clip_tracer.Arguments(
-        recipe="imagenet-vit-b-16", model="tiny-vit-16", data_root=sets, methods=("tracer",), device="cpu",
-        output=tmp_path / "out", log_to=("tensorboard",),
-        set=(
-            *TINY[TINY.index("--set") + 1 :], "epochs=2", "finetune.micro_batch=3", "sampling=balanced",
-            "finetune.grad_checkpointing=True", "finetune.precision=bf16", "evaluate_every=0",
-            "methods.tracer.distill_weight=0.5",
-        ),
+def test_photographs_need_a_folder():
+    with pytest.raises(
+        ValueError, match="needs the folder that holds its data sets, got root=None: pass root=DIR"
+    ):
+        clip_tracer.main([*TINY, "--device", "cpu"])
+
+
+def test_unknown_values_have_suggestions(capsys):
+    with pytest.raises(SystemExit):
+        clip_tracer.main([*TINY, "--epoch", "3"])
+    assert "--epochs" in capsys.readouterr().err
+
+
+def test_micro_batches_balanced_batches_and_half_precision_by_the_command_line(sets, tmp_path):
+    out = tmp_path / "out"
+    results = go(
+        sets, "--methods", "tracer", "--epochs", "2", "--log-to", "tensorboard", "--evaluate-every", "0",
+        "--finetune.micro-batch", "3", "--finetune.grad-checkpointing", "--finetune.precision", "bf16",
+        "--sampling", "balanced", "--methods.tracer.distill-weight", "0.5", out=out,
     )  # fmt: skip
-    clip_tracer.main(given)
-    results = json.loads((tmp_path / "out/results.json").read_text())
     assert results["config"]["methods"]["tracer"]["distill_weight"] == 0.5
     assert results["config"]["sampling"] == "balanced"
-    assert not (tmp_path / "out/epochs").exists()
-    assert list((tmp_path / "out/tensorboard").glob("tracer*/events*"))
+    assert not (out / "epochs").exists()
+    assert list((out / "tensorboard").glob("tracer*/events*"))
 
 
 def test_an_ablation_goes_by_the_real_length_and_needs_no_shifts(sets, tmp_path, capsys):
-    results = go(
-        sets, "epochs=20", "tests=('imagenet',)", "evaluate_every=0", methods=(), ablate="interval",
-        output=tmp_path / "out", at=tmp_path / "out",
-    )  # fmt: skip
+    out = tmp_path / "out"
+    given = ("--epochs", "20", "--tests", "imagenet", "--evaluate-every", "0", "--ablate", "interval")
+    clip_tracer.main(arguments(sets, *given, "--output", str(out)))
+    results = json.loads((out / "results.json").read_text())
     names = ["every 1", "every 2", "every 2, published clock", "every 8", "every 8, published clock"]
     assert list(results["methods"]) == names
     assert all(record["ood"] is None for record in results["methods"].values())
-    assert (tmp_path / "out/ablation.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "ablation.png").read_bytes().startswith(b"\x89PNG")
     assert "interval ID mean OOD OOD ECE W^0 share" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_dry_run_tells_all_and_writes_nothing(sets, tmp_path, capsys):
-    out, settings = tmp_path / "out", ("finetune.batch_size=8", "finetune.warmup=4")
-    clip_tracer.main(
-        clip_tracer.Arguments(
-            recipe="imagenet-vit-b-16",
-            data_root=sets,
-            dry_run=True,
-            output=out,
-            methods=("tracer",),
-            set=settings,
-        )
-    )
+    out = tmp_path / "out"
+    given = ("--methods", "tracer", "--finetune.warmup", "4", "--dry-run", "--output", str(out))
+    clip_tracer.main(arguments(sets, *given))
     text = capsys.readouterr().out
     assert "length: 40 optimizer steps of 8: 32 pairs, 4 steps an epoch" in text
     assert "GiB of" in text

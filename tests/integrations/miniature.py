@@ -80,8 +80,8 @@ def learnable(root):
 
 
 TINY = (
-    "--recipe", "imagenet-vit-b-16", "--model", "tiny-vit-16", "--set", "pretrained=None",
-    "templates=('a photo of a {}.', 'a {}')", "finetune.batch_size=8", "finetune.precision=fp32",
-    "finetune.warmup=1", "anchors=anchors.csv",
+    "imagenet-vit-b-16", "--model", "tiny-vit-16", "--pretrained", "None", "--anchors", "anchors.csv",
+    "--templates", "a photo of a {}.", "a {}", "--finetune.batch-size", "8", "--finetune.precision", "fp32",
+    "--finetune.warmup", "1",
 )  # fmt: skip
-"""Arguments of the example that make the recipe a small one; more settings may follow."""
+"""Arguments of the example that make its recipe a small one."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,20 +116,22 @@ def _unreadable(found: files.Captioned, name: str, progress: bool) -> list[str]:
     return bad
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Check a data root; exit with 1 if anything is missing or wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m wmateacher.integrations.clip.data.check",
         description="Check a folder that holds ImageNet, its five shifted test sets, or captions.",
     )
     parser.add_argument("root", type=Path, metavar="DATA_ROOT", help="the folder that holds the sets")
-    parser.add_argument("--sets", nargs="*", choices=list(imagenet.SETS), help="check only these; none after it: no set")
+    parser.add_argument(
+        "--sets", nargs="*", choices=list(imagenet.SETS), help="check only these; none: no set"
+    )
     parser.add_argument(
         "--pairs", nargs="+", default=[], metavar="FILE",
         help="tables of captions (.csv, .tsv) and tar shards (cc3m-{0000..0331}.tar) to check, too",
     )  # fmt: skip
     parser.add_argument("--read", action="store_true", help="read every image, too, which is slow")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if not arguments.root.is_dir():
         parser.error(f"no folder {arguments.root}: give the folder that holds the data sets")
     names = list(imagenet.SETS) if arguments.sets is None else arguments.sets

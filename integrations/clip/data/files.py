@@ -261,8 +261,8 @@ def load(where: str, root: Path | None) -> Captioned:
         if imagenet.SETS[where].classes != imagenet.CLASSES:
             whole = [name for name, s in imagenet.SETS.items() if s.classes == imagenet.CLASSES]
             raise ValueError(
-                f"{where!r} has {imagenet.SETS[where].classes} classes, with indices of its own, and is a test "
-                f"set: train on {', '.join(whole)}, or on a table of captions"
+                f"{where!r} has {imagenet.SETS[where].classes} classes, with indices of its own, and is a "
+                f"test set: train on {', '.join(whole)}, or on a table of captions"
             )
         if root is None:
             raise ValueError(f"{where!r} needs the folder that holds it: pass root=DIR (--data-root DIR)")
@@ -290,5 +290,5 @@ def check_labels(data: Captioned, classes: int) -> None:
     if wrong:
         raise ValueError(
             f"labels must be in 0 ... {classes - 1}, got {int(data.labels[wrong[0]])} of "
-            f"{data.name(wrong[0])}, and {len(wrong) - 1} more outside: they are indices of ImageNet's classes"
+            f"{data.name(wrong[0])}, and {len(wrong) - 1} more outside: they index ImageNet's classes"
         )

@@ -116,7 +116,7 @@ SHIFTS = ("imagenet-v2", "imagenet-r", "imagenet-a", "imagenet-sketch", "objectn
 
 
 def read_image(file: str | BytesIO, border: int = 0) -> Image.Image:
-    """Read an image in RGB and cut off a border of so many pixels.
+    """Read an image in RGB and cut off `border` pixels on every side.
 
     Raises:
         OSError: If the image cannot be read, whichever error its decoder raised, or is nothing but border.
@@ -300,7 +300,7 @@ def _objectnet(folder: Path) -> Test:
         }
     except (KeyError, IndexError) as error:
         raise ValueError(
-            f"the mappings in {mappings} do not match each other ({error!r}): take all of them from one archive"
+            f"the mappings in {mappings} do not match each other ({error!r}): take all from one archive"
         ) from error
     ordered = sorted(groups)
     label = {name: i for i, name in enumerate(ordered)}

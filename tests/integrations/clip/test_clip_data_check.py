@@ -1,24 +1,18 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from miniature import everything
 
 from wmateacher.integrations.clip.data import imagenet
-from wmateacher.integrations.clip.data.check import check, check_pairs
+from wmateacher.integrations.clip.data.check import check, check_pairs, main
 
 
 @pytest.fixture
 def root(tmp_path):
     everything(tmp_path)
     return tmp_path
-
-
-def command(*arguments):
-    module = "wmateacher.integrations.clip.data.check"
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True
-    )
 
 
 def test_counts_and_what_is_less_than_published(root):
@@ -29,8 +23,6 @@ def test_counts_and_what_is_less_than_published(root):
 
 
 def test_a_whole_set_is_ok(root, monkeypatch):
-    from dataclasses import replace
-
     whole = replace(imagenet.SETS["objectnet"], classes=2, images=4)
     monkeypatch.setattr(imagenet, "SETS", {**imagenet.SETS, "objectnet": whole})
     assert check("objectnet", root).problems == ()
@@ -62,19 +54,25 @@ def test_tables_and_shards_are_looked_at_too(root):
     assert "cannot tell what pairs 'pairs.txt' are" in check_pairs("pairs.txt", root).problems[0]
 
 
-def test_the_command_tells_all_and_fails_where_something_is_wrong(root, tmp_path):
+def test_the_command_lists_everything_and_fails_if_something_is_wrong(root, capsys):
     (root / "imagenet-a").rename(root / "elsewhere")
-    done = command(root)
-    assert done.returncode == 1
-    lines = " ".join(done.stdout.split())
+    with pytest.raises(SystemExit) as ended:
+        main([str(root)])
+    assert ended.value.code == 1
+    lines = " ".join(capsys.readouterr().out.split())
     assert "imagenet-train 20 5 look below" in lines
     assert "imagenet-a missing" in lines
     assert "no imagenet-a in" in lines
     assert "get imagenet-a.tar of https://github.com/hendrycks/natural-adv-examples" in lines
     (root / "pairs.csv").write_text("filepath,title\nx.png,x\n")
-    alone = command(root, "--sets", "--pairs", "pairs.csv")
-    assert alone.returncode == 0
-    assert "pairs.csv 1 ok" in " ".join(alone.stdout.split())
-    none = command(root / "nowhere")
-    assert none.returncode == 2
-    assert "nowhere: give the folder that holds the data sets" in none.stderr
+    with pytest.raises(SystemExit) as ended:
+        main([str(root), "--sets", "--pairs", "pairs.csv"])
+    assert ended.value.code == 0
+    assert "pairs.csv 1 ok" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_command_runs_as_a_module(tmp_path):
+    command = [sys.executable, "-m", "wmateacher.integrations.clip.data.check", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "nowhere: give the folder that holds the data sets" in done.stderr

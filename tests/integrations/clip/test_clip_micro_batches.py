@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from wmateacher.integrations.clip import micro_batches
 from wmateacher.integrations.clip.data.batches import Batch
-from wmateacher.integrations.clip.model import Prompts
 from wmateacher.integrations.clip.methods import METHODS
-from wmateacher.integrations.clip.model import build
+from wmateacher.integrations.clip.model import Prompts, build
 from wmateacher.integrations.clip.recipes import Settings
 from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.vision.digits import WIDE

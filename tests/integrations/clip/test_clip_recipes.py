@@ -18,14 +18,14 @@ def finetuned(recipe, **changes):
 
 def test_data_larger_than_the_bundled_is_pretrained_on_for_longer():
     recipe = recipes.get("digits")
-    assert recipes.adjust(recipe) == recipe
-    mnist = recipes.adjust(replace(recipe, data="mnist"))
+    assert recipe.adjust() == recipe
+    mnist = replace(recipe, data="mnist").adjust()
     assert (mnist.data, mnist.pretrain.steps, mnist.pretrain.warmup) == ("mnist", 3000, 300)
     assert mnist.finetune == recipe.finetune
     shorter = replace(recipe, data="mnist", pretrain=replace(recipe.pretrain, steps=77))
-    assert recipes.adjust(shorter) == shorter
+    assert shorter.adjust() == shorter
     toy = recipes.get("colored-mnist")
-    assert recipes.adjust(toy) == toy
+    assert toy.adjust() == toy
 
 
 def test_other_steps_shorten_the_warm_up_in_proportion():
@@ -112,12 +112,12 @@ def test_other_pairs_make_other_steps():
     assert (other.finetune.steps, other.finetune.warmup, other.evaluate_every) == (100, 9, 10)
     assert replace(recipe, evaluate_every=7).resolve(5_000).evaluate_every == 7
     assert replace(recipe, epochs=1).resolve(5_000).finetune.steps == 10
-    for fixed in (recipes.adjust(finetuned(recipe, steps=77)), recipe.with_steps(77)):
+    for fixed in (finetuned(recipe, steps=77).adjust(), recipe.with_steps(77)):
         assert fixed.resolve(5_000).finetune.steps == 77
         assert fixed.resolve(5_000).evaluate_every == 10
     assert recipe.with_steps(None) == recipe
     assert recipes.get("imagenet-vit-b-16").with_steps(2503).resolve(5_000).finetune.warmup == 50
-    assert finetuned(recipe, batch_size=256).on(1_281_167).finetune.steps == 10 * 5005
+    assert finetuned(recipe, batch_size=256).resolve(1_281_167).finetune.steps == 10 * 5005
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_bad_values_of_photo_recipes(changes, message):
     ("changes", "message"),
     [
         ({"clip_norm": -1.0}, "clip_norm must be above 0, or None for no clipping, got -1.0"),
-        ({"precision": "fp8"}, "unknown precision 'fp8'; did you mean"),
+        ({"precision": "fp8"}, "precision must be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
     ],
 )
 def test_bad_settings(changes, message):

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from wmateacher.integrations.clip.data.digits import DigitPairs
-from wmateacher.integrations.clip.model import Prompts, towers_of
 from wmateacher.integrations.clip.methods import METHODS
-from wmateacher.integrations.clip.model import build
+from wmateacher.integrations.clip.model import Prompts, build, towers_of
 from wmateacher.integrations.clip.recipes import Settings
 from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.vision.digits import NARROW, WIDE, load

@@ -83,9 +83,9 @@ def test_help_names_the_recipes_and_one_method_for_all(capsys):
     text = capsys.readouterr().out
     assert "What the program does." in text
     assert "large: a large one" in text
-    assert "--methods.plain.kernel" in text
+    assert "--methods.NAME.kernel" in text
     assert "--methods.two-b.kernel" not in text
-    assert "Each of plain, two-b has the same" in text
+    assert "NAME is one of plain, two-b." in text
 
 
 def test_an_error_ends_a_program_with_one_line():
