@@ -5,11 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 
-from wmateacher import WMATeacher
 from wmateacher.integrations.engine import loop, processes
 from wmateacher.integrations.engine.collapse import CollapseWatch
 from wmateacher.integrations.engine.settings import Settings
@@ -17,10 +16,19 @@ from wmateacher.integrations.engine.settings import Settings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Evaluate", "Fit", "Training", "fit"]
+__all__ = ["Evaluate", "Fit", "Teacher", "Training", "fit"]
 
 Evaluate = Callable[[Mapping[str, nn.Module]], Mapping[str, float]]
 """From the networks, `"student"` and with a teacher `"teacher"`, to the values to log."""
+
+
+class Teacher(Protocol):
+    """A teacher, such as a `WMATeacher`."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The network of the teacher."""
+        ...
 
 
 class Training(ABC):
@@ -38,7 +46,7 @@ class Training(ABC):
 
     watch: CollapseWatch
 
-    def __init__(self, name: str, settings: Settings, student: nn.Module, teacher: WMATeacher | None):
+    def __init__(self, name: str, settings: Settings, student: nn.Module, teacher: Teacher | None):
         self.name, self.settings, self.steps = name, settings, settings.steps
         self.student, self.teacher = student, teacher
         self.device = next(student.parameters()).device
@@ -72,7 +80,7 @@ class Fit:
     """
 
     student: nn.Module
-    teacher: WMATeacher | None
+    teacher: Teacher | None
     history: loop.History
     collapsed: str | None
 
@@ -110,5 +118,5 @@ def fit(training: Training, evaluate: Evaluate | None = None, **options: Unpack[
     return Fit(training.student, training.teacher, history, collapsed)
 
 
-def _networks(student: nn.Module, teacher: WMATeacher | None) -> dict[str, nn.Module]:
+def _networks(student: nn.Module, teacher: Teacher | None) -> dict[str, nn.Module]:
     return {"student": student} if teacher is None else {"student": student, "teacher": teacher.module}

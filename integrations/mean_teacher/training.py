@@ -129,6 +129,7 @@ class SemiSupervised(training.Training):
     """
 
     settings: Settings
+    teacher: WMATeacher | None
 
     def __init__(
         self,

@@ -310,7 +310,7 @@ def test_pairs_by_name(root):
 
 
 def test_labels_number_the_classes(root):
-    with pytest.raises(ValueError, match=r"labels must be in 0 ... 1, got 2 of .*2.png, and 2 more that"):
+    with pytest.raises(ValueError, match=r"labels must be in 0 ... 1, got 2 of .*2.png, and 2 more outside"):
         files.check_labels(Table(table(root)), 2)
     files.check_labels(Table(table(root)), 3)
     files.check_labels(Table(table(root, header=("filepath", "title"))), 2)
