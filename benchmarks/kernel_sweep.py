@@ -53,7 +53,7 @@ PACKAGES = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-le
 
 
 def main() -> int:
-    """Run what is missing of the sweep, and report on all of it."""
+    """Run the missing cells of the sweep, and report on all of them."""
     arguments = parsed()
     task = TASKS[arguments.task](
         arguments.data, arguments.data_root, arguments.steps, arguments.pretrain_steps,
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def parsed() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -139,10 +139,10 @@ def parsed() -> argparse.Namespace:
 
 
 def opened(file: Path, config: dict[str, Any], task: Task) -> dict[str, Any]:
-    """The sweep so far.
+    """Return the results of the sweep so far.
 
     Raises:
-        ValueError: The folder holds another one.
+        ValueError: The folder holds another sweep.
     """
     if not file.exists():
         where = environment("cpu", PACKAGES)
@@ -158,13 +158,13 @@ def opened(file: Path, config: dict[str, Any], task: Task) -> dict[str, Any]:
 
 
 def record_of(results: dict[str, Any], cell: Cell) -> dict[str, Any] | None:
-    """A cell's record, if it has been run."""
+    """Return the record of a cell, or None if it has not been run."""
     key = (cell.kernel, cell.distill_weight, cell.seed)
     return next((r for r in results["cells"] if (r["kernel"], r["distill_weight"], r["seed"]) == key), None)
 
 
 def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any], output: Path) -> int:
-    """Run cells side by side, recording each as it ends; how many failed."""
+    """Run cells in parallel, record each when it ends, and return the number of failures."""
     started, failed = time.perf_counter(), 0
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=alone)
@@ -199,7 +199,7 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
 
 
 def alone() -> None:
-    """Each cell has one thread, and leaves Ctrl-C to the sweep."""
+    """Give a cell one thread, and leave Ctrl-C to the sweep."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""What a kernel sweep can sweep: each task runs one cell, a kernel with a distillation weight and a seed."""
+"""The tasks of a kernel sweep. Each runs one cell: a kernel with a distillation weight and a seed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Cell:
     """One run of the sweep.
 
     Attributes:
-        kernel: The teacher's; `"none"`: no teacher.
-        distill_weight: Weight of the distillation.
-        seed: Of the run.
+        kernel: The teacher's kernel, or `"none"` for no teacher.
+        distill_weight: The weight of the distillation.
+        seed: The seed of the run.
     """
 
     kernel: str
@@ -36,25 +36,25 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """A name for its folder that a file system takes."""
+        """The name of the cell's folder."""
         return file_name(f"{self.kernel}-{self.distill_weight}-{self.seed}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the tasks have in common.
+    """A task of the sweep.
 
     Attributes:
-        data: Name of the data.
-        root: Where it lies.
-        steps: Optimizer steps; None: the recipe's.
-        pretrain_steps: Of pre-training, where there is one.
-        output: The sweep's folder.
-        cache: For pretrained networks.
+        data: The name of the data.
+        root: The folder of the data.
+        steps: The number of optimizer steps; None for the recipe's.
+        pretrain_steps: The number of steps of pre-training; None for the recipe's.
+        output: The folder of the sweep.
+        cache: The folder of pretrained networks.
         figures: Key in a record -> heading and digits; the first two are the axes of the plane.
-        distill_weights: The weights that are swept by default.
-        without: Whether there is a run without teacher.
-        theory: Whether the linear world of `wmateacher.theory` is about this task.
+        distill_weights: The default weights of the sweep.
+        without: Whether the task can run without a teacher.
+        theory: Whether the linear model of `wmateacher.theory` describes this task.
     """
 
     data: str
@@ -70,7 +70,7 @@ class Task:
 
     @property
     def total_steps(self) -> int:
-        """The horizon of the teachers."""
+        """The horizon of the teachers, in optimizer steps."""
         raise NotImplementedError
 
     @property
@@ -79,18 +79,18 @@ class Task:
         return None
 
     def prepare(self) -> str:
-        """What all cells share; what was done, in words."""
+        """Compute what all cells share, and return a line about it."""
         return f"{self.total_steps} steps a cell"
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """One cell's record."""
+        """Run one cell and return its record."""
         raise NotImplementedError
 
     def _folder(self, cell: Cell | None) -> Path:
         return self.output / "cells" / (cell.folder if cell else "pretraining")
 
     def _finished(self, experiment: Any, record: dict[str, Any], gaps: Path) -> dict[str, Any]:
-        shutil.rmtree(experiment.output / "checkpoints", ignore_errors=True)  # of use until now
+        shutil.rmtree(experiment.output / "checkpoints", ignore_errors=True)  # a finished cell needs none
         return {**record, "gaps": str(gaps.relative_to(self.output)) if gaps.exists() else None}
 
 
@@ -110,7 +110,7 @@ class ClipTask(Task):
     theory = True
 
     def recipe(self, cell: Cell | None = None) -> clip_recipes.DigitsRecipe:
-        """The digits recipe, with the cell's method in it alone."""
+        """Return the digits recipe, with the cell's method as its only one."""
         recipe = replace(clip_recipes.DIGITS, data=self.data).adjust().with_pretraining(self.pretrain_steps)
         recipe = recipe.with_steps(self.steps)
         if cell is None:
@@ -123,21 +123,21 @@ class ClipTask(Task):
 
     @property
     def total_steps(self) -> int:
-        """Of fine-tuning."""
+        """The number of fine-tuning steps."""
         return self.recipe().finetune.steps
 
     @property
     def pretraining(self) -> int | None:
-        """Of the towers that all cells share."""
+        """The number of pre-training steps."""
         return self.recipe().pretrain.steps
 
     def prepare(self) -> str:
-        """The pretrained towers."""
+        """Pre-train the towers."""
         seconds = self._experiment(None).pretrain()
         return f"pre-trained for {self.pretraining} steps, {seconds:.0f} s of training"
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Fine-tune the towers."""
+        """Fine-tune the towers and return the record."""
         experiment = self._experiment(cell)
         experiment.pretrain()
         record = experiment.run("cell", cell.seed)
@@ -162,11 +162,11 @@ class DinoTask(Task):
 
     @property
     def total_steps(self) -> int:
-        """Of the run."""
+        """The number of steps of the run."""
         return self._recipe().settings.steps
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Pre-train a backbone."""
+        """Pre-train a backbone and return the record."""
         if cell.distill_weight != 1:
             raise ValueError(
                 f"--distill-weights: dino has none to change, got {cell.distill_weight:g}: leave it out"
@@ -195,11 +195,11 @@ class MeanTeacherTask(Task):
 
     @property
     def total_steps(self) -> int:
-        """Of the run."""
+        """The number of steps of the run."""
         return self._recipe().settings.steps
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Train from few labels."""
+        """Train from few labels and return the record."""
         recipe = self._recipe()
         method = recipe.method("mean-teacher")
         method = replace(method, name="cell", kernel=cell.kernel, weight=cell.distill_weight * method.weight)

@@ -18,6 +18,24 @@ from torch.nn import functional as F
 
 from wmateacher.checks import one_of
 
+__all__ = [
+    "BLACK",
+    "BLUE",
+    "NARROW",
+    "RED",
+    "SHIFTS",
+    "SOURCES",
+    "WHITE",
+    "WIDE",
+    "Colour",
+    "Domain",
+    "Range",
+    "Source",
+    "Split",
+    "load",
+    "stratify",
+]
+
 Colour = tuple[float, float, float]
 Range = tuple[float, float]
 

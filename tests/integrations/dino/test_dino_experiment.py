@@ -99,6 +99,14 @@ def test_the_papers_recipe():
     assert paper.crops == Crops(224, 96, 8, (0.4, 1.0), (0.05, 0.4))
 
 
+def test_a_number_of_epochs_makes_the_steps_for_the_data():
+    recipe = replace(recipes.RECIPES["imagefolder"], epochs=50)
+    found = recipe.resolve(100 * 1024 + 5).settings
+    assert (found.steps, found.warmup, found.hold_last, found.temperature_warmup) == (5000, 500, 100, 1500)
+    assert replace(recipe, epochs=None).resolve(102_400).settings == recipe.settings
+    assert recipe.with_steps(200).resolve(102_400).settings.steps == 200
+
+
 def test_maps_of_a_vit_are_its_heads_attention():
     vit = backbones.build("vit_tiny_patch16_224(patch_size=4,embed_dim=16,depth=2,num_heads=4)", 16)
     seen = torch.randn(3, 3, 16, 16)
