@@ -47,8 +47,9 @@ def test_memory_and_traffic_of_shards(folder):
     teacher(x)
     with Gathered() as gathered:
         teacher(x)
-    assert gathered.bytes == 2 * parameters  # every block once, whole
-    assert gathered.largest == 2 * parameters / LAYERS or size == 1
+    if size > 1:
+        assert gathered.bytes == 2 * parameters  # every block once, whole
+        assert gathered.largest == 2 * parameters / LAYERS
     with Gathered() as gathered:
         teacher.update()
     assert gathered.bytes == 0
