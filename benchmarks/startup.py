@@ -2,7 +2,7 @@
 
     python benchmarks/startup.py
 
-Each row is the median over `--rounds` starts, user and system time together, after one start that fills the caches.
+Each row is the median over `--rounds` starts, user and system time together, after one that fills the caches.
 The table is printed and written to results.json.
 """
 

@@ -268,6 +268,7 @@ def test_parts_balanced_batches_and_half_precision_by_the_command_line(sets, tmp
     assert list((tmp_path / "out/tensorboard").glob("tracer*/events*"))
 
 
+@pytest.mark.slow
 def test_an_ablation_goes_by_the_real_length_and_needs_no_shifts(sets, tmp_path, capsys):
     results = go(
         sets, "epochs=20", "tests=('imagenet',)", "evaluate_every=0", methods=(), ablate="interval",
