@@ -1,4 +1,4 @@
-"""What a sharded teacher holds and receives, as the guide to scaling says."""
+"""The calculator against what a sharded teacher holds and receives."""
 
 import torch
 from pool import device
@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmateacher import WMATeacher
+from wmateacher.cost import Model, cost
 
 LAYERS = 4
 
@@ -38,18 +39,18 @@ def test_memory_and_traffic_of_shards(folder):
         return fully_shard(model)
 
     student = build()
-    parameters = sum(p.numel() for p in student.parameters())
+    model = Model(sum(p.numel() for p in student.parameters()), LAYERS)
     teacher = WMATeacher(student, "uniform", module_factory=build)
+    expected = cost(model, "fsdp2", size)
     held = sum(p.to_local().nbytes for p in teacher.module.parameters())
     held += sum(t.nbytes for t in teacher._beside.values())
-    assert held == (2 + 4) * parameters / size  # the module in bfloat16, the average beside it in float32
+    assert held == expected.device
     x = torch.ones(2, 16, device=device(), dtype=torch.bfloat16)
     teacher(x)
     with Gathered() as gathered:
         teacher(x)
-    if size > 1:
-        assert gathered.bytes == 2 * parameters  # every block once, whole
-        assert gathered.largest == 2 * parameters / LAYERS
+    assert gathered.bytes * (size - 1) / size == expected.network
+    assert 2 * gathered.largest == expected.gathered or size == 1
     with Gathered() as gathered:
         teacher.update()
     assert gathered.bytes == 0
