@@ -35,7 +35,7 @@ CORE = {
     "files": {"checks", "kernels", "pairing"},
     "posthoc": {"checks", "files", "kernels", "pairing", "schedule", "teacher"},
     "theory": {"checks", "kernels", "schedule"},
-    "migration": {"checks", "kernels", "pairing"},
+    "migration": {"checks", "kernels", "pairing", "teacher"},
     "cli": {"checks", "files", "kernels", "posthoc", "theory"},
     "__init__": {"diagnostics", "kernels", "losses", "migration", "posthoc", "teacher", "theory"},
 }  # fmt: skip
