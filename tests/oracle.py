@@ -83,6 +83,7 @@ def snapshots(total, every):
     return sorted({*range(0, total + 1, every), total})
 
 
+@functools.cache
 def realised(kernel, total, every, step):
     """Weight of every state 0..step after `step` steps of a run of `total`, averaging every n-th.
 
@@ -105,4 +106,5 @@ def realised(kernel, total, every, step):
     weights = np.zeros(step + 1)
     for s, m in mass.items():
         weights[s] = m / sum(mass.values())
+    weights.setflags(write=False)
     return weights

@@ -15,9 +15,10 @@ import traceback
 import warnings
 from pathlib import Path
 
-import torch._dynamo  # an optimizer's first step imports it
+# What every program imports (torch._dynamo: in an optimizer's first step), once for all forks.
+import torch._dynamo  # noqa: F401
 
-import wmateacher  # noqa: F401 - what every program imports, once for all forks
+import wmateacher  # noqa: F401
 
 TIMEOUT = 300.0
 """Seconds after which a program counts as hanging."""
@@ -27,7 +28,7 @@ class Program:
     """`python script arguments...`, started at once; use `wait` or the signals to end it."""
 
     def __init__(self, script, *arguments, cwd=".", env=None):
-        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._files = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - closed by wait
         argv = [str(a) for a in (script, *arguments)]
         # Not a daemon: the program may start loaders of its own.
         self._process = multiprocessing.get_context("fork").Process(
@@ -97,7 +98,7 @@ def _execute(argv, cwd, env, stdout, stderr):
     os.environ.update({key: str(value) for key, value in env.items()})
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdout, sys.stderr = map(os.fdopen, (1, 2), "ww")
     warnings.resetwarnings()
     warnings.simplefilter("ignore", DeprecationWarning)
     sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).parent)]

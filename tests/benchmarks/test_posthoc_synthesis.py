@@ -11,7 +11,18 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_synthesised_averages_beside_kept_ones(tmp_path):
-    options = ["--cache", tmp_path / "cache", "--steps", 8, "--pretrain-steps", 6, "--every", 2, "--output", tmp_path / "out"]
+    options = [
+        "--cache",
+        tmp_path / "cache",
+        "--steps",
+        8,
+        "--pretrain-steps",
+        6,
+        "--every",
+        2,
+        "--output",
+        tmp_path / "out",
+    ]
     kernels = ["--kernels", "uniform", "beta(0.5, 0.5)"]
     done = programs.run(ROOT / "benchmarks/posthoc_synthesis.py", *options, *kernels)
     assert done.returncode == 0, done.stderr

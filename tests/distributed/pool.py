@@ -62,8 +62,10 @@ class Pool:
     def stop(self):
         """End the processes; the next `run` starts others."""
         for process, pipe in self.ranks:
-            pipe.close()
+            with contextlib.suppress(OSError):  # it has died
+                pipe.send(None)
             process.join(0.5)
+            pipe.close()
             process.kill()
             process.join()
         self.ranks = []
@@ -104,8 +106,8 @@ def _work(backend, rank, size, folder, pipe):
     )  # fmt: skip
     pipe.send("ready")
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        while True:
-            module, name, arguments = pipe.recv()
+        while (task := pipe.recv()) is not None:
+            module, name, arguments = task
             torch.manual_seed(0)
             try:
                 function = importlib.import_module(module)

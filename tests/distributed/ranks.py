@@ -13,9 +13,11 @@ _NCCL = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def on_ranks(*sizes, timeout=TIMEOUT):
     """Run the decorated function, called with a folder, on every rank of each world size.
 
-    With gloo, and where there is a GPU also with nccl, in one process.
+    With gloo, and where there is a GPU also with nccl, in one process. Other worlds than that of two ranks are slow.
     """
-    worlds = [pytest.param("gloo", n, id=f"gloo-{n}") for n in sizes]
+    worlds = [
+        pytest.param("gloo", n, id=f"gloo-{n}", marks=[] if n == 2 else pytest.mark.slow) for n in sizes
+    ]
     worlds.append(pytest.param("nccl", 1, id="nccl-1", marks=_NCCL))
 
     def decorate(function):

@@ -118,6 +118,7 @@ def loads(folder):
     assert_equal(sharded.state_dict(), whole.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writers", [1, 2, 4])
 def test_a_state_loads_on_any_number_of_processes(pools, tmp_path, writers):
     pools("gloo", writers).run(saves, str(tmp_path))
@@ -261,7 +262,7 @@ def reads_what_is_left(folder):
     assert_equal(teacher.state_dict(), expected.state_dict())
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_rank_killed_in_the_middle_of_a_save_leaves_the_one_before(pools, tmp_path, size):
     victims = pools("gloo", size, "victims")
     with pytest.raises(RankError, match="died"):

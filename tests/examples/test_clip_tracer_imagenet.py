@@ -255,6 +255,7 @@ def test_micro_batches_balanced_batches_and_half_precision_by_the_command_line(s
     assert list((out / "tensorboard").glob("tracer*/events*"))
 
 
+@pytest.mark.slow
 def test_an_ablation_goes_by_the_real_length_and_needs_no_shifts(sets, tmp_path, capsys):
     out = tmp_path / "out"
     given = ("--epochs", "20", "--tests", "imagenet", "--evaluate-every", "0", "--ablate", "interval")

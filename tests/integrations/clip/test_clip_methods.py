@@ -331,6 +331,7 @@ def figures(record):
     return {key: record[key] for key in ("id", "ood_per_shift", "ece")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_on_the_digits(experiment, name):
     record = experiment.run(name)

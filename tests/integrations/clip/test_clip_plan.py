@@ -44,6 +44,7 @@ def test_activations_are_what_a_forward_keeps(model, precision):
     assert found.total == 5 * size + found.activations
 
 
+@pytest.mark.slow
 def test_memory_falls_with_what_saves_it():
     whole = plan.memory("ViT-B-16-quickgelu", replace(SETTINGS, precision="bf16", batch_size=512), True)
     assert 40 * plan.GIB < whole.activations < 50 * plan.GIB

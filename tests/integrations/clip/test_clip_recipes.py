@@ -171,6 +171,7 @@ def test_without_names_a_recipe_runs_its_short_list_and_all_runs_everything():
         recipe.select(("flip",))
 
 
+@pytest.mark.slow
 def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):
     recipe = replace(recipes.DIGITS.with_pretraining(4).with_steps(4), model="tiny-vit-16")
     experiment = Experiment(recipe, tmp_path / "out", cache=tmp_path / "cache", progress=False)

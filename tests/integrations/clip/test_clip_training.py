@@ -88,7 +88,7 @@ def test_the_first_teacher_is_the_pretrained_model():
 
 
 @pytest.mark.parametrize("method", ["tracer", "l2-sp", "flyp", "lp-ft", "lipsum-ft", "arf"])
-@pytest.mark.parametrize("model", ["tiny-vit-16", "tiny-resnet-32"])
+@pytest.mark.parametrize("model", ["tiny-vit-16", pytest.param("tiny-resnet-32", marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_bit_identical(tmp_path, method, model):
     whole = run(method, model)
     file = tmp_path / "run.pt"
@@ -194,7 +194,7 @@ def test_bad_settings(changes, message):
         replace(SETTINGS, **changes)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_lower_precision_trains_alike_and_resumes_to_the_same_bits(tmp_path, precision):
     settings = replace(SETTINGS, precision=precision, steps=12)
     whole = run(settings=settings)

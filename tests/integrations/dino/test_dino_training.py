@@ -110,6 +110,7 @@ def test_a_checkpoint_of_another_kernel_is_refused(tmp_path):
         run(kernel="uniform", checkpoint=tmp_path / "run.pt")
 
 
+@pytest.mark.slow
 def test_a_collapse_is_warned_of_once_by_name():
     constant = replace(SETTINGS, steps=110, learning_rate=1e-9, teacher_temperature=50.0,
                        first_teacher_temperature=50.0, temperature_warmup=0)  # fmt: skip

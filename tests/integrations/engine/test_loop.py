@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -69,8 +70,9 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tmp_path):
     assert [step for step, _ in record.series["loss"]] == list(range(1, 61))
 
 
-def test_a_second_sigterm_kills_at_once():
-    program = (
+def test_a_second_sigterm_kills_at_once(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
         "import os, signal\n"
         "from wmateacher.integrations.engine import signals\n"
         "with signals.on_sigterm() as request:\n"
@@ -80,7 +82,7 @@ def test_a_second_sigterm_kills_at_once():
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('never here')"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = programs.run(program)
     assert done.stdout == "still here\n"
     assert done.returncode == -signal.SIGTERM
 
