@@ -197,9 +197,6 @@ def test_bad_usage_exits_with_2(capsys):
 
 
 def test_as_a_process(checkpoints, tmp_path):
-    done = run("kernel", "beta(0.5,0.5)", "--total-steps", 100)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "beta(0.5,0.5)" in done.stdout
     done = run("average", *checkpoints, "--output", checkpoints[0])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
