@@ -149,7 +149,7 @@ def report(experiment: Experiment, names: list[str]) -> None:
     print(f"\n{plots.table(results)}\n")
     if averaged := plots.teachers(results):
         print(f"{averaged}\n")
-    if published in paper.FORGETTING:
+    if published is not None and published in paper.FORGETTING:
         print(f"{paper.compare_forgetting(results, published)}\n")
     files = {
         kind: {n: experiment.file(kind, n, 0) for n in names if experiment.file(kind, n, 0).exists()}

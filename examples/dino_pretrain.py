@@ -63,7 +63,7 @@ def conclude(run: Experiment, names: Sequence[str]) -> None:
     from wmateacher.integrations.dino import pictures
     from wmateacher.integrations.dino.experiment import COLUMNS
 
-    backbone = run.fit(names[0]).networks["teacher"].backbone
+    backbone = run.fit(names[0]).networks["teacher"].get_submodule("backbone")
     if not processes.is_main():
         return
     print(f"\n{tables.table(run.results, COLUMNS)}\n")

@@ -9,14 +9,16 @@ from functools import lru_cache
 from importlib import resources
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from wmateacher.checks import lookup, nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 __all__ = [
     "CLASSES",
@@ -121,6 +123,8 @@ def read_image(file: str | BytesIO, border: int = 0) -> Image.Image:
     Raises:
         OSError: If the image cannot be read, whichever error its decoder raised, or is nothing but border.
     """
+    from PIL import Image
+
     try:
         with Image.open(file) as image:
             whole = image.convert("RGB")
