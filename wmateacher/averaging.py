@@ -24,7 +24,8 @@ from torch import Tensor
 
 __all__ = ["Average", "Update", "copy_"]
 
-_Row = tuple[Tensor, ...]  # held, value and, where the average is rounded into the module, its own tensor
+# The tensor that holds an average, the value to move it to, and the module's own tensor if it is a third one.
+_Row = tuple[Tensor, ...]
 
 # Small enough for a CPU core's cache between a cast and its use. A GPU has more cache and costlier launches.
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
@@ -192,19 +193,21 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
     rows: list[_Row] = [
         (a.held, v) if a.beside is None else (a.held, v, a.own.detach()) for a, v in group if v.numel()
     ]
+    # Values from an accelerator arrive in pinned memory, a relay, while the batch before them moves. Values
+    # for an accelerator, and values of another dtype, are copied into a scratch buffer beside the average.
     elsewhere = value.device != held.device
-    away = elsewhere and held.device.type == "cpu"
-    cast = average.split or value.dtype != held.dtype or (elsewhere and not away)
-    if not rows or not (away or cast):
+    needs_relay = elsewhere and held.device.type == "cpu"
+    needs_scratch = average.split or value.dtype != held.dtype or (elsewhere and not needs_relay)
+    if not rows or not (needs_relay or needs_scratch):
         return [_Step(rows, None, None)] if rows else []
     dtype = torch.float32 if average.split else held.dtype
     halves = 2 if average.split else 1
     room = _SCRATCH_BYTES["cpu" if held.device.type == "cpu" else "other"] // dtype.itemsize // halves
     batches = list(_batches(rows, room))
     room = max(sum(row[0].numel() for row in batch) for batch in batches)
-    scratch = torch.empty(halves * room, dtype=dtype, device=held.device) if cast else None
+    scratch = torch.empty(halves * room, dtype=dtype, device=held.device) if needs_scratch else None
     # Two relays alternate: one is filled while the other is read.
-    relays = [_relay(value, room) for _ in range(2)] if away else [None]
+    relays = [_relay(value, room) for _ in range(2)] if needs_relay else [None]
     make = _SplitStep if average.split else _Step
     return [make(batch, relays[i % len(relays)], scratch) for i, batch in enumerate(batches)]
 

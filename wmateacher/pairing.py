@@ -189,7 +189,8 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
         for n, t in (parameters | others).items()
         if (t.is_floating_point() or t.is_complex()) and t.layout == torch.strided and unexpanded(t) is t
     }
-    candidates = set(parameters) | (_persistent(model) if buffers == "average" else set())
+    persistent = set(map(canonical_name, _persistent(model)))
+    candidates = set(parameters) | (persistent if buffers == "average" else set())
     averaged = (candidates & continuous) - shared - excluded
     kept = set(others) - excluded if buffers == "keep" else set()
     copied = (set(parameters) | set(others)) - averaged - shared - kept
@@ -308,11 +309,11 @@ def hidden(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 def state_names(model: nn.Module) -> dict[str, str]:
     """Return the keys of a module's `state_dict` that hold its tensors, with the tensors' canonical names."""
     names = {id(tensor): name for name, tensor in tensors(model).items()}
-    paths = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    lasting = {f"{p}.{n}" if p else n for p, m in model.named_modules(remove_duplicate=False)
-               for n in m._buffers.keys() - m._non_persistent_buffers_set}  # fmt: skip
-    lasting |= {path for path, _ in model.named_parameters(remove_duplicate=False)}
-    return {path: names[id(tensor)] for path, tensor in paths if path in lasting}
+    # A tied tensor has one canonical name but a key for every place that uses it.
+    persistent = _persistent(model)
+    saved = dict(model.named_parameters(remove_duplicate=False))
+    saved |= {p: b for p, b in model.named_buffers(remove_duplicate=False) if p in persistent}
+    return {path: names[id(tensor)] for path, tensor in saved.items()}
 
 
 def clone(tensor: Tensor, device: torch.device | None) -> Tensor:
@@ -345,10 +346,10 @@ def _named(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _persistent(model: nn.Module) -> set[str]:
-    """Return the names of the buffers that `state_dict` includes."""
+    """Return the keys of the buffers that `state_dict` includes."""
     return {
-        canonical_name(f"{path}.{leaf}" if path else leaf)
-        for path, owner in model.named_modules()
+        f"{path}.{leaf}" if path else leaf
+        for path, owner in model.named_modules(remove_duplicate=False)
         for leaf in owner._buffers.keys() - owner._non_persistent_buffers_set
     }
 

@@ -32,8 +32,8 @@ class Clock:
         update_every: The snapshot interval n in optimizer steps.
 
     Raises:
-        ValueError: If a number is out of range, the kernel needs a horizon and there is none, or the kernel
-            has no mass within the horizon.
+        ValueError: If a number is out of range, the kernel needs a horizon and `total_steps` is None, or the
+            kernel has no mass within the horizon.
     """
 
     def __init__(self, kernel: Kernel, total_steps: int | None = None, update_every: int = 1):
@@ -82,13 +82,14 @@ class Clock:
             A float64 array of shape `[step + 1]` that sums to 1. Steps without a snapshot have weight 0.
         """
         snapshots, omegas = [np.array([0])], [np.array([1.0])]
+        # Replay the run: each horizon gave the weights of the snapshots that were taken while it held.
         ends = [since for since, _ in self._horizons[1:]] + [self.step]
         for (since, total), end in zip(self._horizons, ends, strict=True):
             due = np.arange(since + 1, end + 1)
             due = due[(due % self.update_every == 0) | (due == total)]
             if len(due):
                 chain = np.append(snapshots[-1][-1], due)
-                retention = self._retention if total == self.total_steps else self._look_up(total)
+                retention = self._retention if total == self.total_steps else self._whole_retention(total)
                 snapshots.append(due)
                 omegas.append(self._omegas(chain, retention, total))
         weights = np.zeros(self.step + 1)
@@ -168,12 +169,15 @@ class Clock:
     def _set_horizon(self, total_steps: int | None) -> None:
         if total_steps is None and self.kernel.needs_horizon:
             self.kernel.retention(np.arange(1), None)  # raises the kernel's own error
-        self._retention = self._look_up(total_steps)
+        # A density has to be summed over the whole run to give any of its retentions, so that is done once.
+        self._retention = self._whole_retention(total_steps)
+        # A horizon that was set at this same step has never been used.
         self._horizons = [h for h in self._horizons if h[0] < self.step]
         self._horizons.append((self.step, total_steps))
         self._warned = False
 
-    def _look_up(self, total_steps: int | None) -> Array | None:
+    def _whole_retention(self, total_steps: int | None) -> Array | None:
+        """Return the retention of every step of the run, or None without a horizon."""
         if total_steps is None:
             return None
         return self.kernel.retention(np.arange(total_steps + 1), total_steps)

@@ -29,13 +29,13 @@ class Plan:
     Attributes:
         student: The student's tensors.
         own: The averaged module's tensors.
-        average: Moves the averaged tensors.
+        update: The function that moves the averaged tensors.
         copied: The tensors that are copied at every snapshot: targets and sources.
     """
 
     student: Binding
     own: Binding
-    average: averaging.Update
+    update: averaging.Update
     copied: tuple[Sequence[Tensor], Sequence[Tensor]]
 
     def fits(self, student: nn.Module) -> bool:
@@ -44,15 +44,15 @@ class Plan:
 
     def apply(self, omega: float) -> None:
         """Move the average towards the student by the share `omega` in (0, 1]."""
-        self.average(omega)
+        self.update(omega)
         averaging.copy_(*self.copied)
 
 
 class Shadow:
     """A copy of a student whose tensors follow it as their roles say.
 
-    It is no `nn.Module`: the teacher registers `module` as its own submodule, so that the keys of its state
-    are those of the averaged module.
+    It is not an `nn.Module` itself. The teacher registers `module` as its own submodule, so that its state
+    has the keys of the averaged module under `module.`.
 
     Attributes:
         module: The averaged module, in eval mode.
@@ -82,7 +82,7 @@ class Shadow:
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
         self._plan: Plan | None = None
-        self._start(Binding(student).local, dtype)
+        self._start_averages(Binding(student).local, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}
@@ -96,6 +96,7 @@ class Shadow:
         factory: Callable[[], nn.Module] | None,
     ) -> nn.Module:
         named, shared = pairing.tensors(student), self.roles.shared
+        # A tensor's device has an index, so that "cuda" compares equal to "cuda:0".
         target = None if device is None else torch.empty(0, device=device).device
         if sharding.fully_sharded(student):
             if factory is None:
@@ -114,7 +115,7 @@ class Shadow:
         if factory is None:
             module = self._deep_copy(student, named, target)
         else:
-            module = self._manufacture(factory, student, named, target)
+            module = self._call_factory(factory, student, named, target)
         pairing.densify(module)
         module.requires_grad_(False)
         return (module if device is None else module.to(device)).eval()
@@ -134,7 +135,7 @@ class Shadow:
                 "module_factory=FACTORY, a function that builds a module of the same architecture"
             ) from error
 
-    def _manufacture(
+    def _call_factory(
         self,
         factory: Callable[[], nn.Module],
         student: nn.Module,
@@ -159,7 +160,7 @@ class Shadow:
         averaging.copy_([targets[n] for n in owned], [sources[n] for n in owned])
         return module
 
-    def _start(self, student: Mapping[str, Tensor], dtype: pairing.Precision) -> None:
+    def _start_averages(self, student: Mapping[str, Tensor], dtype: pairing.Precision) -> None:
         """Start every average at the student's value."""
         own = Binding(self.module).local
         for name in self.roles.averaged:
@@ -275,6 +276,7 @@ class Shadow:
         """
         own = self.bind()
         names = {id(t): n for n, t in own.tensors.items()}
+        # `keep_vars` keeps the tensor objects, by which entries are recognised under any key.
         state: dict[str, Any] = self.module.state_dict(keep_vars=True)
         for key, value in state.items():
             if id(value) in names:
@@ -284,6 +286,7 @@ class Shadow:
         return state
 
     def _average(self, own: Binding, name: str) -> Average:
+        """Return an averaged tensor, after checking that nobody has cast the module under it."""
         average = Average(own.local[name], self._beside.get(name))
         needed = torch.bfloat16 if average.split else self._precisions[name]
         if (average.split or average.beside is None) and average.own.dtype != needed:
@@ -320,6 +323,7 @@ class Shadow:
         # Shared parameters are the student's and move with it.
         with pairing.hidden(self.module, shared):
             yield
+        # A cast may change which averages need a tensor beside the module's own: hold each one anew.
         own, self._beside, self._plan = Binding(self.module).local, {}, None
         for name, average in averages.items():
             if own[name].dtype != average.own.dtype:

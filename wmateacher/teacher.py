@@ -72,7 +72,7 @@ class WMATeacher(nn.Module):
                 student in 2 extra bytes per parameter instead of 4, at about twice the time per update;
                 saving it allocates the float32 tensors. The forward pass always runs in the student's
                 dtype.
-            device: The teacher's device; None keeps it with the student. `"cpu"` frees GPU memory, but
+            device: The teacher's device; None stands for the student's. `"cpu"` frees GPU memory, but
                 every update then copies the student through pinned memory and waits for the copy.
             buffers: `"copy"` takes the student's buffers at every snapshot, `"average"` averages the
                 floating-point ones, and `"keep"` leaves them as they were at construction.
@@ -112,7 +112,7 @@ class WMATeacher(nn.Module):
         self._student = (model,)
         self._swapped: tuple[nn.Module, ...] = ()
         self._attachment: Attachment | None = None
-        self.register_state_dict_pre_hook(_refuse_swapped)
+        self.register_state_dict_pre_hook(_prepare_state)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_load_state)
 
@@ -157,7 +157,7 @@ class WMATeacher(nn.Module):
 
         Sharded tensors are DTensors. Meant for diagnostics.
         """
-        plan = self._shadow.plan(*self._resolve(None))
+        plan = self._shadow.plan(self.student, is_original=True)
         for name in self.roles.averaged:
             yield name, plan.student.tensors[name].detach(), self._shadow.read(plan.own, name)
 
@@ -193,10 +193,12 @@ class WMATeacher(nn.Module):
 
     def _advance(self, model: nn.Module | None = None) -> None:
         """Do the work of `update`, without its check for an attached optimizer."""
-        student, is_original = self._resolve(model)
-        for lent in (*self._swapped, student):
-            swapping.refuse(lent, "update()")
-        plan, before = self._shadow.plan(student, is_original), (self._clock.step, self._clock.snapshot)
+        original = self.student
+        student = original if model is None else pairing.unwrap(model)
+        self._refuse_swapped("update()")
+        swapping.refuse(student, "update()")
+        plan = self._shadow.plan(student, is_original=student is original)
+        before = self._clock.step, self._clock.snapshot
         omega = self._clock.tick()
         try:
             if omega:
@@ -262,7 +264,7 @@ class WMATeacher(nn.Module):
                 within the run.
             RuntimeError: If called inside `swap`.
         """
-        _refuse_swapped(self)
+        self._refuse_swapped("load_average()")
         if average is None:
             self._clock.jump(step)
             return
@@ -374,17 +376,14 @@ class WMATeacher(nn.Module):
             super()._apply(fn, recurse)
         return self
 
-    def _resolve(self, model: nn.Module | None) -> tuple[nn.Module, bool]:
-        """Return the unwrapped student, and whether it is the one that the teacher was built from."""
-        original = pairing.unwrap(self._student[0])
-        student = original if model is None else pairing.unwrap(model)
-        return student, student is original
+    def _refuse_swapped(self, action: str) -> None:
+        for student in self._swapped:
+            swapping.refuse(student, action)
 
 
-def _refuse_swapped(teacher: nn.Module, *unused: Any) -> None:
+def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
     assert isinstance(teacher, WMATeacher)
-    for student in teacher._swapped:
-        swapping.refuse(student, "state_dict() of the teacher")
+    teacher._refuse_swapped("state_dict() of the teacher")
     sharding.reshard(teacher._shadow.fully_sharded)
 
 
@@ -396,7 +395,7 @@ def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, loca
 def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
     """Check the whole state before any of it is written, then load the averages."""
     assert isinstance(teacher, WMATeacher)
-    _refuse_swapped(teacher)
+    teacher._refuse_swapped("load_state_dict() of the teacher")
     clock = state.get(f"{prefix}_extra_state")
     if not isinstance(clock, Mapping) or "format" not in clock:
         raise ValueError(

@@ -201,7 +201,7 @@ def with_field(**changes):
         (
             with_field(logit_scale=torch.ones(1)),
             ValueError,
-            r"logit_scale must be a 0-d tensor, got shape \[1\]; pass such as",
+            r"logit_scale must be a 0-d tensor, got shape \[1\]; pass for example",
         ),
         (
             with_field(text=torch.zeros(2, 4)),

@@ -122,7 +122,7 @@ def test_paired_embeddings_survive_a_module_and_its_hooks():
         ({"fd": float("nan")}, ValueError, "must be finite and >= 0, got nan"),
         ({"fd": "1"}, TypeError, "the coefficient of 'fd' must be a number, got '1'"),
         ({"fd": True}, TypeError, "the coefficient of 'fd' must be a number, got True"),
-        ({}, ValueError, "a criterion needs at least one term, got none; write such as 'fd"),
+        ({}, ValueError, "a criterion needs at least one term, got none; write for example 'fd"),
         ("", ValueError, "cannot read ''"),
         ("fd - crd", ValueError, "cannot read 'fd - crd'"),
         (3.0, TypeError, "spec must be a string such as .*, got float"),

@@ -18,7 +18,7 @@ __all__ = ["cosine", "feature_mse", "relational"]
 
 _TAKES = "a tensor of features [B, ...]"
 
-# Keeps a batch of identical rows, whose mean distance is 0, from dividing by it.
+# Avoids dividing by 0 when all rows of a batch are identical.
 _SMALLEST_MEAN_DISTANCE = 1e-12
 
 

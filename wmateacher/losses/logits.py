@@ -113,15 +113,15 @@ class DINO(nn.Module):
     """Cross-entropy between the centred and sharpened teacher and the student.
 
     -sum_c p_T log softmax(z_S / tau_S) with p_T = softmax((z_T - center) / tau_T), Caron et al. 2021,
-    section 3.1, algorithm 1. Each call uses the centre as it is, and then, in training mode only, moves
-    it: center <- m center + (1 - m) mean(z_T), the mean over the batches of all ranks. If several views
-    make one batch, pass them in one call.
+    section 3.1, algorithm 1. Each call first uses the present centre. In training mode it then moves the
+    centre: center <- m center + (1 - m) mean(z_T), with the mean over the batches of all ranks. If several
+    views make one batch, pass them in one call.
 
     With `centering="sinkhorn"` there is no centre: p_T is softmax(z_T / tau_T), rescaled by Sinkhorn-Knopp
     until the batch uses all outputs equally (SwAV, Caron et al. 2020, section 3.1; DINOv2).
 
     Attributes:
-        gather_mode: The `GatherMode` that says which ranks' batches are one; set by `build`.
+        gather_mode: The `GatherMode` that says which ranks' batches count as one; set by `build`.
     """
 
     center: Tensor
@@ -134,7 +134,7 @@ class DINO(nn.Module):
         center_momentum: float = 0.9,
         centering: str = "mean",
     ) -> None:
-        """Start with a centre of 0. The defaults of the numbers are those of Caron et al. 2021.
+        """Start with a centre of 0. The default numbers are those of Caron et al. 2021.
 
         Args:
             dim: C, the width of the head's output.

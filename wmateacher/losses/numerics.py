@@ -1,6 +1,7 @@
 """The numerics that several losses share: the working precision, and divergences written on log-softmax.
 
-Shapes: `[..., C]`, a distribution over the last dimension; a divergence is the mean over the others.
+Inputs have shape `[..., C]`, with a distribution over the last dimension. Divergences are averaged over the
+other dimensions.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def full_precision(value: Any) -> AbstractContextManager[Any]:
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """Return the first tensor in a nest of tuples, lists and mappings; None if there is none."""
+    """Return the first tensor in nested tuples, lists and mappings, or None."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, Mapping):
@@ -81,9 +82,9 @@ def sinkhorn_knopp(
 
     Args:
         logits: The logits, shape `[..., C]`.
-        over_rows: A function from rows `[N, C]` to the log-sum-exp over all rows, `[C]`. By default over
-            the given ones; over those of all ranks in a distributed run.
-        iterations: How often both are normalised.
+        over_rows: A function from rows `[N, C]` to their log-sum-exp, `[C]`, which in a distributed run
+            includes the rows of all ranks. Default: the log-sum-exp of the given rows.
+        iterations: The number of times that both are normalised.
 
     Returns:
         The probabilities, shape `[..., C]`.

@@ -5,8 +5,9 @@ and T mean student and teacher. p = softmax over a row of the `[B, B]` logits s 
 their transpose (text->image). The losses normalise the features, so raw ones are fine. No gradient reaches
 the teacher; the student's scale receives one.
 
-With several ranks, B counts the rows of all of them: every rank computes with all rows (`gather="full"`),
-or with its own rows against the candidates of all ranks (`gather="rows"`). A direct call does the former.
+With several ranks, B is the number of rows on all of them: every rank computes with all rows
+(`gather="full"`), or with its own rows against the candidates of all ranks (`gather="rows"`). A direct call
+uses "full".
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ def candidates(embeddings: PairedEmbeddings) -> tuple[Tensor, Tensor]:
 
 
 class _Gathered(PairedEmbeddings):
-    """Embeddings that a loss can compute with: normalised, and with their candidates.
+    """Normalised embeddings together with the candidates that their rows are compared with.
 
     Attributes:
         candidates: Image and text features of all ranks, shape `[B, d]`.
-        layout: Where the rows stand among those of all ranks; None if they are all rows.
+        layout: The position of the rows among those of all ranks; None if these are all rows.
     """
 
     candidates: tuple[Tensor, Tensor]
@@ -104,6 +105,7 @@ class _Gathered(PairedEmbeddings):
 
     @classmethod
     def of(cls, embeddings: PairedEmbeddings, layout: BatchLayout | None) -> _Gathered:
+        """Return normalised embeddings with their candidates, which are gathered if there is a layout."""
         rows = cls(*embeddings)
         rows.layout, rows.candidates = layout, (rows.image, rows.text)
         if layout is not None:
@@ -112,6 +114,7 @@ class _Gathered(PairedEmbeddings):
 
     def _replace(self, **changes: Any) -> _Gathered:
         changed = super()._replace(**changes)
+        # Other features have other candidates, which every rank gathers again.
         if changes.keys() & {"image", "text"}:
             return _Gathered.of(_normalised(PairedEmbeddings(*changed)), self.layout)
         changed.candidates, changed.layout = self.candidates, self.layout
@@ -142,8 +145,8 @@ def _checked(who: str, embeddings: Any) -> PairedEmbeddings:
         )
     if scale.ndim != 0:
         raise ValueError(
-            f"{who}.logit_scale must be a 0-d tensor, got shape {list(scale.shape)}; pass such as "
-            "model.logit_scale.exp()"
+            f"{who}.logit_scale must be a 0-d tensor, got shape {list(scale.shape)}; pass for "
+            "example model.logit_scale.exp()"
         )
     return embeddings
 
@@ -176,7 +179,8 @@ def _gather(
     if ready is None:
         layout = gather_mode.layout(student.image)
     else:
-        # A registered loss calls another one: what it got from the criterion says how rows are spread.
+        # A loss is calling another one with embeddings that are gathered already. Their layout says how the
+        # rows are spread. The other side, if it is not gathered yet, has to match it.
         layout, gather_mode = ready.layout, GatherMode("rows")
     student = _gathered(student, layout, gather_mode)
     return student, _gathered(teacher, layout, gather_mode), student.layout
@@ -238,7 +242,7 @@ def _pairs_cross_entropy(rows: PairedEmbeddings, logits: tuple[Tensor, Tensor]) 
 
 
 def _layout(rows: PairedEmbeddings) -> BatchLayout | None:
-    """Return where the rows stand among those of all ranks; None if they are all rows."""
+    """Return the position of the rows among those of all ranks; None if these are all rows."""
     return rows.layout if isinstance(rows, _Gathered) else None
 
 
@@ -253,6 +257,7 @@ def _logits(rows: PairedEmbeddings, others: PairedEmbeddings) -> tuple[Tensor, T
     images, texts = candidates(others)
     image_to_text = similarity_logits(rows.image, texts, rows.logit_scale)
     if others is rows and _layout(rows) is None:
+        # One product serves both directions.
         return image_to_text, image_to_text.mT
     return image_to_text, similarity_logits(rows.text, images, rows.logit_scale)
 
@@ -260,7 +265,7 @@ def _logits(rows: PairedEmbeddings, others: PairedEmbeddings) -> tuple[Tensor, T
 def _both_ways(
     measure: Callable[[Tensor, Tensor], Tensor], student: PairedEmbeddings, teacher: PairedEmbeddings
 ) -> Tensor:
-    """Return measure(image->text logits) + measure(text->image logits), each side against itself."""
+    """Return measure(image->text logits) + measure(text->image logits), each side with its own features."""
     pairs = zip(_logits(student, student), _logits(teacher, teacher), strict=True)
     image_to_text, text_to_image = (measure(*logits) for logits in pairs)
     return image_to_text + text_to_image
@@ -358,7 +363,7 @@ def _info_nce_gradients(rows: PairedEmbeddings) -> tuple[Tensor, Tensor]:
 
     def derivative(logits: Tensor, normalisers: Tensor, others: Tensor) -> Tensor:
         excess = logits.softmax(-1) + (logits - normalisers).exp()
-        excess.diagonal(_first(rows)).sub_(2)
+        excess.diagonal(_first(rows)).sub_(2)  # each direction subtracts 1 at the pair's own entry
         return factor * (excess @ others)
 
     return derivative(image_to_text, over_images, texts), derivative(text_to_image, over_texts, images)
@@ -377,10 +382,11 @@ def paired_ce(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 
 @register("temperature_kl", family="paired", by_rows=True)
 class TemperatureKL(nn.Module):
-    """1/2 of both directions of KL(softmax(z_T / temperature) || softmax(z_S)), z the logits.
+    """`crd` with a flattened teacher, 1/2 (KL(softmax(z_T / temperature) || p_S) image->text + text->image).
 
-    From TRACER's registry of losses. The temperature flattens the teacher only, and there is no factor
-    temperature^2. At temperature 1 it is `crd`; the widths of student and teacher may differ.
+    From TRACER's registry of losses; z_T are the teacher's logits. The temperature flattens the teacher only,
+    and there is no factor temperature^2. At temperature 1 it is `crd`; the widths of student and teacher may
+    differ.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:

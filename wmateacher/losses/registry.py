@@ -1,7 +1,7 @@
 """Losses by name: register a loss, and build a weighted sum of losses from a spec.
 
-A *family* says what its losses take, and prepares it once for all terms of a criterion. Nothing else in
-this module knows what a loss computes.
+A *family* is a group of losses that take the same inputs. It checks and prepares the inputs once for all
+terms of a criterion. This module does not depend on what a loss computes.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Family:
 
     Attributes:
         name: The name for `register(family=...)`.
-        takes: What student and teacher must be, in words, for errors.
-        prepare: A function from (student, teacher) to both: checked, in float32 or float64, the teacher
-            detached. It returns inputs that it has prepared already as they are.
-        gather: A function from prepared (student, teacher) and a `GatherMode` to both with the rows of other
-            ranks, and a `BatchLayout` if the losses are then means over this rank's rows only. It returns
-            gathered inputs as they are. None if the family does not gather.
+        takes: A description of the inputs for error messages.
+        prepare: A function that takes (student, teacher), checks both, raises them to float32 or float64 and
+            detaches the teacher. Inputs that are prepared already are returned unchanged.
+        gather: A function that takes the prepared (student, teacher) and a `GatherMode`. It returns both with
+            the rows of other ranks, and a `BatchLayout` if the losses are then means over this rank's rows
+            only. Inputs that are gathered already are returned unchanged. None if the family does not gather.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Family:
     def inputs(
         self, student: Any, teacher: Any, gather_mode: GatherMode
     ) -> tuple[Any, Any, BatchLayout | None]:
-        """Return student and teacher as the losses compute with them, and the layout as `gather` gives it."""
+        """Prepare and gather both inputs; the third value is the layout that `gather` returns."""
         student, teacher = self.prepare(student, teacher)
         if self.gather is None:
             return student, teacher, None
         return self.gather(student, teacher, gather_mode)
 
     def standalone(self, loss: LossT) -> LossT:
-        """Decorate a loss so that a direct call gives what `build` of its name gives.
+        """Decorate a loss so that a direct call returns the same as a criterion built from its name.
 
         Args:
             loss: A function of (student, teacher), or a method of (self, student, teacher).
@@ -73,7 +73,7 @@ class Family:
         def call(*args: Any, **kwargs: Any) -> Any:
             *owner, student, teacher = signature.bind(*args, **kwargs).args
             with full_precision(student):
-                # Inside a criterion both are ready, and come back as they are.
+                # A criterion has prepared both for all its terms already; they pass through unchanged.
                 student, teacher, _ = self.inputs(student, teacher, GatherMode())
                 return loss(*owner, student, teacher)
 
@@ -117,13 +117,13 @@ def register(
     The loss is a function `(student, teacher, *, parameters) -> 0-d tensor`, or an `nn.Module` class whose
     `forward` takes (student, teacher) and whose `__init__` takes the parameters. A spec gives the
     parameters by position or by keyword: `name(2.0)`, `name(temperature=2.0)`. A paired loss may call another
-    one with the embeddings that it gets, or with `student._replace(image=...)`.
+    one with the embeddings that it receives, or with `student._replace(image=...)`.
 
     Args:
         name: The loss's name, a Python identifier.
         family: "paired", "logits" or "features" for a loss that takes the family's checked inputs in float32
             (or float64), image and text of "paired" L2-normalised. None for a loss that takes anything: it
-            gets what the caller passes, with the teacher detached.
+            receives what the caller passes, with the teacher detached.
         override: Whether to replace a loss of the same name.
         by_rows: Whether a paired loss can be built with `gather="rows"`: it must be a mean over the rows
             that it is given, compared with the rows of `wmateacher.losses.paired.candidates`.
@@ -183,7 +183,8 @@ def build(
 
     Args:
         spec: A string such as "3.90625*fd + crd + temperature_kl(2.0)", or a mapping from term to
-            coefficient such as {"fd": 3.90625, "temperature_kl(2.0)": 1.0}. A criterion is returned as it is.
+            coefficient such as {"fd": 3.90625, "temperature_kl(2.0)": 1.0}. A criterion is returned
+            unchanged.
         gather: How the paired losses use several ranks. "full": each rank computes the whole loss from
             B x B logits, with no communication backward. "rows": each rank computes the part of its own
             rows from B_r x B logits, and sums B x 2 d numbers over the ranks backward. "off": each
@@ -223,7 +224,7 @@ class Criterion(nn.Module):
             still computed and reported.
         terms: The loss of each term by name, as a module.
         family: The name of the losses' family; None if all of them take anything.
-        gather_mode: The `GatherMode` that says which ranks' batches are one.
+        gather_mode: The `GatherMode` that says which ranks' batches count as one.
     """
 
     def __init__(self, terms: Iterable[tuple[float, Call]], gather_mode: GatherMode | None = None) -> None:
@@ -265,7 +266,7 @@ class Criterion(nn.Module):
                 module.gather_mode = self.gather_mode
             modules[call.name] = module
         if not modules:
-            raise ValueError("a criterion needs at least one term, got none; write such as 'fd + crd'")
+            raise ValueError("a criterion needs at least one term, got none; write for example 'fd + crd'")
         self.terms = nn.ModuleDict(modules)
         self._with_family = frozenset(n for n, f in families.items() if f is not None)
         family = _one_family(families)
@@ -375,7 +376,7 @@ def _factory(name: str, loss: Any) -> Callable[..., nn.Module]:
     def factory(*args: Any, **kwargs: Any) -> nn.Module:
         return _FunctionLoss(loss, signature.bind(*args, **kwargs).arguments)
 
-    # `Call.build` checks a spec's arguments against it, and shows it in the error.
+    # `Call.build` checks a spec's arguments against this signature, and shows it in the error.
     factory.__signature__ = signature  # type: ignore[attr-defined]
     return factory
 
@@ -390,7 +391,7 @@ def _coefficient(name: str, value: Any) -> float:
     if not math.isfinite(value) or value < 0:
         raise ValueError(
             f"the coefficient of {name!r} must be finite and >= 0, got {value!r}; "
-            "write such as 0.5*fd, or leave the term out"
+            "write for example 0.5*fd, or leave the term out"
         )
     return float(value)
 
