@@ -1,4 +1,4 @@
-"""Counting optimizer steps from a hook of the optimizer, for `WMATeacher.attach`."""
+"""Count optimizer steps from a hook of the optimizer, for `WMATeacher.attach`."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Attachment:
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A GradScaler does not call step() on overflow, except for fused optimizers: these skip the step in
-        # their CUDA kernel, and only this tensor of the scaler tells. Reading it waits for the device.
+        # their CUDA kernel, and only this tensor of the scaler says so. Reading it waits for the device.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is None or not overflow.item():
             self._advance()

@@ -55,12 +55,12 @@ class Average:
 
     @property
     def held(self) -> Tensor:
-        """The tensor beside the module's own, or the module's own if there is none."""
+        """The tensor that holds the average: `beside`, or `own` if that is None."""
         return self.own.detach() if self.beside is None else self.beside
 
     @property
     def split(self) -> bool:
-        """Whether `held` is only the lower half of the average."""
+        """Whether `held` has only the lower half of the average, and `own` the upper half."""
         return self.held.dtype == torch.int16
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class _Step:
     """One batch of averages, which moves after its values have been fetched."""
 
     def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
-        """Lay the batch out.
+        """Give the batch its buffers.
 
         Args:
             batch: The batch's rows.
@@ -267,7 +267,7 @@ def _lerp_(averages: list[Tensor], values: list[Tensor], omega: float) -> None:
 
 
 def _upper_half_(bits: Tensor) -> Tensor:
-    """Round float32 to the nearest bfloat16, both as bits; the signed lower half is the rest."""
+    """Round float32 bits to the nearest bfloat16 bits, in place. What is left is the signed lower half."""
     # Rounding a NaN whose bits are all set, as GPUs make them, would overflow into a zero.
     return bits.clamp_(max=0x7FFF7FFF).add_(2**15).bitwise_right_shift_(16)
 

@@ -6,12 +6,11 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-from wmateacher import checks, kernels, posthoc, theory
+from wmateacher import __version__, checks, kernels, posthoc, theory
 from wmateacher.kernels import Array, Kernel
 
 __all__ = ["main", "terminal_plot"]
@@ -38,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
+        _refuse_existing(arguments.output, arguments.force)
         arguments.run(arguments)
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(f"wmateacher {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -50,19 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _kernel(arguments: argparse.Namespace) -> None:
     built = [kernels.build(spec) for spec in arguments.kernels]
-    if arguments.plot is not None:
-        _refuse_existing(arguments.plot, arguments.force)
     total = checks.positive_int("--total-steps", arguments.total_steps)
     print(_table(built, total, arguments.distill_weight))
     for kernel in built:
         print(f"\n{kernel}\n{terminal_plot(kernel.profile(total))}")
-    if arguments.plot is not None:
-        _figure(built, total, arguments.plot)
-        print(f"\nwrote {arguments.plot}")
+    if arguments.output is not None:
+        _figure(built, total, arguments.output)
+        print(f"\nwrote {arguments.output}")
 
 
 def _average(arguments: argparse.Namespace) -> None:
-    _refuse_existing(arguments.output, arguments.force)
     files, kernel = arguments.files, kernels.build(arguments.kernel)
     weights = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
     posthoc.average_checkpoints(files, kernel, arguments.steps, arguments.total_steps, arguments.output)
@@ -72,7 +69,6 @@ def _average(arguments: argparse.Namespace) -> None:
 
 
 def _synthesise(arguments: argparse.Namespace) -> None:
-    _refuse_existing(arguments.output, arguments.force)
     _, report = posthoc.synthesise(
         arguments.folder,
         arguments.kernel,
@@ -86,19 +82,17 @@ def _synthesise(arguments: argparse.Namespace) -> None:
 
 
 def _interpolate(arguments: argparse.Namespace) -> None:
-    _refuse_existing(arguments.output, arguments.force)
     posthoc.interpolate(arguments.start, arguments.end, arguments.alpha, output=arguments.output)
     print(f"wrote {arguments.output}: {1 - arguments.alpha:g} start + {arguments.alpha:g} end")
 
 
 def _stock(arguments: argparse.Namespace) -> None:
-    _refuse_existing(arguments.output, arguments.force)
     posthoc.model_stock(arguments.pretrained, arguments.finetuned, output=arguments.output)
     print(f"wrote {arguments.output}: Model Stock of {len(arguments.finetuned)} models")
 
 
-def _refuse_existing(file: str, force: bool) -> None:
-    if Path(file).exists() and not force:
+def _refuse_existing(file: str | None, force: bool) -> None:
+    if file is not None and Path(file).exists() and not force:
         raise ValueError(f"{file} already exists: choose another name, or pass --force to replace it")
 
 
@@ -112,8 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Run 'wmateacher COMMAND --help' for the options of a command and an example.",
         formatter_class=_formatter,
     )
-    version = f"wmateacher {metadata.version('wmateacher')}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=f"wmateacher {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     kernel = _command(
@@ -139,7 +132,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="LAMBDA",
         help="weight of the distillation loss in the theory (default: 0.9)",
     )
-    kernel.add_argument("--plot", metavar="FILE", help="also plot the weights to a .png, .pdf or .svg file")
+    kernel.add_argument(
+        "--plot", dest="output", metavar="FILE", help="also plot the weights to a .png, .pdf or .svg file"
+    )
     _add_force(kernel)
 
     average = _command(

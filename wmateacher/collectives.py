@@ -21,7 +21,7 @@ def world_size(group: Any = None) -> int:
 
 
 def row_counts(rows: int, device: torch.device | str, group: Any = None) -> list[int]:
-    """Return the number of rows that each rank of a group has. A collective, whose result the host waits for.
+    """Return the number of rows that each rank of a group has. This is a collective; the host waits for it.
 
     Args:
         rows: The number of rows on this rank.
@@ -37,7 +37,7 @@ def row_counts(rows: int, device: torch.device | str, group: Any = None) -> list
 
 
 def gather_rows(rows: Tensor, counts: list[int], group: Any = None) -> Tensor:
-    """Gather the rows of all ranks in the order of ranks, without gradient. A collective.
+    """Gather the rows of all ranks in the order of ranks, without gradient. This is a collective.
 
     Args:
         rows: This rank's rows, shape `[B_r, ...]`. Ranks may differ in the first dimension only.

@@ -106,8 +106,8 @@ class GapMonitor:
 
     A teacher that equals its student teaches nothing. The teacher starts as a copy of the student, so the
     monitor does not judge until the gap has been above the threshold once or `patience` steps have passed. It
-    reads the recorded gaps in blocks of `read_every` steps. Only then does the host wait for the device, for
-    values most of which were computed long before.
+    reads the recorded gaps in blocks of `read_every` steps. The host waits for the device only then, and most
+    of the values were computed long before.
 
     Example:
         >>> student = nn.Linear(4, 2)
@@ -193,7 +193,7 @@ class GapMonitor:
 
 @torch.no_grad()
 def output_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return KL(teacher || student) of the softmax of the logits in nats, the mean over the batch.
+    """Return KL(teacher || student) between the softmax outputs, in nats, averaged over the batch.
 
     Args:
         student: The student's logits, shape `[B, C]` or `[..., C]`.
@@ -388,7 +388,7 @@ def layer_cka(
 
 @contextmanager
 def _outputs(model: nn.Module, layers: Sequence[str] | None) -> Iterator[dict[str, Tensor]]:
-    """A context that collects the last output of each layer that runs inside it."""
+    """Collect the last output of each layer that runs inside a `with` block."""
     names = layers or [n for n, m in model.named_modules() if n and not any(m.children())]
     chosen = {name: _layer(model, name) for name in names}
     seen: dict[str, Tensor] = {}

@@ -88,7 +88,7 @@ class PeerEMA(Kernel):
 
 @dataclass(frozen=True)
 class Description:
-    """What the state of another library says about its average.
+    """The source, step count and kernel of another library's average.
 
     Attributes:
         source: The library: `"torch"`, `"lightning"`, `"ema-pytorch"`, `"diffusers"`, `"torch-ema"` or
@@ -128,7 +128,7 @@ def load(teacher: WMATeacher, state: Mapping[str, Any], step: int | None = None)
         ('torch', 4)
 
     Args:
-        teacher: The teacher, built from the student as it is now.
+        teacher: The teacher, built from the student with its present weights.
         state: The result of the library's `state_dict()`, or the checkpoint that contains it. The libraries
             are torch (`AveragedModel`), Lightning (the `WeightAveraging` callbacks), ema-pytorch (`EMA`),
             diffusers (`EMAModel`), torch-ema (`ExponentialMovingAverage`) and timm (`state_dict_ema`, or the
@@ -136,7 +136,7 @@ def load(teacher: WMATeacher, state: Mapping[str, Any], step: int | None = None)
         step: The number of optimizer steps in the run so far. Default: the number in the state.
 
     Returns:
-        What the state says about its average.
+        The source, step count and kernel that the state contains.
 
     Raises:
         ValueError: If the state belongs to none of these libraries or to another architecture, or if it does
@@ -155,7 +155,7 @@ def load(teacher: WMATeacher, state: Mapping[str, Any], step: int | None = None)
 
 
 _Weights = Callable[[nn.Module], Mapping[str, Tensor]]
-"""A function that returns the averaged weights by the names of the student's parameters."""
+"""A function that takes the student and returns the averaged weights under the names of its parameters."""
 
 
 def _recognise(state: Mapping[str, Any]) -> tuple[Description, _Weights]:

@@ -311,9 +311,9 @@ def state_names(model: nn.Module) -> dict[str, str]:
     names = {id(tensor): name for name, tensor in tensors(model).items()}
     # A tied tensor has one canonical name but a key for every place that uses it.
     persistent = _persistent(model)
-    saved = dict(model.named_parameters(remove_duplicate=False))
-    saved |= {p: b for p, b in model.named_buffers(remove_duplicate=False) if p in persistent}
-    return {path: names[id(tensor)] for path, tensor in saved.items()}
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    buffers = [(p, b) for p, b in model.named_buffers(remove_duplicate=False) if p in persistent]
+    return {path: names[id(tensor)] for path, tensor in [*parameters, *buffers]}
 
 
 def clone(tensor: Tensor, device: torch.device | None) -> Tensor:

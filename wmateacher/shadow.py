@@ -49,7 +49,7 @@ class Plan:
 
 
 class Shadow:
-    """A copy of a student whose tensors follow it as their roles say.
+    """The averaged copy of a student. Each tensor follows the student's according to its role.
 
     It is not an `nn.Module` itself. The teacher registers `module` as its own submodule, so that its state
     has the keys of the averaged module under `module.`.
@@ -286,7 +286,7 @@ class Shadow:
         return state
 
     def _average(self, own: Binding, name: str) -> Average:
-        """Return an averaged tensor, after checking that nobody has cast the module under it."""
+        """Return an average, after checking that the module was not cast without its teacher."""
         average = Average(own.local[name], self._beside.get(name))
         needed = torch.bfloat16 if average.split else self._precisions[name]
         if (average.split or average.beside is None) and average.own.dtype != needed:
@@ -307,7 +307,7 @@ class Shadow:
 
     @contextmanager
     def moving(self) -> Iterator[None]:
-        """Let the averages follow a move of the module inside, and keep their precision in a cast.
+        """Move the averages along with the module inside a `with` block, and keep their precision in a cast.
 
         Raises:
             RuntimeError: If the module is sharded and shares frozen parameters with the student.
@@ -385,10 +385,10 @@ class Shadow:
         self.write(values)
 
     def match_average(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return plain weights by canonical name, for `write`.
+        """Check an average of the student's architecture and return it by canonical name, for `write`.
 
         Args:
-            average: Weights by the names of the student's `state_dict`; buffers may be missing.
+            average: The weights, under the keys of the student's `state_dict`. Buffers may be missing.
 
         Raises:
             ValueError: If a weight is missing, unknown or of another shape.

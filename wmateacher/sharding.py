@@ -45,7 +45,7 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the shard of a DTensor, detached, and any other tensor as it is."""
+    """Return the local shard of a DTensor, detached; other tensors are returned unchanged."""
     return shard(tensor).detach() if is_sharded(tensor) else tensor
 
 
@@ -102,7 +102,7 @@ def norms(local_norms: Tensor, like: Sequence[Tensor]) -> Tensor:
 
 
 def consolidate(state: dict[str, Any]) -> dict[str, Any]:
-    """Gather a state's tensors on the CPU of rank 0; other ranks get an empty state. A collective."""
+    """Gather a state's tensors on the CPU of rank 0. Other ranks get an empty state. This is a collective."""
     dist = torch.distributed
     first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     gathered = {}
@@ -163,7 +163,7 @@ def alike(one: Tensor, other: Tensor) -> bool:
 
 
 def describe(tensor: Tensor) -> str:
-    """Say in words whether and how a tensor is sharded."""
+    """Return a description of a tensor's sharding for error messages."""
     if not is_sharded(tensor):
         return "not sharded"
     placements = ", ".join(map(str, tensor.placements))
@@ -171,7 +171,7 @@ def describe(tensor: Tensor) -> str:
 
 
 def _loaded(module: str, name: str) -> Any:
-    """Return a class of a module if that has been imported, else None: then no tensor can be of the class."""
+    """Return a class if its module has been imported, otherwise None: nothing can be an instance of it."""
     return getattr(sys.modules.get(module), name, None)
 
 

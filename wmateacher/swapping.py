@@ -1,4 +1,4 @@
-"""Lending a model other weights for a while, without its own getting lost or the lent ones getting saved."""
+"""Lend a model other weights for a while. Its own are always restored, and the lent ones are never saved."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def refuse(model: nn.Module, action: str) -> None:
 def lend(
     model: nn.Module, lender: object, targets: Sequence[Tensor], sources: Sequence[Tensor]
 ) -> Iterator[None]:
-    """Give an unwrapped model other values inside a `with` block, and its own back afterwards, bit for bit.
+    """Give an unwrapped model other values inside a `with` block, and restore its own bit for bit afterwards.
 
     Args:
         model: The model.
@@ -52,7 +52,7 @@ def lend(
     """
     memory = [sharding.local(target) for target in targets]
     own = [tensor.detach().clone() for tensor in memory]
-    # A write to a DTensor raises its own version counter, a write to its shard that of the shard: watch both.
+    # Writing to a DTensor raises its version counter, writing to its shard raises the shard's: watch both.
     watched = [
         t for pair in zip(targets, memory, strict=True) for t in pair if isinstance(pair[0], nn.Parameter)
     ]

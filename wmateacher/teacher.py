@@ -56,7 +56,7 @@ class WMATeacher(nn.Module):
         exclude: Sequence[str] = (),
         module_factory: Callable[[], nn.Module] | None = None,
     ):
-        """Build the teacher. Its average starts at the student as it is now.
+        """Build the teacher. Its average starts at the student's present weights.
 
         Args:
             model: The student. DDP, DataParallel and torch.compile wrappers are unwrapped.
@@ -246,7 +246,7 @@ class WMATeacher(nn.Module):
         self._clock.set_total_steps(total_steps)
 
     def load_average(self, average: Mapping[str, Tensor] | None, step: int) -> None:
-        """Continue an average that something else made of the first `step` optimizer steps.
+        """Continue an average of the first `step` optimizer steps that was made elsewhere.
 
         The average keeps its proportions. As a whole it gets the mass that the kernel gives to these steps,
         and every later step gets exactly its weight. `trajectory_weights` then reports the weights that
@@ -254,9 +254,9 @@ class WMATeacher(nn.Module):
         `wmateacher.migration`.
 
         Args:
-            average: Weights by the names of the student's `state_dict`. Buffers may be missing and then
-                stay as they are. None keeps the present average and only sets the step, for a gap in the
-                count.
+            average: The averaged weights, under the keys of the student's `state_dict`. Buffers that are
+                missing do not change. None keeps the present average and only sets the step count, for
+                example to make up for steps that were not counted.
             step: The number of optimizer steps that the average covers.
 
         Raises:

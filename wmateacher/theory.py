@@ -248,7 +248,7 @@ def _distances(world: LinearWorld, student: Array, teacher: Array) -> tuple[floa
 
 @dataclass(frozen=True)
 class Prediction:
-    """The bias that a kernel leaves, as shares of the bias |(W^0 - W*) P| of the start.
+    """The bias that a kernel leaves, relative to the start's bias |(W^0 - W*) P|.
 
     `str` gives a small table.
 

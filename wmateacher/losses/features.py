@@ -40,7 +40,7 @@ _family = add_family("features", _TAKES, _prepare)
 @register("feature_mse", family="features")
 @_family.standalone
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error, the element-wise mean of (f_S - f_T)^2.
+    """Compute the mean squared error, the element-wise mean of (f_S - f_T)^2.
 
     Raises:
         ValueError: If the shapes differ.
@@ -52,7 +52,7 @@ def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
 @register("cosine", family="features")
 @_family.standalone
 def cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cosine distance, the mean of 1 - cos(f_S, f_T) over all but the last dimension.
+    """Compute the cosine distance, the mean of 1 - cos(f_S, f_T) over all but the last dimension.
 
     Raises:
         ValueError: If the shapes differ, or there is no dimension after the batch.
@@ -69,7 +69,7 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
 @register("relational", family="features")
 @_family.standalone
 def relational(student: Tensor, teacher: Tensor) -> Tensor:
-    """Relational distillation, the mean over pairs i < j of huber(psi_S(i, j) - psi_T(i, j)).
+    """Compute relational distillation, the mean over pairs i < j of huber(psi_S(i, j) - psi_T(i, j)).
 
     The distance-wise loss of RKD (Park et al. 2019, eqs. 4-7): psi(i, j) = |f_i - f_j| / mu, where mu is
     the mean distance in the batch, and huber has the threshold 1. Only relations are compared, so the

@@ -48,7 +48,7 @@ _family = add_family("logits", _TAKES, _prepare)
 @register("ce", family="logits")
 @_family.standalone
 def ce(student: Tensor, teacher: Tensor) -> Tensor:
-    """Soft cross-entropy, -sum_c p_T log p_S.
+    """Compute the soft cross-entropy, -sum_c p_T log p_S.
 
     It is `kl` plus the teacher's entropy, and therefore not 0 if both are equal.
     """

@@ -204,7 +204,7 @@ _family = add_family("paired", _TAKES, _prepare, _gather)
 def info_nce(
     image: Tensor, text: Tensor, logit_scale: Tensor, *, gather: Gather = "full", group: Any = None
 ) -> Tensor:
-    """CLIP's symmetric InfoNCE, 1/2 (CE(s I T^t) + CE(s T I^t)) with the diagonal as labels.
+    """Compute CLIP's symmetric InfoNCE, 1/2 (CE(s I T^t) + CE(s T I^t)) with the diagonal as labels.
 
     Radford et al. 2021, figure 3; the contrastive part of TRACER's L_MMCL. Features are normalised and
     logits computed in float32 (float64 is kept), also under autocast.
@@ -274,7 +274,7 @@ def _both_ways(
 @register("fd", family="paired", by_rows=True)
 @_family.standalone
 def fd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-    """Feature distillation, mean_B |I_S - I_T|^2 + mean_B |T_S - T_T|^2.
+    """Compute feature distillation, mean_B |I_S - I_T|^2 + mean_B |T_S - T_T|^2.
 
     TRACER (Asadollahzadeh et al. 2026), term FD, in the paper's per-sample form: not divided by d.
     The authors' coefficient of 2000 on the element-wise mean is 3.90625 here at d = 512.
@@ -290,7 +290,7 @@ def fd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 @register("crd", family="paired", by_rows=True)
 @_family.standalone
 def crd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-    """Contrastive relational distillation, 1/2 (KL(p_T || p_S) image->text + text->image).
+    """Compute contrastive relational distillation, 1/2 (KL(p_T || p_S) image->text + text->image).
 
     TRACER, term CRD, as in its code (the paper's formula lacks the 1/2); CLIP-KD (Yang et al. 2024), CRD.
     Each side uses its own scale; the widths of student and teacher may differ.
@@ -301,9 +301,10 @@ def crd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 @register("icl", family="paired", by_rows=True)
 @_family.standalone
 def icl(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-    """Interactive contrastive learning, 1/2 (CE(s_S I_S T_T^t) + CE(s_S T_S I_T^t)), labels diagonal.
+    """Compute interactive contrastive learning, 1/2 (CE(s_S I_S T_T^t) + CE(s_S T_S I_T^t)).
 
-    TRACER eq. 24; CLIP-KD (Yang et al. 2024), ICL. With the student as its own teacher it is InfoNCE.
+    The labels are the diagonal. TRACER eq. 24; CLIP-KD (Yang et al. 2024), ICL. With the student as its own
+    teacher it is InfoNCE.
 
     Raises:
         ValueError: If the widths differ.
@@ -315,7 +316,7 @@ def icl(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 @register("cross_kd", family="paired", by_rows=True)
 @_family.standalone
 def cross_kd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-    """Cross-KD, 1/2 (KL(p_T || softmax(s_S I_S T_T^t)) + KL(p_T' || softmax(s_S T_S I_T^t))).
+    """Compute Cross-KD, 1/2 (KL(p_T || softmax(s_S I_S T_T^t)) + KL(p_T' || softmax(s_S T_S I_T^t))).
 
     TRACER, term Cross-KD; p_T is the teacher's image->text and p_T' its text->image distribution.
 
@@ -330,10 +331,11 @@ def cross_kd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
 @register("gd", family="paired", by_rows=True)
 @_family.standalone
 def gd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-    """Gradient distillation, MSE(dL_S/dI_S, dL_T/dI_T) + MSE(dL_S/dT_S, dL_T/dT_T), element-wise.
+    """Compute gradient distillation, MSE(dL_S/dI_S, dL_T/dI_T) + MSE(dL_S/dT_S, dL_T/dT_T).
 
-    CLIP-KD (Yang et al. 2024), GD: L is the InfoNCE loss of each side at its own scale, differentiated with
-    respect to the normalised features. In closed form, with the rows of P summing to 1,
+    CLIP-KD (Yang et al. 2024), GD: MSE is the element-wise mean, and L is the InfoNCE loss of each side at
+    its own scale, differentiated with respect to the normalised features. In closed form, with the rows of P
+    summing to 1,
 
         dL/dI = s/(2B) [(P_i2t - 1) T + (P_t2i - 1)^t T],
 
@@ -372,10 +374,10 @@ def _info_nce_gradients(rows: PairedEmbeddings) -> tuple[Tensor, Tensor]:
 @register("paired_ce", family="paired", by_rows=True)
 @_family.standalone
 def paired_ce(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
-    """Cross-entropy distillation, -sum p_T log p_S over both directions, not halved, averaged over the batch.
+    """Compute the cross-entropy -sum p_T log p_S of both directions, averaged over the batch.
 
-    CaRot (Oh et al. 2024), its self-distillation term. It is 2 `crd` plus the teacher's entropies;
-    the widths of student and teacher may differ.
+    CaRot (Oh et al. 2024), its self-distillation term; the sum of the directions is not halved. It is 2 `crd`
+    plus the teacher's entropies; the widths of student and teacher may differ.
     """
     return _both_ways(soft_cross_entropy, student, teacher)
 

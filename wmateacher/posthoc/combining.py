@@ -1,6 +1,6 @@
 """Weighted sums of checkpoints, computed a part at a time.
 
-Sums are float64. Besides the result, which is in CPU memory, about a third of its size is needed.
+Sums are float64. Besides the result in CPU memory, this takes about a third of the result's size.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-# A part is this share of all averaged tensors, counted in float64. Files are reopened for each part, because
-# the pages of a mapped file count as memory of this process until it is closed.
+# The size of a part in float64, as a share of the size of all averaged tensors. Files are reopened for each
+# part, because the pages of a mapped file count as memory of this process until it is closed.
 _SHARE = 1 / 16
 _LEAST_BYTES = 2**20
 # Elements of a part that are summed at once, so that they stay in the processor's cache.
@@ -119,7 +119,7 @@ def matched(sources: Sequence[Checkpoint], last: int) -> dict[str, TensorSpec]:
 
 
 def parts(specs: Mapping[str, TensorSpec], names: Sequence[str], share: float) -> Iterator[list[_Rows]]:
-    """Split the named tensors into parts that each take, in float64, about that share of their memory."""
+    """Split the named tensors into parts whose size in float64 is about `share` of their total size."""
     budget = max(sum(specs[n].bytes for n in names) * share, _LEAST_BYTES)
     part: list[_Rows] = []
     room = budget

@@ -54,7 +54,7 @@ def average_checkpoints(
         steps: The optimizer step of each checkpoint, in increasing order. Default: steps 0, 1, 2, ..., for
             equally spaced checkpoints.
         total_steps: The kernel's horizon. Default: the last of `steps`.
-        output: A file to write the average to, in the way of `files.save`.
+        output: The file to write the average to with `files.save`. Default: none.
 
     Raises:
         ValueError: If there are no checkpoints, their tensors differ, or the steps do not fit.
@@ -117,7 +117,7 @@ def interpolate(
         start: The pretrained weights, a state dict or a file.
         end: The fine-tuned weights, a state dict or a file.
         alpha: The share of the fine-tuned weights, in [0, 1].
-        output: A file to write the result to, in the way of `files.save`.
+        output: The file to write the result to with `files.save`. Default: none.
 
     Raises:
         ValueError: If `alpha` is out of range, or the tensors differ.
@@ -153,7 +153,7 @@ def model_stock(
     Args:
         pretrained: The pretrained weights `w_0`, a state dict or a file.
         finetuned: Two or more models that were fine-tuned from it, state dicts or files.
-        output: A file to write the result to, in the way of `files.save`.
+        output: The file to write the result to with `files.save`. Default: none.
 
     Raises:
         ValueError: If there are fewer than two fine-tuned models, or the tensors differ.

@@ -79,7 +79,7 @@ class Recorder:
                 run are synthesised poorly.
             every: The interval n between snapshots, which are written at steps 0, n, 2n, ... and
                 `total_steps`. Fifty snapshots or more are a good number.
-            steps: The steps at which to write, instead of `every`. Step 0 is the model as it is now.
+            steps: The steps at which to write, instead of `every`. Step 0 is the model's present state.
             keep: The largest number of snapshots of each average, at least 2. When there are more, every
                 second one is deleted: those at multiples of n, 2n, 4n, ... steps stay, and so does the
                 latest.

@@ -1,4 +1,4 @@
-"""The files that a `Recorder` writes: one average with its clock in each."""
+"""The files that a `Recorder` writes. Each holds one average and its clock."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Header:
-    """What a snapshot says about itself.
+    """The metadata of a snapshot.
 
     Attributes:
         clock: The average's clock, from which the exact weight of every student state follows.

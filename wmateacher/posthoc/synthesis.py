@@ -113,7 +113,7 @@ def synthesise(
         ridge: `mu`. Snapshots are rounded (float32: 6e-8 of a weight), and coefficients of 1e4 would turn
             that into noise. The default suits float32 and a run that moves its weights by about 1%. For
             float64, use a smaller value such as 1e-12.
-        output: A file to write the state to, in the way of `files.save`.
+        output: The file to write the state to with `files.save`. Default: none.
 
     Returns:
         The averaged weights at the snapshots' precision, and how well they follow the kernel.
