@@ -617,7 +617,7 @@ BAD = {
     ),
     "there is no folder": lambda folder: synthesise(folder / "nowhere", "uniform"),
     "holds no snapshots: record some with Recorder": lambda folder: synthesise(folder, "uniform"),
-    "has no state dict under 'b': there is one under 'a'": lambda folder: (
+    "has no state dict under 'b'; keys with a state dict: 'a'": lambda folder: (
         torch.save({"a": {"w": torch.ones(1)}}, folder / "a.pt"),
         load(folder / "a.pt", key="b"),
     ),

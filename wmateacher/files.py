@@ -231,8 +231,8 @@ def _state_in(content: Any, path: Path, key: str | None = None) -> Mapping[str, 
     if key is not None:
         if key not in inner:
             raise ValueError(
-                f"{str(path)!r} has no state dict under {key!r}: there is one under "
-                f"{', '.join(map(repr, inner)) or 'no key'}"
+                f"{str(path)!r} has no state dict under {key!r}; keys with a state dict: "
+                f"{', '.join(map(repr, inner)) or 'none'}"
             )
         return content[key]
     if len(inner) > 1:

@@ -292,9 +292,9 @@ class WMATeacher(nn.Module):
     def swap(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
         """Give the student the averaged weights and buffers inside a `with` block.
 
-        The student's own tensors wait in a copy, which takes one student's memory. They are restored bit
-        for bit at the end, also after an exception. The mode (train or eval) does not change. The block may
-        be entered again inside itself, and the teacher may be called inside.
+        The student's own tensors are kept in a copy, which takes the memory of one student. They are restored
+        bit for bit at the end, even after an exception. The mode (train or eval) does not change. Blocks for
+        the same model may be nested, and the teacher may be called inside.
 
         Args:
             model: The model that gets the averaged weights; None stands for the model that the teacher was
@@ -304,9 +304,9 @@ class WMATeacher(nn.Module):
             The model.
 
         Raises:
-            RuntimeError: If inside the block `update`, or `state_dict` of the teacher or the student, is
-                called (a checkpoint would mix the two), or a second model is swapped; and at the end of the
-                block if the student's parameters were written inside.
+            RuntimeError: If another model is swapped inside the block, or one of these is called there:
+                `update`, or `state_dict` of the teacher or the student (a checkpoint would mix the two).
+                Also raised at the end of the block if the student's parameters were written inside.
         """
         model = self._student[0] if model is None else model
         student = pairing.unwrap(model)
