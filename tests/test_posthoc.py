@@ -235,7 +235,7 @@ def test_a_synthesised_average_is_as_close_as_its_report_says(tmp_path, kernel, 
     spread = (states - states.mean(0)).norm(dim=1).max()
     assert error <= report.l1_error * spread + 1e-9
     # As close as said, and closer than any plain snapshot or state.
-    assert kernel == "static" or error < 0.2 * (states - torch.from_numpy(weights) @ states).norm(dim=1).min()
+    assert kernel == "static" or error < 0.2 * (states - torch.tensor(weights) @ states).norm(dim=1).min()
 
 
 def test_an_average_in_the_middle_of_the_run(tmp_path):
@@ -744,6 +744,7 @@ torch.set_num_threads(1)
 how, *files = sys.argv[1:]
 out = files[0].replace("00.", "out.")
 # Libraries are loaded at first use.
+posthoc.checkpoint_weights("beta(0.5,0.5)", 3)
 posthoc.model_stock({"w": torch.randn(2**17)}, [{"w": torch.randn(2**17)}] * 4)
 load(files[0])
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins here
