@@ -202,9 +202,11 @@ class MeanTeacherTask(Task):
         """Train from few labels and return the record."""
         recipe = self._recipe()
         method = recipe.method("mean-teacher")
-        method = replace(method, name="cell", kernel=cell.kernel, weight=cell.distill_weight * method.weight)
         if cell.kernel == "none":
-            method = replace(method, kernel=None, weight=0.0)
+            method = replace(method, name="cell", kernel=None, weight=0.0)
+        else:
+            weight = cell.distill_weight * method.weight
+            method = replace(method, name="cell", kernel=cell.kernel, weight=weight)
         recipe = replace(recipe, methods={"cell": method})
         experiment = MeanTeacherExperiment(recipe, self._folder(cell), root=self.root, progress=False)
         record = experiment.run("cell", cell.seed)

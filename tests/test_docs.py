@@ -59,12 +59,11 @@ def test_commands_name_files_and_options_that_exist(page):
         scripts = [w for w in words if w.endswith(".py")]
         for script in scripts:
             assert (ROOT / script).exists(), line
-            source = (ROOT / script).read_text()
+            source = (ROOT / script).read_text() + SETTINGS  # of the run, and of the recipes
             for option in (w for w in words[words.index(script) :] if w.startswith("--")):
                 spelled = option.split("=")[0]
                 field = spelled.removeprefix("--").replace("-", "_")
-                if "." in field:  # a setting of a recipe, declared in the application's room
-                    source, field = SETTINGS, field.rpartition(".")[2]
+                field = field.rpartition(".")[2]
                 assert f'"{spelled}"' in source or re.search(rf"^    {field}:", source, re.M), line
 
 

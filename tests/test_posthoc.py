@@ -744,6 +744,7 @@ torch.set_num_threads(1)
 how, *files = sys.argv[1:]
 out = files[0].replace("00.", "out.")
 # Libraries are loaded at first use.
+posthoc.checkpoint_weights("beta(0.5,0.5)", 3)
 posthoc.model_stock({"w": torch.randn(2**17)}, [{"w": torch.randn(2**17)}] * 4)
 load(files[0])
 Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins here

@@ -133,7 +133,7 @@ def test_dino_may_be_called_twice_before_backward():
             torch.zeros(2, dtype=torch.int64),
             TypeError,
             "teacher must be a tensor of logits .* of a floating-point dtype, got torch.int64; class "
-            "indices are targets for the task loss",
+            "indices are targets of the task loss",
         ),
         (
             torch.zeros(2, 3),
