@@ -57,7 +57,7 @@ def test_valid_values_are_returned():
         (lambda: checks.width("afd", "dim", 0), ValueError, "afd: dim must be an integer >= 1, got 0; give the size"),
         (lambda: checks.floating_tensor("student", [1.0], "logits"), TypeError, "student must be logits, got list"),
         (lambda: checks.floating_tensor("student", torch.ones(2).long(), "logits"), TypeError,
-         "of a floating-point dtype, got torch.int64; class indices are targets for the task loss"),
+         "of a floating-point dtype, got torch.int64; class indices are targets of the task loss"),
         (lambda: checks.floating_tensor("student", torch.ones(0, 3), "logits"), ValueError,
          "student must have a batch of at least 1, got shape [0, 3]"),
         (lambda: checks.same_shape("kl", torch.ones(2, 3), torch.ones(2, 4)), ValueError,

@@ -191,7 +191,7 @@ def floating_tensor(who: str, value: Any, takes: str) -> Tensor:
     if not value.is_floating_point():
         raise TypeError(
             f"{who} must be {takes}, of a floating-point dtype, got {value.dtype}; "
-            "class indices are targets for the task loss, not a teacher's output"
+            "class indices are targets of the task loss, not a teacher's output"
         )
     if value.numel() == 0:
         raise ValueError(
