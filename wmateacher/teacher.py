@@ -185,7 +185,7 @@ class WMATeacher(nn.Module):
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
-                f"this teacher is attached to {type(self._attachment.optimizer).__name__}, which already "
+                f"this teacher is attached to {self._attachment}, which already "
                 "counts its steps, so that update() would count them twice: drop the call, or remove() the "
                 "handle that attach() returned"
             )
@@ -208,27 +208,32 @@ class WMATeacher(nn.Module):
             raise
         self.omega = omega or 0.0
 
-    def attach(self, optimizer: Optimizer) -> Attachment:
-        """Call `update` automatically after every step of an optimizer.
+    def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> Attachment:
+        """Call `update` automatically after every step of one optimizer, or of several together.
 
-        Steps that a `GradScaler` skips and the micro-batches of gradient accumulation do not count. If
-        several optimizers train the student, attach the teacher to the one whose steps should count. With
-        a fused optimizer and a `GradScaler`, only the device knows whether a step was skipped, so counting
-        waits for it.
+        One outermost `step` counts as one step, also if it calls `super().step()` or steps another optimizer,
+        as SAM does. Steps that a `GradScaler` skips, the micro-batches of gradient accumulation, and the step
+        that torch's distributed checkpoints take to create an optimizer's state do not count. With a fused
+        optimizer and a `GradScaler`, only the device knows whether a step was skipped, so counting waits for
+        it.
+
+        Args:
+            optimizer: The optimizer that trains the student, or a list of several in the order in which they
+                step. These count one step once the last one has stepped.
 
         Returns:
             A handle with a `remove()` method, which is also a context manager.
 
         Raises:
-            TypeError: If `optimizer` is not a single `torch.optim.Optimizer`.
-            ValueError: If the optimizer trains none of the student's parameters.
-            RuntimeError: If the teacher is attached already.
+            TypeError: If `optimizer` is neither a `torch.optim.Optimizer` nor a list of them.
+            ValueError: If one of the optimizers trains none of the student's parameters.
+            RuntimeError: If the teacher is attached already; and later, in the first step, if the optimizers
+                step in another order.
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
-                f"this teacher is already attached to {type(self._attachment.optimizer).__name__}: if "
-                "several optimizers train the student, attach the teacher to the one whose steps count, or "
-                "remove() the other attachment first"
+                f"this teacher is already attached to {self._attachment}: if several optimizers train the "
+                "student, attach it to a list of them, or remove() the other attachment first"
             )
         self._attachment = Attachment(optimizer, self._student[0].parameters(), self._advance)
         return self._attachment
