@@ -9,6 +9,7 @@ from typing import Any, Literal
 from wmateacher import kernels, losses
 from wmateacher.checks import lookup, one_of, positive_int
 from wmateacher.integrations.clip import clocks
+from wmateacher.integrations.engine.settings import Hidden
 from wmateacher.spec import parse_call
 
 __all__ = [
@@ -151,8 +152,8 @@ class Method:
         ValueError: If two values do not go together; the message says which.
     """
 
-    name: str
-    summary: str
+    name: Hidden[str]
+    summary: Hidden[str]
     head: Literal["text", "linear"] = "text"
     kernel: str | None = None
     distillation: str | None = None

@@ -13,6 +13,7 @@ from wmateacher.integrations.clip.data.batches import Sampling
 from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
 from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.sampling import steps_per_epoch
+from wmateacher.integrations.engine.settings import Hidden
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
@@ -83,14 +84,14 @@ class Recipe:
         published: The name of the paper's figures for this experiment, in `paper`.
     """
 
-    name: str
-    summary: str
+    name: Hidden[str]
+    summary: Hidden[str]
     model: str
     finetune: Settings
     methods: Mapping[str, Method]
-    default: tuple[str, ...] = ()
+    default: Hidden[tuple[str, ...]] = ()
     evaluate_every: int | None = 0
-    published: str | None = None
+    published: Hidden[str | None] = None
 
     def __post_init__(self) -> None:
         if self.evaluate_every is not None and self.evaluate_every < 0:
@@ -176,12 +177,12 @@ class DigitsRecipe(Recipe):
     """
 
     data: str
-    wide: Domain
-    narrow: Domain
-    shifts: Mapping[str, Domain]
+    wide: Hidden[Domain]
+    narrow: Hidden[Domain]
+    shifts: Hidden[Mapping[str, Domain]]
     pretrain: Settings
     train_images: int = 10**9
-    large_data_steps: int | None = None
+    large_data_steps: Hidden[int | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

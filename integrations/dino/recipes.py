@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from wmateacher.integrations.engine import schedules, settings
-from wmateacher.integrations.engine.settings import check_at_least
+from wmateacher.integrations.engine.settings import Hidden, check_at_least
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
@@ -148,7 +148,7 @@ class Recipe:
         bank_images: Largest number of images of each part that are drawn for evaluation.
     """
 
-    summary: str
+    summary: Hidden[str]
     data: str
     backbone: str
     image_size: int

@@ -131,10 +131,6 @@ class Pretraining(training.Training):
         """Return the kernel and the settings."""
         return {"kernel": self.name, **self.settings.run_config()}
 
-    def nan_hint(self) -> str:
-        """Return the settings that keep a loss finite."""
-        return f"lower learning_rate ({self.settings.learning_rate}) or clip_norm ({self.settings.clip_norm})"
-
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
     """Return the parameter groups: matrices, which are decayed, and all others, which are not."""

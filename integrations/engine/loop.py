@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from wmateacher.integrations.engine import processes, signals, tracking
 
 __all__ = [
     "FORMAT",
+    "AfterRead",
     "BatchStream",
     "History",
     "Options",
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 Batch = TypeVar("Batch")
+AfterRead = Callable[[int, Mapping[str, float]], None]
+"""Called with the number of steps done and the values logged there."""
 Stream = Callable[[int], Iterator[Batch]]
 """Batches from a given optimizer step on; the same step always gives the same batch."""
 
@@ -63,6 +67,7 @@ class Task(Protocol):
     steps: int
     device: torch.device
 
+    @abstractmethod
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """Take the optimizer step with index `step`, from 0, and return what to log, including `"loss"`.
 
@@ -70,14 +75,17 @@ class Task(Protocol):
         """
         ...
 
+    @abstractmethod
     def stateful(self) -> Mapping[str, Part]:
         """Return every object whose state changes during training, by name."""
         ...
 
+    @abstractmethod
     def run_config(self) -> Mapping[str, Any]:
         """Return the settings that must match for a checkpoint to be resumed."""
         ...
 
+    @abstractmethod
     def nan_hint(self) -> str:
         """Return the advice that ends the error about a loss that is not finite."""
         ...
@@ -143,7 +151,7 @@ def train(
     label: str | None = None,
     progress: bool = True,
     after_step: Callable[[int], None] | None = None,
-    after_read: Callable[[int, Mapping[str, float]], None] | None = None,
+    after_read: AfterRead | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
     evaluate_last: bool = False,
@@ -205,13 +213,9 @@ def train(
             if checkpoint is not None and due:
                 run.save(checkpoint)
             if terminated:
+                saved = "not saved (no checkpoint file)" if checkpoint is None else f"saved in {checkpoint}"
                 raise signals.Terminated(
-                    f"{task.name}: terminated after step {run.step} of {task.steps}"
-                    + (
-                        f", saved in {checkpoint}"
-                        if checkpoint is not None
-                        else "; no checkpoint was asked for"
-                    )
+                    f"{task.name}: terminated after step {run.step} of {task.steps}, {saved}"
                 )
             if after_step is not None:
                 after_step(run.step)
@@ -227,7 +231,7 @@ def _terminated(request: signals.Request, step: int) -> bool:
 class _Run:
     """A task and its progress."""
 
-    def __init__(self, task: Task, name: str, after_read: Callable[[int, Mapping[str, float]], None] | None):
+    def __init__(self, task: Task, name: str, after_read: AfterRead | None):
         self.task, self.name, self.step, self.history = task, name, 0, History()
         self._after_read = after_read
         self.evaluated = self._resumed_at = 0

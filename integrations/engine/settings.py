@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import torch
 
+# `name: Hidden[str]` is a field that the command line neither shows nor changes.
+from tyro.conf import Suppress as Hidden
+
 from wmateacher.integrations.engine import schedules
 
-__all__ = ["Settings", "check_at_least"]
+__all__ = ["Hidden", "Settings", "check_at_least", "visible"]
+
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -87,3 +91,11 @@ def check_at_least(config: Any, **bounds: float) -> None:
     for name, low in bounds.items():
         if getattr(config, name) < low:
             raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def visible(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that the command line shows: all that are not `Hidden`."""
+    hints = get_type_hints(type(config), include_extras=True)
+    return {
+        n: value for n, value in vars(config).items() if Hidden not in getattr(hints[n], "__metadata__", ())
+    }

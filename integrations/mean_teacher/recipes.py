@@ -9,7 +9,7 @@ from typing import Literal
 from wmateacher import kernels
 from wmateacher.checks import lookup, one_of
 from wmateacher.integrations.engine import settings
-from wmateacher.integrations.engine.settings import check_at_least
+from wmateacher.integrations.engine.settings import Hidden, check_at_least
 
 __all__ = ["CONSISTENCIES", "METHODS", "RECIPES", "Method", "Recipe", "Settings"]
 
@@ -39,8 +39,8 @@ class Method:
         ValueError: The consistency or the kernel is unknown, or a number is out of range.
     """
 
-    name: str
-    summary: str
+    name: Hidden[str]
+    summary: Hidden[str]
     kernel: str | None = None
     consistency: Literal["mse", "kl", "pseudo"] = "mse"
     weight: float = 0.0
