@@ -6,7 +6,7 @@
     python benchmarks/kernel_sweep.py --task mean-teacher --data mnist --data-root DIR
 
 Cells run side by side, one process and one thread each. Each writes its result when it is done, and the
-same command with the same --output goes on where it was stopped. The folder gets results.json, cells.csv,
+same command with the same --output continues where it stopped. The folder gets results.json, cells.csv,
 plane.png, profiles.png, gaps.png, predicted.png and report.html, which opens offline.
 """
 
@@ -191,7 +191,7 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
     except KeyboardInterrupt:
         for process in list(pool._processes.values()):
             process.terminate()
-        print(f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr)
+        print(f"\ninterrupted; the same command with --output {output} continues this run", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -102,7 +102,7 @@ class Experiment(experiment.Experiment[Recipe]):
     def pretrain(self) -> float:
         """Pre-train the towers, or load them from the cache, and return the seconds of training.
 
-        Towers that came with weights stay as they are.
+        Towers that were built with pretrained weights are not changed.
         """
         if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.data, DigitsData):
             return 0.0

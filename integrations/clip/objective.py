@@ -59,7 +59,7 @@ class Objective(nn.Module):
         seed: The seed of random texts.
 
     Raises:
-        ValueError: If the method needs prompts and there are none.
+        ValueError: If the method needs prompts and gets None.
     """
 
     def __init__(self, method: Method, student: Student, prompts: Prompts | None = None, seed: int = 0):
@@ -137,10 +137,10 @@ class Objective(nn.Module):
 
 
 def require_prompts(prompts: Prompts | None, method: str) -> Prompts:
-    """Return the prompts.
+    """Return the prompts that a method needs.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If `prompts` is None.
     """
     if prompts is None:
         raise ValueError(

@@ -152,7 +152,7 @@ def describe(
     methods = [recipe.method(name) for name in names]
     lines = [f"{recipe.name}: {recipe.summary}", "", "configuration (--NAME VALUE changes a value):"]
     lines += [f"  {line}" for line in _settings(recipe)]
-    lines += ["", "methods, as they differ from FLYP (--methods.NAME.SETTING VALUE changes a value):"]
+    lines += ["", "methods, as differences from FLYP (--methods.NAME.SETTING VALUE changes a value):"]
     for m in methods:
         own = ", ".join(f"{k}={v}" for k, v in m.settings().items() if k != "name")
         lines.append(f"  {m.name}: {own or 'nothing'}")
@@ -219,12 +219,12 @@ def _length(recipe: Recipe, found: _Found) -> list[str]:
     s = recipe.finetune
     of = ""
     if isinstance(recipe, PhotoRecipe) and not found.pairs:
-        of = f", or another number: the pairs of {recipe.train} are missing"
+        of = f", but the number of pairs decides: those of {recipe.train} are missing"
     elif isinstance(recipe, PhotoRecipe):
         each = steps_per_epoch(found.pairs, s.batch_size)
         of = f": {found.pairs:,} pairs, {each:,} steps per epoch"
         if found.pairs < s.batch_size:
-            of += f"; too few for batch_size {s.batch_size}, training would be refused"
+            of += f"; batch_size {s.batch_size} is larger than the data, so training would fail"
     at = dict.fromkeys(step for step in (0, s.warmup - 1, s.warmup, s.steps - 1) if 0 <= step < s.steps)
     rates = ", ".join(f"{s.learning_rate_at(step):.4g} at step {step}" for step in at)
     return [f"length: {s.steps:,} optimizer steps of {s.batch_size}{of}", f"learning rate: {rates}"]
@@ -245,4 +245,4 @@ def _memory(recipe: Recipe, methods: Sequence[Method], processes: int) -> list[s
         row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(needed).items(), ("total", needed.total))}
         rows.append(row)
     own = f", each of {processes} processes" if processes > 1 else ""
-    return [f"memory, at the least{own}:", *(f"  {line}" for line in tables.aligned(rows).splitlines())]
+    return [f"memory, at least{own}:", *(f"  {line}" for line in tables.aligned(rows).splitlines())]

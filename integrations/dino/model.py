@@ -41,7 +41,7 @@ class Head(nn.Module):
         layers: The number of linear layers of the MLP; 1 is a single linear map.
         unit_norm: Whether to keep the rows of the last layer at norm 1, which is more stable. Otherwise their
             norms are learned.
-        batch_norm: Whether to use batch normalisation in the MLP. It is the paper's option, and spreads the
+        batch_norm: Whether to use batch normalisation in the MLP, an option of the paper. It spreads the
             outputs of an untrained backbone.
 
     Raises:

@@ -39,7 +39,7 @@ class Epochs:
 
     Args:
         count: The number of images.
-        batch_size: Images a step.
+        batch_size: Images per step.
         seed: The seed of the permutations.
         what: The name of the images in messages.
         fill: Whether the remainder of an epoch is a step too, filled up with the first images of the epoch.
@@ -80,7 +80,7 @@ class Balanced:
 
     Args:
         labels: The class of every image, int64 `[N]`.
-        batch_size: Images a step.
+        batch_size: Images per step.
         seed: The seed of the draws.
         what: The name of the images in messages.
 

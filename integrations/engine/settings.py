@@ -28,8 +28,7 @@ class Settings:
         weight_decay: Weight decay of every parameter.
         warmup: Steps of linear warm-up.
         clip_norm: Largest gradient norm; None for no clipping.
-        precision: `"fp32"`; `"bf16"` or `"fp16"` for autocast with float32 weights, fp16 with a gradient
-            scaler.
+        precision: `fp32`, or autocast to `bf16` or `fp16` with float32 weights. fp16 uses a gradient scaler.
         seed: Seed of the initialisation, the data order and everything else that is random.
         checkpoint_every: Steps between checkpoints.
 

@@ -37,7 +37,7 @@ _BATCH = 500
 class Experiment(experiment.Experiment[Recipe]):
     """A recipe with its data loaded, and the folder of its results, with tables `gaps` and `curves`.
 
-    The seed of a run chooses the labelled images too.
+    The seed of a run also chooses the labelled images.
 
     Args:
         recipe: What to run.

@@ -1,4 +1,4 @@
-"""Networks of timm from a spec such as `vit_tiny_patch16_224(patch_size=4,depth=4)`."""
+"""Build timm networks from a spec such as `vit_tiny_patch16_224(patch_size=4,depth=4)`."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ class Finding:
 
     Attributes:
         name: The name of the set.
-        where: The folder of the set. None: it is missing.
+        where: The folder of the set, or None if it is missing.
         images: The number of images.
-        classes: The number of classes that have images. 0: the images have captions only.
+        classes: The number of classes that have images; 0 if the images have captions only.
         problems: What is wrong with it, each with a fix.
     """
 
