@@ -167,7 +167,7 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
     """Run cells in parallel, record each when it ends, and return the number of failures."""
     started, failed = time.perf_counter(), 0
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=alone)
+    pool = ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=initialise_worker)
     try:
         futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(task.run, cell): cell for cell in cells}
         for done, future in enumerate(as_completed(futures), 1):
@@ -198,8 +198,8 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
     return failed
 
 
-def alone() -> None:
-    """Give a cell one thread, and leave Ctrl-C to the sweep."""
+def initialise_worker() -> None:
+    """Use one thread, and ignore Ctrl-C, which the sweep handles."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

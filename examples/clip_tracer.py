@@ -34,7 +34,7 @@ class Options(command.RunOptions):
     methods: tuple[str, ...] = ()
     """Methods to run, e.g. --methods zero-shot flyp tracer, or all. If empty, the recipe's short list."""
     ablate: str | None = None
-    """Run one of the paper's ablations of tracer: kernel, lambda, terms or interval; or alpha, of WiSE-FT."""
+    """Run an ablation: kernel, lambda, terms or interval of tracer, or alpha of WiSE-FT."""
     alpha_of: str = "ft"
     """The fine-tuned method whose weights --ablate alpha interpolates with the pretrained ones."""
     steps: int | None = None
@@ -138,7 +138,7 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """Return a record in a few words."""
+    """Return ID and OOD accuracy of a record, as text."""
     ood = "" if record["ood"] is None else f", mean OOD {record['ood']:.1f}"
     return f"ID {record['id']:.1f}{ood}"
 

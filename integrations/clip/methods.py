@@ -1,4 +1,4 @@
-"""Fine-tuning methods, declared over one objective and one training loop."""
+"""The fine-tuning methods: the settings of `Objective` and of the training loop that make each of them."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def orthogonality(towers: Towers) -> Tensor:
 class Objective(nn.Module):
     """The loss of a method.
 
-    It holds the parameters of the method's criterion and, for an L2 pull, the weights that it pulls to.
+    It holds the parameters of the method's criterion and, for an L2 pull, the weights that it pulls to. The
+    terms of the criterion are in `wmateacher.losses`, such as `fd` and `crd` in `losses.paired`.
 
     Args:
         method: The method.

@@ -1,4 +1,4 @@
-"""Experiments as data: the towers, the images, the methods, and how they are optimised."""
+"""The recipes of fine-tuning CLIP: towers, images, methods and optimisation."""
 
 from __future__ import annotations
 

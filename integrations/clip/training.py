@@ -30,7 +30,7 @@ from wmateacher.losses import PairedEmbeddings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["build_student", "fit"]
+__all__ = ["FineTuning", "build_student", "fit"]
 
 
 def build_student(method: Method, towers: Towers, prompts: Prompts | None = None) -> Student:
@@ -83,11 +83,25 @@ def fit(
         FloatingPointError: If the loss is not finite.
     """
     processes.check_batch(settings.batch_size, equal=method.head == "linear")
-    task = _FineTuning(student, method, stream, settings, prompts, anchors)
+    task = FineTuning(student, method, stream, settings, prompts, anchors)
     return training.fit(task, evaluate, after_read, **options)
 
 
-class _FineTuning(training.Training):
+class FineTuning(training.Training):
+    """Train a student on image-text pairs by a method.
+
+    Args:
+        student: The result of `build_student`, on the device to train on.
+        method: The method.
+        stream: The fine-tuning pairs.
+        settings: How to optimise.
+        prompts: The texts of the task, or None.
+        anchors: Pairs like those of pre-training, or None.
+
+    Raises:
+        ValueError: If something that the method needs is missing.
+    """
+
     settings: Settings
     student: Student
     teacher: WMATeacher | None

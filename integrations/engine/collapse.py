@@ -87,11 +87,11 @@ class CollapseWatch:
         steps: The length T of the run.
         outputs: The number of outputs C.
         least_used: The effective number of outputs below which most of them count as dead.
-        remedy: What to change, as the end of the warning.
+        hint: Advice on what to change, which ends the warning.
     """
 
-    def __init__(self, name: str, steps: int, outputs: int, least_used: float, remedy: str):
-        self.name, self.steps, self.remedy = name, steps, remedy
+    def __init__(self, name: str, steps: int, outputs: int, least_used: float, hint: str):
+        self.name, self.steps, self.hint = name, steps, hint
         self.outputs, self.least_used = outputs, least_used
         self._warned: set[str] = set()
 
@@ -104,7 +104,7 @@ class CollapseWatch:
         if found is not None and kind not in self._warned and processes.is_main():
             self._warned.add(kind)
             warnings.warn(
-                f"{self.name}: collapsed at step {step} of {self.steps}, {found}: {self.remedy}",
+                f"{self.name}: collapsed at step {step} of {self.steps}, {found}: {self.hint}",
                 CollapseWarning,
                 stacklevel=2,
             )

@@ -55,7 +55,7 @@ class Part(Protocol):
 
 
 class Task(Protocol):
-    """What the loop trains.
+    """A model in training, whose steps `train` takes.
 
     Attributes:
         name: The name in messages and in the progress bar.
@@ -281,8 +281,10 @@ class _Run:
             return ""
         file = checkpoint.with_name(f"{checkpoint.stem}-not-finite.pt")
         content = batch(step - 1)
+        # A dict instead of a named tuple, so that `torch.load` reads it without running code.
+        content = content._asdict() if hasattr(content, "_asdict") else content
         with write_atomically(file) as stream:
-            torch.save({"step": step, "logged": dict(values), "batch": _plain(content)}, stream)
+            torch.save({"step": step, "logged": dict(values), "batch": content}, stream)
         return f"; the batch and its logged values are in {file}, for torch.load"
 
     def save(self, file: Path) -> None:
@@ -339,11 +341,6 @@ class _Run:
             name: [(int(step), value) for step, value in values.tolist()]
             for name, values in state["series"].items()
         }
-
-
-def _plain(batch: Any) -> Any:
-    """Return a batch in types that `torch.load` reads without running code."""
-    return dict(batch._asdict()) if hasattr(batch, "_asdict") else batch
 
 
 def read(file: Path, keys: set[str]) -> dict[str, Any]:
