@@ -1,4 +1,4 @@
-"""Which kernel should the teacher have? Every kernel on one task, over distillation weights and seeds.
+"""Compare the teacher's kernels on one task, over distillation weights and seeds.
 
     python benchmarks/kernel_sweep.py
     python benchmarks/kernel_sweep.py --seeds 3 --distill-weights 0.5 0.9
@@ -142,7 +142,7 @@ def opened(file: Path, config: dict[str, Any], task: Task) -> dict[str, Any]:
     """Return the results of the sweep so far.
 
     Raises:
-        ValueError: The folder holds another sweep.
+        ValueError: If the folder holds another sweep.
     """
     if not file.exists():
         where = environment("cpu", PACKAGES)

@@ -46,7 +46,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum of all."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 

@@ -61,9 +61,9 @@ class Settings(settings.Settings):
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}: None is all at once")
 
     def scaled(self, steps: int | None) -> Settings:
-        """Return the settings with other steps and the warm-up in proportion; unchanged for None."""
-        if steps is None or steps < 1:
-            return self if steps is None else replace(self, steps=steps)
+        """Return the settings for another number of steps, the warm-up in proportion; unchanged for None."""
+        if steps is None:
+            return self
         return replace(self, steps=steps, warmup=self.warmup * steps // self.steps)
 
 
@@ -123,7 +123,7 @@ class Recipe:
         return selected
 
     def trained(self, name: str) -> Method:
-        """Return the method that is trained for a method: itself, or the one that a merge is of."""
+        """Return the method that `name` trains: itself, or the one that it merges."""
         method = self.method(name)
         return method if method.merge is None else self.method(method.merge.of)
 
@@ -155,7 +155,7 @@ class Recipe:
         return self
 
     def with_steps(self: RecipeT, steps: int | None) -> RecipeT:
-        """Return the recipe with other steps of fine-tuning and the warm-up in proportion."""
+        """Return the recipe with another number of fine-tuning steps and the warm-up in proportion."""
         return replace(self, finetune=self.finetune.scaled(steps))
 
 
@@ -200,7 +200,7 @@ class DigitsRecipe(Recipe):
         return self.with_pretraining(self.large_data_steps) if is_larger else self
 
     def with_pretraining(self, steps: int | None) -> DigitsRecipe:
-        """Return the recipe with other steps of pre-training and the warm-up in proportion."""
+        """Return the recipe with another number of pre-training steps and the warm-up in proportion."""
         return replace(self, pretrain=self.pretrain.scaled(steps))
 
 
@@ -349,7 +349,7 @@ class PhotoRecipe(Recipe):
         return replace(self, finetune=replace(self.finetune, steps=steps), evaluate_every=every)
 
     def with_steps(self, steps: int | None) -> PhotoRecipe:
-        """Return the recipe with other steps of fine-tuning, in place of `epochs`."""
+        """Return the recipe with another number of fine-tuning steps, which replaces `epochs`."""
         return self if steps is None else replace(super().with_steps(steps), epochs=None)
 
 

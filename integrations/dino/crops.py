@@ -47,7 +47,7 @@ class DrawnCrops:
             0 to 1; (0, 0) for all crops from the start.
 
     Raises:
-        ValueError: A batch is larger than the data, a crop is larger than the drawing, or the domain's
+        ValueError: If a batch is larger than the data, a crop is larger than the drawing, or the domain's
             colours tell the label.
     """
 
@@ -132,7 +132,7 @@ class PhotoCrops:
         workers: The number of processes that prepare batches.
 
     Raises:
-        ValueError: A batch is larger than the data, or a crop is larger than the first image.
+        ValueError: If a batch is larger than the data, or a crop is larger than the first image.
     """
 
     def __init__(self, images: Images, crops: Crops, batch_size: int, seed: int, workers: int = 0):

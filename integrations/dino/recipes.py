@@ -33,7 +33,7 @@ class Crops:
         local_scale: Range of the share of the image's area that a local crop covers.
 
     Raises:
-        ValueError: A size or a scale is out of range.
+        ValueError: If a size or a scale is out of range.
     """
 
     global_size: int = 224

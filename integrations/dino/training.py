@@ -42,12 +42,12 @@ def fit(
         **options: Options of `loop.train`, such as `checkpoint`.
 
     Raises:
-        ValueError: The checkpoint cannot be read or belongs to another run, or a batch cannot be split into
-            equal parts for all processes.
-        FloatingPointError: The loss is not finite.
+        ValueError: If the checkpoint cannot be read or belongs to another run, or a batch cannot be split
+            into equal parts for all processes.
+        FloatingPointError: If the loss is not finite.
 
     Warns:
-        CollapseWarning: The teacher's outputs are constant, or most of them are not used.
+        CollapseWarning: If the teacher's outputs are constant, or most of them are not used.
     """
     processes.check_batch(settings.batch_size, equal=True)
     return training.fit(Pretraining(backbone, stream, settings, kernel), evaluate, **options)

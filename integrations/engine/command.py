@@ -64,7 +64,7 @@ def parse(
         The options, and the recipe with the changes of the command line.
 
     Raises:
-        ValueError: The recipe is unknown, or its dataclass rejects a value.
+        ValueError: If the recipe is unknown, or its dataclass rejects a value.
         SystemExit: `--help` was asked for, or an argument is unknown or of the wrong type.
     """
     given = list(sys.argv[1:] if argv is None else argv)

@@ -175,11 +175,11 @@ def train(
         evaluate_last: Whether to evaluate after the last step too.
 
     Raises:
-        ValueError: The checkpoint cannot be read or belongs to another run.
-        FloatingPointError: The loss is not finite. The last checkpoint is kept. If the task has a `batch`,
+        ValueError: If the checkpoint cannot be read or belongs to another run.
+        FloatingPointError: If the loss is not finite. The last checkpoint is kept. If the task has a `batch`,
             the batch of that step is written next to it.
-        OSError: A checkpoint cannot be written. The previous one is unchanged.
-        Terminated: SIGTERM was received (a `SystemExit` with code 143). The state is saved.
+        OSError: If a checkpoint cannot be written. The previous one is unchanged.
+        Terminated: If SIGTERM was received (a `SystemExit` with code 143). The state is saved.
     """
     run = _Run(task, label or task.name, after_read)
     evaluate_at = set(range(evaluate_every, task.steps, evaluate_every) if evaluate_every else ())
@@ -261,7 +261,7 @@ class _Run:
         """Read the logged values of the last steps from the device.
 
         Raises:
-            FloatingPointError: A loss is not finite; its batch is written next to `checkpoint`.
+            FloatingPointError: If a loss is not finite; its batch is written next to `checkpoint`.
         """
         for step, logged in self._unread:
             values = {name: float(value) for name, value in logged.items()}
@@ -313,7 +313,7 @@ class _Run:
         """Resume from a checkpoint.
 
         Raises:
-            ValueError: The checkpoint cannot be read or belongs to another run.
+            ValueError: If the checkpoint cannot be read or belongs to another run.
         """
         state = read(file, {"format", "identity", "step", "evaluated", "parts", "series"})
         ours, theirs = dict(self.task.run_config()), state["identity"]
@@ -351,7 +351,7 @@ def read(file: Path, keys: set[str]) -> dict[str, Any]:
         keys: The keys that it must have.
 
     Raises:
-        ValueError: The file is damaged or not a checkpoint of this loop.
+        ValueError: If the file is damaged or not a checkpoint of this loop.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

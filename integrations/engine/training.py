@@ -87,17 +87,17 @@ def fit(
     """Train the student in place, to the end.
 
     Args:
-        training: The student, in its initial state, and what trains it.
+        training: The student and its training, in the initial state.
         evaluate: Called with the networks at every evaluation.
         after_read: Called with the logged values, as in `loop.train`.
         **options: Options of `loop.train`.
 
     Raises:
-        ValueError: The checkpoint cannot be read or belongs to another run.
-        FloatingPointError: The loss is not finite.
+        ValueError: If the checkpoint cannot be read or belongs to another run.
+        FloatingPointError: If the loss is not finite.
 
     Warns:
-        CollapseWarning: The outputs are constant, or most of them are not used.
+        CollapseWarning: If the outputs are constant, or most of them are not used.
     """
     networks, watch = _networks(training.student, training.teacher), training.watch
 

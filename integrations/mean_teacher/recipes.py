@@ -36,7 +36,7 @@ class Method:
             None counts all images.
 
     Raises:
-        ValueError: The consistency or the kernel is unknown, or a number is out of range.
+        ValueError: If the consistency or the kernel is unknown, or a number is out of range.
     """
 
     name: Hidden[str]
@@ -137,7 +137,7 @@ class Recipe:
         """Return the method of that name.
 
         Raises:
-            ValueError: The recipe has no such method.
+            ValueError: If the recipe has no such method.
         """
         return lookup("method", name, self.methods)
 

@@ -58,7 +58,7 @@ def score(
             scores its part.
 
     Raises:
-        ValueError: The test set is empty.
+        ValueError: If the test set is empty.
     """
     device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
     answer = classifier if logits is None else logits
@@ -99,7 +99,7 @@ def score(
 
 
 def _fill(bins: Tensor, probabilities: Tensor, labels: Tensor) -> None:
-    """Add predictions to bins by confidence: the sum of confidences, the number correct, and of all."""
+    """Add predictions to bins by confidence: their confidence, how many are correct, and how many."""
     confidence, predicted = probabilities.double().nan_to_num().max(1)
     which = (confidence * len(bins)).long().clamp(max=len(bins) - 1)
     right = (predicted == labels).double()

@@ -24,7 +24,7 @@ def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) ->
             pooled features `[B, num_features]`.
 
     Raises:
-        ValueError: timm has no such network, or cannot build it with these arguments.
+        ValueError: If timm has no such network, or cannot build it with these arguments.
     """
     import timm
 

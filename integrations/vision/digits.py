@@ -214,8 +214,8 @@ def load(name: str = "digits", root: str | Path | None = None, *, download: bool
         download: Whether torchvision may download missing files.
 
     Raises:
-        ValueError: The name is unknown, or `root` is missing.
-        FileNotFoundError: The files are missing.
+        ValueError: If the name is unknown, or `root` is missing.
+        FileNotFoundError: If the files are missing.
     """
     if name == "digits":
         everything = _bundled()

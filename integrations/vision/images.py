@@ -55,8 +55,8 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
         download: Whether torchvision may download missing files.
 
     Raises:
-        ValueError: The name is unknown, or `root` is missing.
-        FileNotFoundError: The files are missing.
+        ValueError: If the name is unknown, or `root` is missing.
+        FileNotFoundError: If the files are missing.
     """
     kind, _, folder = name.partition(":")
     if kind == "imagefolder":
@@ -142,7 +142,7 @@ class Views:
         order: Gives the indices of each step's images. Default: `Epochs`.
 
     Raises:
-        ValueError: A batch is larger than the data.
+        ValueError: If a batch is larger than the data.
     """
 
     def __init__(
