@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import torch
-
-# `name: Hidden[str]` is a field that the command line neither shows nor changes.
-from tyro.conf import Suppress as Hidden
 
 from wmateacher.integrations.engine import schedules
 
 __all__ = ["Hidden", "Settings", "check_at_least", "visible"]
 
-
+ValueT = TypeVar("ValueT")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+if TYPE_CHECKING:
+    Hidden = Annotated[ValueT, None]
+else:
+
+    class Hidden:
+        """Annotate a field, as in `name: Hidden[str]`, that the command line neither shows nor changes."""
+
+        def __class_getitem__(cls, kind):
+            # Only reading a command line needs tyro, and only that evaluates annotations.
+            from tyro.conf import Suppress
+
+            return Annotated[kind, Suppress, cls]
 
 
 @dataclass(frozen=True, kw_only=True)
