@@ -169,7 +169,7 @@ class Method:
     clip_norm: float | None = None
     update_every: int = 1
     clock: clocks.Clock = "steps"
-    merge: Merge | None = None
+    merge: Hidden[Merge | None] = None
     trains: bool = True
 
     def __post_init__(self) -> None:
