@@ -1,4 +1,4 @@
-"""Which kernel should the teacher have? Every kernel on one task, over distillation weights and seeds.
+"""Compare the teacher's kernels on one task, over distillation weights and seeds.
 
     python benchmarks/kernel_sweep.py
     python benchmarks/kernel_sweep.py --seeds 3 --distill-weights 0.5 0.9
@@ -6,7 +6,7 @@
     python benchmarks/kernel_sweep.py --task mean-teacher --data mnist --data-root DIR
 
 Cells run side by side, one process and one thread each. Each writes its result when it is done, and the
-same command with the same --output goes on where it was stopped. The folder gets results.json, cells.csv,
+same command with the same --output continues where it stopped. The folder gets results.json, cells.csv,
 plane.png, profiles.png, gaps.png, predicted.png and report.html, which opens offline.
 """
 
@@ -142,7 +142,7 @@ def opened(file: Path, config: dict[str, Any], task: Task) -> dict[str, Any]:
     """Return the results of the sweep so far.
 
     Raises:
-        ValueError: The folder holds another sweep.
+        ValueError: If the folder holds another sweep.
     """
     if not file.exists():
         where = environment("cpu", PACKAGES)
@@ -167,7 +167,7 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
     """Run cells in parallel, record each when it ends, and return the number of failures."""
     started, failed = time.perf_counter(), 0
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=alone)
+    pool = ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=initialise_worker)
     try:
         futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(task.run, cell): cell for cell in cells}
         for done, future in enumerate(as_completed(futures), 1):
@@ -191,15 +191,15 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
     except KeyboardInterrupt:
         for process in list(pool._processes.values()):
             process.terminate()
-        print(f"\ninterrupted; the same command with --output {output} goes on from here", file=sys.stderr)
+        print(f"\ninterrupted; the same command with --output {output} continues this run", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return failed
 
 
-def alone() -> None:
-    """Give a cell one thread, and leave Ctrl-C to the sweep."""
+def initialise_worker() -> None:
+    """Use one thread, and ignore Ctrl-C, which the sweep handles."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

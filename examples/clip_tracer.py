@@ -1,4 +1,4 @@
-"""Robust fine-tuning of CLIP: what each kind of teacher keeps, and what it costs.
+"""Fine-tune CLIP by several methods, and compare their accuracy in distribution and under shift.
 
 The default recipe pre-trains a small CLIP on digits of many domains, fine-tunes it on one narrow domain by
 several methods, and compares them there (ID) and under shift (OOD), without any downloads. The others are the
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(command.RunOptions):
-    """Robust fine-tuning of CLIP: what each kind of teacher keeps, and what it costs."""
+    """Fine-tune CLIP by several methods, and compare their accuracy in distribution and under shift."""
 
     methods: tuple[str, ...] = ()
-    """Methods to run, e.g. --methods zero-shot flyp tracer, or all. Default: the recipe's short list."""
+    """Methods to run, e.g. --methods zero-shot flyp tracer, or all. If empty, the recipe's short list."""
     ablate: str | None = None
-    """Run the paper's variants of tracer instead: kernel, lambda, terms, interval, or alpha (WiSE-FT's)."""
+    """Run an ablation: kernel, lambda, terms or interval of tracer, or alpha of WiSE-FT."""
     alpha_of: str = "ft"
-    """The fine-tuned method that --ablate alpha interpolates to."""
+    """The fine-tuned method whose weights --ablate alpha interpolates with the pretrained ones."""
     steps: int | None = None
-    """Optimizer steps of fine-tuning; the warm-up is shortened in proportion."""
+    """Optimizer steps of fine-tuning; the warm-up changes in proportion."""
     pretrain_steps: int | None = None
-    """Optimizer steps of pre-training on digits, likewise."""
+    """Optimizer steps of pre-training on digits; the warm-up changes in proportion."""
     dry_run: bool = False
-    """Print the configuration, its length, an estimate of memory and what data is missing, and stop."""
+    """Print the configuration, the length, the memory and the missing data of a run, without running it."""
     compare_paper: bool = False
-    """Print every figure beside the paper's, and the difference."""
+    """Print each result beside the paper's, with the difference."""
     cache: Path | None = None
-    """Folder where pretrained towers are kept. Default: ~/.cache/wmateacher."""
+    """Folder that keeps pre-trained towers, or None for ~/.cache/wmateacher."""
 
 
 def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
@@ -138,7 +138,7 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
 
 
 def headline(record: Mapping[str, Any]) -> str:
-    """Return a record in a few words."""
+    """Return ID and OOD accuracy of a record, as text."""
     ood = "" if record["ood"] is None else f", mean OOD {record['ood']:.1f}"
     return f"ID {record['id']:.1f}{ood}"
 

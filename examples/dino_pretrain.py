@@ -1,4 +1,4 @@
-"""DINO with any teacher: features without labels, and what each kernel makes of them.
+"""Pre-train a backbone by DINO under teachers with different kernels, and compare their features.
 
     python examples/dino_pretrain.py
     python examples/dino_pretrain.py --kernels 'ema(0.97)' uniform --seeds 3
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 class Options(command.RunOptions):
     """Pre-train a backbone by DINO, without labels, under teachers with different kernels.
 
-    Test images are then classified by their nearest neighbours among the training images, and by a linear
-    classifier. The default run takes bundled digits in random colours: minutes on a CPU, no download.
+    Then classify test images by their nearest neighbours among the training images, and by a linear
+    classifier. The default run uses bundled digits in random colours: minutes on a CPU, no download.
     """
 
     kernels: tuple[str, ...] = (recipes.PAPER_KERNEL,)
-    """The teachers' kernels, one run each, e.g. --kernels 'ema(0.97)' uniform."""
+    """The teachers' kernels, with one run for each, e.g. --kernels 'ema(0.97)' uniform."""
     steps: int | None = None
-    """Number of optimizer steps; warm-up and other schedules are stretched with it."""
+    """Number of optimizer steps; warm-up and other schedules change in proportion."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def conclude(run: Experiment, names: Sequence[str]) -> None:
-    """Print the table and draw the pictures; the maps are those of the first kernel's teacher."""
+    """Print the table and draw the pictures, with attention maps of the first kernel's teacher."""
     from wmateacher.integrations.dino import pictures
     from wmateacher.integrations.dino.experiment import COLUMNS
 

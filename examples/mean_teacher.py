@@ -1,4 +1,4 @@
-"""Few labels, many images: what a mean teacher adds, and what each kernel makes of it.
+"""Train a classifier from few labels and many images, by mean teachers with any kernel and other methods.
 
     python examples/mean_teacher.py
     python examples/mean_teacher.py --methods supervised fixmatch --kernels 'power(sigma_rel=0.2)'
@@ -20,15 +20,15 @@ from wmateacher.integrations.mean_teacher import recipes
 class Options(command.RunOptions):
     """Train a classifier from few labels and many images, by several methods.
 
-    The default run takes bundled digits, four labels for each class: a minute or two on a CPU, no download.
+    The default run uses bundled digits, four labels per class: a minute or two on a CPU, no download.
     """
 
     methods: tuple[str, ...] = ("supervised", "pi-model", "mean-teacher")
-    """The methods that run: supervised, pi-model, mean-teacher, fixmatch."""
+    """Methods to run: supervised, pi-model, mean-teacher, fixmatch."""
     kernels: tuple[str, ...] = ()
-    """More mean teachers, one for each kernel, e.g. --kernels 'power(sigma_rel=0.2)' uniform."""
+    """Kernels of further mean teachers, one run for each, e.g. --kernels 'power(sigma_rel=0.2)' uniform."""
     steps: int | None = None
-    """Number of optimizer steps; warm-up and ramp-up are stretched with it."""
+    """Number of optimizer steps; warm-up and ramp-up change in proportion."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Homes for the teacher in other libraries."""
+"""The teacher in training frameworks, and the training tasks of the examples."""

@@ -1,4 +1,4 @@
-"""Variants of TRACER's teacher, one setting at a time, beside the figures that the paper reports."""
+"""Ablations: variants of TRACER that differ in one setting, compared with the paper's figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def variants(what: str, tracer: Method, steps: int, of: str = "ft") -> dict[str,
         of: The name of the fine-tuned method that `"alpha"` interpolates to.
 
     Raises:
-        ValueError: If there is no such ablation.
+        ValueError: If the ablation is unknown.
     """
     vary = lookup("ablation", what, _VARIED)
     return {name: replace(method, name=name) for name, method in vary(tracer, steps, of).items()}
@@ -112,7 +112,8 @@ def table(
 ) -> str:
     """Return a table with one row per variant: its figures, the weight of W^0, and the paper's figures.
 
-    Below it stands the rank correlation of the shifts' accuracies with the published ones, if there are any.
+    Below the table is the rank correlation between measured and published accuracies on the shifts, if the
+    paper reports any.
 
     Args:
         results: The content of `results.json`.

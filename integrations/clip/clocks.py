@@ -1,4 +1,4 @@
-"""What an update of a teacher counts as if there is not one at every step."""
+"""The steps that an update of a teacher stands for if it is updated every n steps only."""
 
 from __future__ import annotations
 

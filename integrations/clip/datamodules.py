@@ -35,7 +35,7 @@ class CLIPData(Protocol):
     Attributes:
         prompts: The classes, templates and tokenizer.
         tests: The test sets by name; the first is in-distribution.
-        validation: The validation sets by name, for every choice that is made by looking at results.
+        validation: The validation sets by name, for all choices that depend on results.
         labelled: Whether training pairs have labels.
         anchored: Whether there are anchor pairs.
     """
@@ -51,7 +51,7 @@ class CLIPData(Protocol):
         ...
 
     def anchors(self, settings: Settings) -> loop.Stream[Batch] | None:
-        """Return pairs like those of pre-training, or None if there are none."""
+        """Return pairs like those of pre-training, or None if the data has no such pairs."""
         ...
 
 
@@ -134,7 +134,8 @@ class PhotoData:
         towers: The towers, for their image size and normalisation.
         tokenizer: The towers' tokenizer.
         root: The folder that holds the data sets.
-        workers: Processes that read images, for training and again for evaluation. 0: this process.
+        workers: Worker processes that read images, in training and again in evaluation; 0 reads them in this
+            process.
 
     Attributes:
         train: The training pairs.

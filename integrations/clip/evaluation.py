@@ -57,8 +57,8 @@ def score_set(
         test: The test set, from `imagenet.load`.
         transform: A function from a PIL image to the towers' input, such as `open_clip.image_transform`
             returns.
-        batch_size: Images at a time.
-        workers: Processes that read images. 0: this process.
+        batch_size: Images per batch.
+        workers: Worker processes that read images; 0 reads them in this process.
 
     Raises:
         ValueError: If no image can be read.

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Reci
 from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.engine import experiment, loop, processes
 from wmateacher.integrations.engine.experiment import Outcome, Table
+from wmateacher.integrations.engine.training import Fit
 from wmateacher.posthoc import interpolate, model_stock
 
-__all__ = ["Experiment", "Finished", "default_cache"]
+__all__ = ["Experiment", "default_cache"]
 
 SIDES = ("student", "teacher")
 
@@ -32,28 +33,6 @@ SIDES = ("student", "teacher")
 def default_cache() -> Path:
     """Return the folder of pretrained towers: `$XDG_CACHE_HOME/wmateacher`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wmateacher"
-
-
-@dataclass
-class Finished:
-    """The networks at the end of a method.
-
-    Attributes:
-        student: The fine-tuned, merged or pretrained model.
-        teacher: The average of the student; None if the method has no teacher.
-        seconds: Seconds of training.
-        series: The logged values, as in `loop.History`.
-    """
-
-    student: Student
-    teacher: Student | None = None
-    seconds: float = 0.0
-    series: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
-
-    @property
-    def networks(self) -> dict[str, Student]:
-        """The student, and the teacher if there is one, by name."""
-        return {"student": self.student} | ({} if self.teacher is None else {"teacher": self.teacher})
 
 
 class Experiment(experiment.Experiment[Recipe]):
@@ -123,7 +102,7 @@ class Experiment(experiment.Experiment[Recipe]):
     def pretrain(self) -> float:
         """Pre-train the towers, or load them from the cache, and return the seconds of training.
 
-        Towers that came with weights stay as they are.
+        Towers that were built with pretrained weights are not changed.
         """
         if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.data, DigitsData):
             return 0.0
@@ -134,7 +113,7 @@ class Experiment(experiment.Experiment[Recipe]):
             self.towers, METHODS["flyp"], self.data.draw(self.recipe.wide, settings), settings,
             checkpoint=file, label="pre-training", progress=self.progress,
         )  # fmt: skip
-        return pretrained.seconds
+        return pretrained.history.seconds
 
     def check(self, names: Sequence[str]) -> None:
         """Check that methods can run on this data, before the first of them starts.
@@ -153,20 +132,20 @@ class Experiment(experiment.Experiment[Recipe]):
     def train(self, name: str, seed: int) -> Outcome:
         """Fine-tune by the method `name` from the pretrained towers, and evaluate."""
         end = self._finished(self.recipe.method(name), seed)
-        scores = {side: self.evaluate(network) for side, network in end.networks.items()}
-        validation = self.evaluate(end.student, self.data.validation)
-        gaps = end.series.get("gap", [])
+        series = end.history.series
+        scores = self._scores(end.networks)
+        validation = self.evaluate(end.student, self.data.validation)  # type: ignore[arg-type]
         in_distribution = next(iter(self.data.tests))
         summaries = {side: summarise(s, in_distribution) for side, s in scores.items()}
         record = {
             **summaries["student"],
             "teacher": summaries.get("teacher"),
-            "seconds": end.seconds,
-            "final_gap": gaps[-1][1] if gaps else None,
+            "seconds": end.history.seconds,
+            "final_gap": series["gap"][-1][1] if "gap" in series else None,
             "validation": {k: s.accuracy for k, s in validation.items()},
-            "unreadable": sum(int(count) for _, count in end.series.get("unreadable", [])),
+            "unreadable": sum(map(int, end.history.values("unreadable"))),
         }
-        return Outcome(record, self._tables(end, scores))
+        return Outcome(record, self._tables(series, scores))
 
     def evaluate(self, student: Student, tests: Mapping[str, Scorer] | None = None) -> dict[str, Scores]:
         """Score a model on sets, by default on the test sets of the data."""
@@ -176,29 +155,28 @@ class Experiment(experiment.Experiment[Recipe]):
         towers, head = towers_of(student), head_of(student, self.prompts)
         return {name: scorer(towers, head) for name, scorer in chosen.items()}
 
-    def _finished(self, method: Method, seed: int) -> Finished:
+    def _finished(self, method: Method, seed: int) -> Fit:
         """Return the networks at the end of a method."""
         if method.merge is not None:
             return self._merged(method.merge, seed)
         student = build_student(method, deepcopy(self.towers), self.prompts)
         if not method.trains:
-            return Finished(student)
+            return Fit(student)
         settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
         options = self.loop_options(method.name, seed)
-        fitted = fit(
+        return fit(
             student, method, self.data.pairs(settings), settings,
             prompts=self.prompts, anchors=self.data.anchors(settings) if method.anchors else None,
-            evaluate=self._figures_of, evaluate_every=self.recipe.evaluate_every or 0,
+            evaluate=lambda networks: _figures(self._scores(networks)),
+            evaluate_every=self.recipe.evaluate_every or 0,
             after_read=None if self.say is None else _telling(self.say, str(options["label"])), **options,
         )  # fmt: skip
-        teacher = None if fitted.teacher is None else fitted.teacher.module
-        return Finished(student, teacher, fitted.seconds, fitted.series)  # type: ignore[arg-type]
 
-    def _figures_of(self, models: Mapping[str, nn.Module]) -> dict[str, float]:
-        """Return the figures of student and teacher during training."""
-        return _figures({side: self.evaluate(model) for side, model in models.items()})  # type: ignore[arg-type]
+    def _scores(self, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Scores]]:
+        """Score student and teacher on the test sets."""
+        return {side: self.evaluate(network) for side, network in networks.items()}  # type: ignore[arg-type]
 
-    def _merged(self, merge: Merge, seed: int) -> Finished:
+    def _merged(self, merge: Merge, seed: int) -> Fit:
         """Return weights between the pretrained and the fine-tuned ones."""
         method = self.recipe.method(merge.of)
         student = build_student(method, deepcopy(self.towers), self.prompts)
@@ -208,20 +186,22 @@ class Experiment(experiment.Experiment[Recipe]):
         alpha = merge.alpha
         merged = model_stock(start, states) if alpha is None else interpolate(start, states[0], alpha)
         student.load_state_dict(merged)
-        return Finished(student, seconds=sum(end.seconds for end in ends))
+        return Fit(student, history=loop.History(seconds=sum(end.history.seconds for end in ends)))
 
-    def _tables(self, end: Finished, scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, Table]:
+    def _tables(
+        self, series: Mapping[str, list[tuple[int, float]]], scores: Mapping[str, Mapping[str, Scores]]
+    ) -> dict[str, Table]:
         """Return the tables of a run."""
-        tables = {"gaps": Table(("step", "gap"), end.series["gap"])} if "gap" in end.series else {}
+        tables = {"gaps": Table(("step", "gap"), series["gap"])} if "gap" in series else {}
         watched = [
-            (step, *series.split("/"), value)
-            for series, values in end.series.items()
-            if series.startswith(tuple(f"{side}/" for side in SIDES))
+            (step, *name.split("/"), value)
+            for name, values in series.items()
+            if name.startswith(tuple(f"{side}/" for side in SIDES))
             for step, value in values
         ]
         if watched:
             last = self.recipe.finetune.steps
-            watched += [(last, *series.split("/"), value) for series, value in _figures(scores).items()]
+            watched += [(last, *name.split("/"), value) for name, value in _figures(scores).items()]
             tables["epochs"] = Table(("step", "model", "set", "figure", "value"), watched)
         rows = [
             (side, test, *row)

@@ -1,4 +1,4 @@
-"""Fine-tuning methods, declared over one objective and one training loop."""
+"""The fine-tuning methods: the settings of `Objective` and of the training loop that make each of them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal
 from wmateacher import kernels, losses
 from wmateacher.checks import lookup, one_of, positive_int
 from wmateacher.integrations.clip import clocks
+from wmateacher.integrations.engine.settings import Hidden
 from wmateacher.spec import parse_call
 
 __all__ = [
@@ -90,7 +91,7 @@ class Merge:
 
     Attributes:
         of: The name of the method whose fine-tuned models are merged.
-        alpha: WiSE-FT's coefficient of the fine-tuned model. None: Model Stock's ratio of each layer.
+        alpha: WiSE-FT's coefficient of the fine-tuned model, or None for Model Stock's ratio of each layer.
         models: The number of fine-tuned models, each with a seed of its own.
     """
 
@@ -128,31 +129,31 @@ class Method:
     Attributes:
         name: The name in tables and on the command line.
         summary: One line on the method and its source.
-        head: `"text"` or `"linear"`.
-        kernel: The teacher's kernel. None: no teacher.
+        head: The head that classifies in the end, `text` or `linear`.
+        kernel: The teacher's kernel, or None for no teacher.
         distillation: A spec of `wmateacher.losses.build`, such as `fd + 0.5*crd`. Required with a kernel.
-        guidance: `contexts` or `random_texts(80,8)`: texts on which logits are compared.
+        guidance: The texts on which logits are compared, `contexts` or `random_texts(80,8)`.
         distill_weight: The weight lambda_SD of the distillation.
         cross_frobenius: The weight c_F of the norm of the product of the two projections.
         orthogonality: The weight of the distance of the image projection's Gram matrix from the identity.
         l2_sp: The weight of the squared distance of all trained parameters from their start.
-        anchors: The weight of the InfoNCE loss on anchor pairs.
+        anchors: The weight of the InfoNCE loss on anchor pairs, which are like those of pre-training.
         probe: The share of the steps, at the start, that train the linear head alone.
         probe_rate: The learning rate of these steps, in multiples of the recipe's.
         rate: The learning rate, in multiples of the recipe's.
         clip_norm: The largest gradient norm if the recipe has none.
         update_every: Optimizer steps between updates of the teacher.
-        clock: What an update counts as: `steps` (those since the last update), `once`, or `published`
-            (TRACER's code).
+        clock: The steps that an update stands for: all since the last one (`steps`), one (`once`), or
+            those of TRACER's code (`published`).
         merge: Weights that are merged rather than trained.
-        trains: Whether the method trains; otherwise it is the pretrained model, or `merge`.
+        trains: Whether the method trains. If not, it is the pretrained model or the `merge`.
 
     Raises:
         ValueError: If two values do not go together; the message says which.
     """
 
-    name: str
-    summary: str
+    name: Hidden[str]
+    summary: Hidden[str]
     head: Literal["text", "linear"] = "text"
     kernel: str | None = None
     distillation: str | None = None
@@ -168,7 +169,7 @@ class Method:
     clip_norm: float | None = None
     update_every: int = 1
     clock: clocks.Clock = "steps"
-    merge: Merge | None = None
+    merge: Hidden[Merge | None] = None
     trains: bool = True
 
     def __post_init__(self) -> None:

@@ -50,7 +50,8 @@ def orthogonality(towers: Towers) -> Tensor:
 class Objective(nn.Module):
     """The loss of a method.
 
-    It holds the parameters of the method's criterion and, for an L2 pull, the weights that it pulls to.
+    It holds the parameters of the method's criterion and, for an L2 pull, the weights that it pulls to. The
+    terms of the criterion are in `wmateacher.losses`, such as `fd` and `crd` in `losses.paired`.
 
     Args:
         method: The method.
@@ -59,7 +60,7 @@ class Objective(nn.Module):
         seed: The seed of random texts.
 
     Raises:
-        ValueError: If the method needs prompts and there are none.
+        ValueError: If the method needs prompts and gets None.
     """
 
     def __init__(self, method: Method, student: Student, prompts: Prompts | None = None, seed: int = 0):
@@ -137,10 +138,10 @@ class Objective(nn.Module):
 
 
 def require_prompts(prompts: Prompts | None, method: str) -> Prompts:
-    """Return the prompts.
+    """Return the prompts that a method needs.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If `prompts` is None.
     """
     if prompts is None:
         raise ValueError(

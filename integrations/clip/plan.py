@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from wmateacher.integrations.clip.model import Towers, build
 from wmateacher.integrations.clip.recipes import PhotoRecipe, Recipe, Settings
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.sampling import steps_per_epoch
+from wmateacher.integrations.engine.settings import visible
 
 __all__ = ["GIB", "Memory", "describe", "memory"]
 
@@ -45,7 +46,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The sum of all."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 
@@ -151,12 +152,11 @@ def describe(
     methods = [recipe.method(name) for name in names]
     lines = [f"{recipe.name}: {recipe.summary}", "", "configuration (--NAME VALUE changes a value):"]
     lines += [f"  {line}" for line in _settings(recipe)]
-    lines += ["", "methods, as they differ from FLYP (--methods.NAME.SETTING VALUE changes a value):"]
+    lines += ["", "methods, as differences from FLYP (--methods.NAME.SETTING VALUE changes a value):"]
     for m in methods:
         own = ", ".join(f"{k}={v}" for k, v in m.settings().items() if k != "name")
         lines.append(f"  {m.name}: {own or 'nothing'}")
-    other = ", ".join(f.name for f in fields(Method) if f.name not in ("name", "summary"))
-    lines.append(f"  settings of a method: {other}")
+    lines.append(f"  settings of a method: {', '.join(visible(methods[0]))}")
     lines += ["", *_length(recipe, found), "", *_memory(recipe, methods, processes), "", *found.lines]
     anchored = not isinstance(recipe, PhotoRecipe) or recipe.anchors is not None
     reasons = [recipe.why_not(name, labelled=found.labelled, anchored=anchored) for name in names]
@@ -166,12 +166,11 @@ def describe(
 
 def _settings(config: Any, prefix: str = "") -> Iterator[str]:
     """Yield every value of a recipe except its methods', under its name on the command line."""
-    values = config if isinstance(config, Mapping) else vars(config)
-    for key, value in values.items():
+    for key, value in visible(config).items():
         name = prefix + key.replace("_", "-")
-        if name in ("name", "summary", "methods"):
+        if name == "methods":
             continue
-        if is_dataclass(value) or isinstance(value, Mapping):
+        if is_dataclass(value):
             yield from _settings(value, f"{name}.")
         elif isinstance(value, tuple):
             yield f"{name} {' '.join(map(repr, value)) or '()'}"
@@ -194,7 +193,9 @@ def _data(recipe: Recipe, root: Path | None) -> _Found:
         wanted = dict.fromkeys((*_sets(recipe.train), *recipe.tests))
         lines = [f"  {name}: {imagenet.SETS[name].source}" for name in wanted]
         labelled = recipe.train in imagenet.SETS
-        return _Found(_published(recipe.train), labelled, ["data: no --data-root given; it needs", *lines])
+        return _Found(
+            _published(recipe.train), labelled, ["data: --data-root is missing; it should hold", *lines]
+        )
     lines = [f"data in {root}:"]
     findings = [check.check(name, root) for name in dict.fromkeys((*_sets(recipe.train), *recipe.tests))]
     others = [w for w in (recipe.train, recipe.anchors) if w is not None and w not in imagenet.SETS]
@@ -218,12 +219,12 @@ def _length(recipe: Recipe, found: _Found) -> list[str]:
     s = recipe.finetune
     of = ""
     if isinstance(recipe, PhotoRecipe) and not found.pairs:
-        of = f", or another number: the pairs of {recipe.train} are missing"
+        of = f", but the number of pairs decides: those of {recipe.train} are missing"
     elif isinstance(recipe, PhotoRecipe):
         each = steps_per_epoch(found.pairs, s.batch_size)
-        of = f": {found.pairs:,} pairs, {each:,} steps an epoch"
+        of = f": {found.pairs:,} pairs, {each:,} steps per epoch"
         if found.pairs < s.batch_size:
-            of += f"; too few for batch_size {s.batch_size}, training would be refused"
+            of += f"; batch_size {s.batch_size} is larger than the data, so training would fail"
     at = dict.fromkeys(step for step in (0, s.warmup - 1, s.warmup, s.steps - 1) if 0 <= step < s.steps)
     rates = ", ".join(f"{s.learning_rate_at(step):.4g} at step {step}" for step in at)
     return [f"length: {s.steps:,} optimizer steps of {s.batch_size}{of}", f"learning rate: {rates}"]
@@ -244,4 +245,4 @@ def _memory(recipe: Recipe, methods: Sequence[Method], processes: int) -> list[s
         row |= {part: f"{size / GIB:.2f}" for part, size in (*vars(needed).items(), ("total", needed.total))}
         rows.append(row)
     own = f", each of {processes} processes" if processes > 1 else ""
-    return [f"memory, at the least{own}:", *(f"  {line}" for line in tables.aligned(rows).splitlines())]
+    return [f"memory, at least{own}:", *(f"  {line}" for line in tables.aligned(rows).splitlines())]

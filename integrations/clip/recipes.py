@@ -1,4 +1,4 @@
-"""Experiments as data: the towers, the images, the methods, and how they are optimised."""
+"""The recipes of fine-tuning CLIP: towers, images, methods and optimisation."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from wmateacher.integrations.clip.data.batches import Sampling
 from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
 from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.sampling import steps_per_epoch
+from wmateacher.integrations.engine.settings import Hidden
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
@@ -26,17 +27,17 @@ class Settings(settings.Settings):
     """How a run is optimised: AdamW, a linear warm-up, then a cosine decay to 0.
 
     Attributes:
-        steps: Optimizer steps T of the run.
+        steps: Number of optimizer steps T.
         learning_rate: The learning rate at the end of the warm-up.
         batch_size: Image-text pairs per step.
         weight_decay: The weight decay of every parameter, in one group as in the published code.
         warmup: Steps of linear warm-up; 500 in the published recipes.
-        clip_norm: The largest gradient norm. None: no clipping.
-        precision: `fp32`, or autocast to `bf16` or `fp16` with float32 weights. fp16 uses a gradient scaler;
-            steps that it skips do not count for the teacher.
+        clip_norm: The largest gradient norm, or None for no clipping.
+        precision: `fp32`, or autocast to `bf16` or `fp16` with float32 weights. fp16 uses a gradient scaler,
+            and the teacher does not count the steps that it skips.
         grad_checkpointing: Recompute activations in the backward pass instead of keeping them.
-        micro_batch: Pairs that go through the towers at a time on each process, at the cost of a second
-            forward pass; the losses still see the whole batch. None: all of them.
+        micro_batch: Pairs that go through the towers at a time on each process, or None for all. It saves
+            memory and costs a second forward pass; the losses still see the whole batch.
         compile: Compile the forward pass of student and teacher with `torch.compile`.
         seed: The seed of initialisation, dropout and data.
         checkpoint_every: Steps between checkpoints.
@@ -60,9 +61,9 @@ class Settings(settings.Settings):
             raise ValueError(f"micro_batch must be at least 1, got {self.micro_batch}: None is all at once")
 
     def scaled(self, steps: int | None) -> Settings:
-        """Return the settings with other steps and the warm-up in proportion; None: unchanged."""
-        if steps is None or steps < 1:
-            return self if steps is None else replace(self, steps=steps)
+        """Return the settings for another number of steps, the warm-up in proportion; unchanged for None."""
+        if steps is None:
+            return self
         return replace(self, steps=steps, warmup=self.warmup * steps // self.steps)
 
 
@@ -72,25 +73,25 @@ class Recipe:
 
     Attributes:
         name: The name on the command line.
-        summary: One line on the experiment.
-        model: The towers: tiny-conv-32, tiny-vit-16, tiny-resnet-32, light-vit-28, or any that open_clip can
-            build.
+        summary: A description of the experiment, in one line.
+        model: The towers: `tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`, or any model of
+            open_clip.
         finetune: How every method is fine-tuned.
         methods: The methods by name; their settings may differ from the published ones.
-        default: The names of the methods that run by default. Empty: all.
-        evaluate_every: Optimizer steps between evaluations of student and teacher during training. 0:
-            evaluate at the end only.
+        default: The names of the methods that run by default; all if empty.
+        evaluate_every: Optimizer steps between evaluations of student and teacher during training; 0
+            evaluates at the end only.
         published: The name of the paper's figures for this experiment, in `paper`.
     """
 
-    name: str
-    summary: str
+    name: Hidden[str]
+    summary: Hidden[str]
     model: str
     finetune: Settings
     methods: Mapping[str, Method]
-    default: tuple[str, ...] = ()
+    default: Hidden[tuple[str, ...]] = ()
     evaluate_every: int | None = 0
-    published: str | None = None
+    published: Hidden[str | None] = None
 
     def __post_init__(self) -> None:
         if self.evaluate_every is not None and self.evaluate_every < 0:
@@ -122,7 +123,7 @@ class Recipe:
         return selected
 
     def trained(self, name: str) -> Method:
-        """Return the method that is trained for a method: itself, or the one that a merge is of."""
+        """Return the method that `name` trains: itself, or the one that it merges."""
         method = self.method(name)
         return method if method.merge is None else self.method(method.merge.of)
 
@@ -154,7 +155,7 @@ class Recipe:
         return self
 
     def with_steps(self: RecipeT, steps: int | None) -> RecipeT:
-        """Return the recipe with other steps of fine-tuning and the warm-up in proportion."""
+        """Return the recipe with another number of fine-tuning steps and the warm-up in proportion."""
         return replace(self, finetune=self.finetune.scaled(steps))
 
 
@@ -166,7 +167,7 @@ class DigitsRecipe(Recipe):
     """Pre-train a small CLIP on digits of one domain and fine-tune it on another.
 
     Attributes:
-        data: The digits: `digits`, or `mnist` or `fashion-mnist` in the data root.
+        data: The images: `digits`, or `mnist` or `fashion-mnist` from the data root.
         wide: The pre-training domain.
         narrow: The fine-tuning domain, which is in-distribution at evaluation.
         shifts: The test domains.
@@ -176,12 +177,12 @@ class DigitsRecipe(Recipe):
     """
 
     data: str
-    wide: Domain
-    narrow: Domain
-    shifts: Mapping[str, Domain]
+    wide: Hidden[Domain]
+    narrow: Hidden[Domain]
+    shifts: Hidden[Mapping[str, Domain]]
     pretrain: Settings
     train_images: int = 10**9
-    large_data_steps: int | None = None
+    large_data_steps: Hidden[int | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,7 +191,7 @@ class DigitsRecipe(Recipe):
     def adjust(self) -> DigitsRecipe:
         """Return the recipe with more steps of pre-training if `data` was changed to larger data.
 
-        Steps that were changed stay as they are.
+        A number of steps that was changed is kept.
         """
         before = RECIPES.get(self.name)
         if not isinstance(before, DigitsRecipe) or self.pretrain.steps != before.pretrain.steps:
@@ -199,7 +200,7 @@ class DigitsRecipe(Recipe):
         return self.with_pretraining(self.large_data_steps) if is_larger else self
 
     def with_pretraining(self, steps: int | None) -> DigitsRecipe:
-        """Return the recipe with other steps of pre-training and the warm-up in proportion."""
+        """Return the recipe with another number of pre-training steps and the warm-up in proportion."""
         return replace(self, pretrain=self.pretrain.scaled(steps))
 
 
@@ -277,19 +278,20 @@ class PhotoRecipe(Recipe):
     """Fine-tune a pretrained CLIP on image-text pairs from files; evaluate on ImageNet and its shifts.
 
     Attributes:
-        pretrained: A tag of open_clip or a checkpoint file. None: random weights.
-        train: The training pairs: `imagenet-train`, a .csv or .tsv of captions, or .tar shards.
-        anchors: Pairs like those of pre-training, likewise, for methods that need them.
+        pretrained: A tag of open_clip or a checkpoint file, or None for random weights.
+        train: The training pairs: `imagenet-train`, a .csv or .tsv file of captions, or .tar shards.
+        anchors: Pairs like those of pre-training, named like `train`, for methods that need them.
         tests: The test sets; the first is in-distribution.
-        templates: Captions with one `{}` for the class, in training and in the zero-shot head. Empty:
-            OpenAI's 80.
-        epochs: Passes over the training pairs. None: `finetune.steps` is used, as it is if it was changed.
-        sampling: `epochs`, or `balanced`: all classes equally often.
+        templates: Captions with one `{}` for the class, in training and in the zero-shot head. If empty,
+            OpenAI's 80 are used.
+        epochs: Passes over the training pairs. If it is None, or `finetune.steps` was changed,
+            `finetune.steps` decides.
+        sampling: `epochs`, or `balanced` to draw all classes equally often.
         scale: The smallest and largest share of an image in a training crop.
         flip: The probability of a horizontal flip.
-        evaluate_every: Optimizer steps between evaluations of student and teacher during training. 0:
-            evaluate at the end only. None: after each epoch.
-        evaluation_batch: Images at a time in evaluation.
+        evaluate_every: Optimizer steps between evaluations of student and teacher during training; 0
+            evaluates at the end only, None after each epoch.
+        evaluation_batch: Images per batch in evaluation.
     """
 
     pretrained: str | None
@@ -347,7 +349,7 @@ class PhotoRecipe(Recipe):
         return replace(self, finetune=replace(self.finetune, steps=steps), evaluate_every=every)
 
     def with_steps(self, steps: int | None) -> PhotoRecipe:
-        """Return the recipe with other steps of fine-tuning, in place of `epochs`."""
+        """Return the recipe with another number of fine-tuning steps, which replaces `epochs`."""
         return self if steps is None else replace(super().with_steps(steps), epochs=None)
 
 
@@ -410,6 +412,6 @@ def get(name: str) -> Recipe:
     """Return the recipe of that name.
 
     Raises:
-        ValueError: If there is none; the message lists the recipes.
+        ValueError: If there is no such recipe; the message lists the recipes.
     """
     return lookup("recipe", name, RECIPES)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wmateacher import WMATeacher
 from wmateacher.diagnostics import parameter_gap
@@ -26,38 +24,13 @@ from wmateacher.integrations.clip.model import (
 )
 from wmateacher.integrations.clip.objective import Objective, require_prompts
 from wmateacher.integrations.clip.recipes import Settings
-from wmateacher.integrations.engine import loop, processes
+from wmateacher.integrations.engine import loop, processes, training
 from wmateacher.losses import PairedEmbeddings
 
-__all__ = ["Fit", "build_student", "fit"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-
-@dataclass
-class Fit:
-    """A finished run.
-
-    Attributes:
-        student: The trained towers, under a linear head if the method has one.
-        teacher: The teacher, or None for methods without one.
-        series: Everything logged, as in `loop.History`: losses, terms, the gap `|W - M| / |W|`,
-            evaluations.
-        seconds: Seconds of training, over all resumes.
-    """
-
-    student: Student
-    teacher: WMATeacher | None
-    series: Mapping[str, list[tuple[int, float]]]
-    seconds: float
-
-    @property
-    def losses(self) -> list[float]:
-        """The loss of every step."""
-        return [value for _, value in self.series["loss"]]
-
-    @property
-    def gaps(self) -> list[float]:
-        """The gap after every step, or an empty list without a teacher."""
-        return [value for _, value in self.series.get("gap", [])]
+__all__ = ["FineTuning", "build_student", "fit"]
 
 
 def build_student(method: Method, towers: Towers, prompts: Prompts | None = None) -> Student:
@@ -84,18 +57,14 @@ def fit(
     *,
     prompts: Prompts | None = None,
     anchors: loop.Stream[Batch] | None = None,
-    checkpoint: Path | None = None,
-    label: str | None = None,
-    progress: bool = True,
-    after_step: Callable[[int], None] | None = None,
-    after_read: Callable[[int, Mapping[str, float]], None] | None = None,
-    evaluate: Callable[[Mapping[str, nn.Module]], Mapping[str, float]] | None = None,
-    evaluate_every: int = 0,
-) -> Fit:
+    evaluate: training.Evaluate | None = None,
+    after_read: loop.AfterRead | None = None,
+    **options: Unpack[loop.Options],
+) -> training.Fit:
     """Fine-tune `student` in place by `method`.
 
-    An interrupted run that is started again with the same arguments continues from its last checkpoint. On
-    one device and one version of torch it ends with the same bits as an uninterrupted run.
+    The history has the loss, its terms, the learning rate and the logit scale of every step, with a teacher
+    the gap |W - M| / |W|, and what `evaluate` returns.
 
     Args:
         student: The result of `build_student`, on the device to train on.
@@ -104,14 +73,9 @@ def fit(
         settings: How to optimise.
         prompts: The texts of the task, required by methods with a guidance.
         anchors: Pairs like those of pre-training, required by methods with anchors.
-        checkpoint: The file to write checkpoints to, and to continue from if it exists.
-        label: The name in the progress bar; by default the method's.
-        progress: Whether to show a progress bar in a terminal.
-        after_step: A function called after each step with the number of steps done.
-        after_read: A function called with logged values, as in `loop.train`.
-        evaluate: A function from `{"student": model, "teacher": model}` (the teacher if there is one) to
-            values to log, called every `evaluate_every` steps except after the last.
-        evaluate_every: Steps between evaluations. 0: no evaluations.
+        evaluate: Called at every evaluation with the networks; returns the values to log.
+        after_read: Called with the logged values, as in `loop.train`.
+        **options: Options of `loop.train`, such as `checkpoint`.
 
     Raises:
         ValueError: If the checkpoint cannot be read or belongs to another run, a batch cannot be divided
@@ -119,21 +83,28 @@ def fit(
         FloatingPointError: If the loss is not finite.
     """
     processes.check_batch(settings.batch_size, equal=method.head == "linear")
-    task = _FineTuning(student, method, stream, settings, prompts, anchors)
-    models: dict[str, nn.Module] = {"student": student}
-    if task.teacher is not None:
-        models["teacher"] = task.teacher.module
-    record = loop.train(
-        task, checkpoint=checkpoint, checkpoint_every=settings.checkpoint_every,
-        label=label, progress=progress, after_step=after_step, after_read=after_read,
-        evaluate=None if evaluate is None else lambda: evaluate(models), evaluate_every=evaluate_every,
-    )  # fmt: skip
-    processes.same_buffers(student)
-    return Fit(student, task.teacher, record.series, record.seconds)
+    task = FineTuning(student, method, stream, settings, prompts, anchors)
+    return training.fit(task, evaluate, after_read, **options)
 
 
-class _FineTuning:
-    """A `loop.Task`."""
+class FineTuning(training.Training):
+    """Train a student on image-text pairs by a method.
+
+    Args:
+        student: The result of `build_student`, on the device to train on.
+        method: The method.
+        stream: The fine-tuning pairs.
+        settings: How to optimise.
+        prompts: The texts of the task, or None.
+        anchors: Pairs like those of pre-training, or None.
+
+    Raises:
+        ValueError: If something that the method needs is missing.
+    """
+
+    settings: Settings
+    student: Student
+    teacher: WMATeacher | None
 
     def __init__(
         self,
@@ -155,17 +126,16 @@ class _FineTuning:
                 "pass anchors=..., or set the method's anchors to 0"
             )
         torch.manual_seed(settings.seed)
-        self.name, self.steps = method.name, settings.steps
-        self.student, self.method, self.settings = student, method, settings
-        self.device = next(student.parameters()).device
         if settings.freeze_text and isinstance(student, Towers):
             student.freeze_text()
-        self.objective = Objective(method, student, prompts, settings.seed).to(self.device)
+        objective = Objective(method, student, prompts, settings.seed)
         self.model = processes.parallel(student)
-        self.teacher = None
+        teacher = None
         if method.kernel is not None:
             kernel, every = clocks.build(method.kernel, method.update_every, method.clock)
-            self.teacher = WMATeacher(student, kernel, settings.steps, update_every=every)
+            teacher = WMATeacher(student, kernel, settings.steps, update_every=every)
+        super().__init__(method.name, settings, student, teacher)
+        self.method, self.objective = method, objective.to(self.device)
         self.parameters = [
             p for p in (*student.parameters(), *self.objective.parameters()) if p.requires_grad
         ]
@@ -278,10 +248,6 @@ class _FineTuning:
     def run_config(self) -> dict[str, Any]:
         """Return the settings that must match for a checkpoint to be resumed."""
         return {**self.method.settings(), **self.settings.run_config()}
-
-    def nan_hint(self) -> str:
-        """Return the settings to change if the loss is not finite."""
-        return f"lower learning_rate ({self.settings.learning_rate}) or clip_norm ({self.settings.clip_norm})"
 
 
 def _split(embeddings: PairedEmbeddings, count: int) -> tuple[PairedEmbeddings, PairedEmbeddings]:

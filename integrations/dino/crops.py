@@ -34,20 +34,20 @@ def normalise(images: Tensor) -> Tensor:
 class DrawnCrops:
     """A `loop.Stream` of crops of grey images, drawn in a domain of random colours.
 
-    A crop is cut from the drawing that all crops of its image share, or from a drawing of its own.
+    A crop is cut either from the drawing that all crops of its image share, or from its own drawing.
 
     Args:
         split: The images. A domain of random colours does not use their labels.
         domain: How the images are drawn.
         size: Height and width of the drawings, in pixels.
         crops: The sizes of the crops.
-        batch_size: Images a step.
+        batch_size: Images per step.
         seed: The seed of the order, the drawings and the crops.
-        redraw: The steps between which the share of crops with a drawing of their own rises from 0 to 1;
-            (0, 0) for all crops from the start.
+        redraw: First and last step of a ramp, over which the share of crops with their own drawing rises from
+            0 to 1; (0, 0) for all crops from the start.
 
     Raises:
-        ValueError: A batch is larger than the data, a crop is larger than the drawing, or the domain's
+        ValueError: If a batch is larger than the data, a crop is larger than the drawing, or the domain's
             colours tell the label.
     """
 
@@ -94,7 +94,7 @@ class DrawnCrops:
         return [normalise(processes.shard_rows(crop)) for crop in cuts]
 
     def redrawn_at(self, step: int) -> float:
-        """Return the share of crops with a drawing of their own at a step."""
+        """Return the share of crops with their own drawing at a step."""
         first, last = self.redraw
         return 1.0 if step >= last else max(0.0, (step - first) / (last - first))
 
@@ -127,12 +127,12 @@ class PhotoCrops:
     Args:
         images: The photographs.
         crops: The sizes of the crops.
-        batch_size: Images a step.
+        batch_size: Images per step.
         seed: The seed of the order, the crops and the distortions.
         workers: The number of processes that prepare batches.
 
     Raises:
-        ValueError: A batch is larger than the data, or a crop is larger than the first image.
+        ValueError: If a batch is larger than the data, or a crop is larger than the first image.
     """
 
     def __init__(self, images: Images, crops: Crops, batch_size: int, seed: int, workers: int = 0):

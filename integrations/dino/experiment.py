@@ -48,8 +48,8 @@ class Experiment(experiment.Experiment[Recipe]):
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: The folder holds results of another configuration, or the crops do not fit the images.
-        FileNotFoundError: The data is missing.
+        ValueError: If the folder holds results of another configuration, or the crops do not fit the images.
+        FileNotFoundError: If the data is missing.
     """
 
     packages = ("timm", "torchvision", "scikit-learn")

@@ -41,11 +41,11 @@ class Head(nn.Module):
         layers: The number of linear layers of the MLP; 1 is a single linear map.
         unit_norm: Whether to keep the rows of the last layer at norm 1, which is more stable. Otherwise their
             norms are learned.
-        batch_norm: Whether to use batch normalisation in the MLP. It is the paper's option, and spreads the
+        batch_norm: Whether to use batch normalisation in the MLP, an option of the paper. It spreads the
             outputs of an untrained backbone.
 
     Raises:
-        ValueError: A size is below 1.
+        ValueError: If a size is below 1.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Head(nn.Module):
         """Return the logits `[..., K]` of features `[..., D]`.
 
         Raises:
-            ValueError: The features have another width.
+            ValueError: If the features have another width.
         """
         if features.shape[-1] != self.width:
             raise ValueError(
@@ -154,8 +154,8 @@ class MultiCropLoss(nn.Module):
             The loss, 0-d, and p_T, shape `[G, B, K]`.
 
         Raises:
-            ValueError: There are fewer crops than global crops, no pair of different crops, or the shapes do
-                not match.
+            ValueError: If there are fewer crops than global crops, no pair of different crops, or the shapes
+                do not match.
         """
         views, globals_ = len(student), len(teacher)
         if views < max(2, globals_) or student.shape[1:] != teacher.shape[1:]:
@@ -182,7 +182,7 @@ def koleo(features: Tensor) -> Tensor:
         features: The features, shape `[B, D]` with B >= 2.
 
     Raises:
-        ValueError: There are fewer than two rows.
+        ValueError: If there are fewer than two rows.
     """
     if len(features) < 2:
         raise ValueError(f"koleo needs at least two rows of features, got shape {list(features.shape)}")

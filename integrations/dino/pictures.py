@@ -26,7 +26,7 @@ def attention_maps(backbone: nn.Module, images: Tensor) -> tuple[str, Tensor]:
         network has a class token with attention, otherwise one, the norm of the last feature map.
 
     Raises:
-        ValueError: The last feature map has no two spatial dimensions.
+        ValueError: If the last feature map has no two spatial dimensions.
     """
     network = copy.deepcopy(backbone).eval()
     size = images.shape[-2:]
@@ -71,7 +71,7 @@ def draw_maps(backbone: nn.Module, images: Tensor, file: Path) -> None:
         file: The picture to write; its suffix gives the format.
 
     Raises:
-        ValueError: The last feature map has no two spatial dimensions.
+        ValueError: If the last feature map has no two spatial dimensions.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Experiments as data: which images, how they are cut, which backbone, how it is optimised."""
+"""The recipes of DINO: images, crops, backbone and optimisation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from wmateacher.integrations.engine import schedules, settings
-from wmateacher.integrations.engine.settings import check_at_least
+from wmateacher.integrations.engine.settings import Hidden, check_at_least
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
@@ -33,7 +33,7 @@ class Crops:
         local_scale: Range of the share of the image's area that a local crop covers.
 
     Raises:
-        ValueError: A size or a scale is out of range.
+        ValueError: If a size or a scale is out of range.
     """
 
     global_size: int = 224
@@ -62,9 +62,9 @@ class Settings(settings.Settings):
     """The optimisation of DINO. Defaults without a remark are those of Caron et al. 2021.
 
     Attributes:
-        learning_rate: Learning rate for 256 images a step; the peak is `learning_rate * batch_size / 256`.
-        batch_size: Images a step, over all processes.
-        hold_last: Steps during which the head's last layer is not changed (1 epoch in the paper).
+        learning_rate: Learning rate for 256 images per step; the peak is `learning_rate * batch_size / 256`.
+        batch_size: Images per step, over all processes.
+        hold_last: Steps at the start that do not change the head's last layer (1 epoch in the paper).
         final_learning_rate: Learning rate at the end of the cosine.
         weight_decay: Weight decay at the start, on matrices only.
         final_weight_decay: Weight decay at the end of its cosine.
@@ -76,10 +76,11 @@ class Settings(settings.Settings):
         student_temperature: The student's temperature tau_S.
         teacher_temperature: The teacher's temperature tau_T after its warm-up.
         first_teacher_temperature: The teacher's temperature at the start.
-        temperature_warmup: Steps until `teacher_temperature` (30 epochs in the paper).
-        centering: `"mean"`, or `"sinkhorn"` as in DINOv2.
+        temperature_warmup: Steps until tau_T is reached (30 epochs in the paper).
+        centering: `mean`, or `sinkhorn` as in DINOv2.
         center_momentum: Momentum of the mean centring.
         koleo: Weight of KoLeo, which spreads the features of the first global crop; 0.1 in DINOv2.
+        precision: `fp32`, or `bf16` for autocast with float32 weights.
     """
 
     batch_size: int
@@ -132,23 +133,23 @@ class Recipe:
     """Pre-train a backbone by DINO and measure its features.
 
     Attributes:
-        summary: One line for the reader.
-        data: `"digits"`, `"mnist"` or `"fashion-mnist"`, drawn in `domain`; or photographs: `"cifar10"` or
-            `"imagefolder:DIR"` with DIR/train and DIR/val, a folder per class in each.
+        summary: A description in one line.
+        data: Grey images drawn in `domain`: `digits`, `mnist` or `fashion-mnist`. Or photographs: `cifar10`,
+            or `imagefolder:DIR` with one folder per class in DIR/train and in DIR/val.
         backbone: A timm network with its arguments, such as `vit_tiny_patch16_224(patch_size=4,depth=4)`.
         image_size: Height and width of drawings, and of images in evaluation, in pixels.
         crops: The crops of every image.
         settings: The optimisation.
-        epochs: Passes over the images. They give `settings.steps` and `settings.hold_last`, and stretch the
-            other lengths in steps. If it is None, the settings hold as they are.
+        epochs: Passes over the images. They determine `settings.steps` and `settings.hold_last`, and other
+            lengths in steps change in proportion. None keeps the settings.
         domain: How grey images are drawn.
-        redraw: The steps between which the share of crops with colours and an angle of their own rises from 0
-            to 1.
+        redraw: First and last step of a ramp, over which the share of crops with their own colours and angle
+            rises from 0 to 1.
         train_images: Largest number of training images.
-        bank_images: Largest number of images of each part that are drawn for evaluation.
+        bank_images: Largest number of images of each split that are drawn for evaluation.
     """
 
-    summary: str
+    summary: Hidden[str]
     data: str
     backbone: str
     image_size: int
@@ -220,8 +221,8 @@ def drawn(data: str = "digits", steps: int | None = None) -> Recipe:
     """
     names = {
         "digits": _DIGITS.summary,
-        "mnist": "MNIST, drawn likewise",
-        "fashion-mnist": "clothes, likewise",
+        "mnist": "MNIST in random colours, turned and noisy",
+        "fashion-mnist": "Fashion-MNIST in random colours, turned and noisy",
     }
     return replace(_DIGITS, data=data, summary=names[data]).with_steps(steps)
 
@@ -240,7 +241,7 @@ def photographs(
         count: The number of training images.
         backbone: The timm network. Default: ViT-S/16, or a small ViT for CIFAR-10.
         epochs: Passes over the images. The warm-up takes 10% of them, that of the temperature 30%.
-        batch_size: Images a step. Default: 1024 as in the paper, or 256 for CIFAR-10.
+        batch_size: Images per step. Default: 1024 as in the paper, or 256 for CIFAR-10.
     """
     small = data == "cifar10"
     batch_size = min(batch_size or (256 if small else 1024), count)
@@ -259,7 +260,7 @@ def photographs(
             "photographs of 32 pixels and a small ViT", data, backbone, 32, Crops(32, 16, 6), settings, epochs
         )
     backbone = backbone or "vit_small_patch16_224(drop_path_rate=0.1)"
-    summary = "the paper's: ViT-S/16 on a folder of photographs, --data imagefolder:DIR"
+    summary = "the paper's recipe: ViT-S/16 on a folder of photographs, --data imagefolder:DIR"
     return Recipe(summary, data, backbone, 224, Crops(), settings, epochs)
 
 
@@ -268,4 +269,4 @@ RECIPES: Mapping[str, Recipe] = {
     "cifar10": photographs("cifar10", 48_000),
     "imagefolder": photographs("imagefolder:DIR", 1_217_109),
 }
-"""The recipes by name. `imagefolder` has the lengths of ImageNet less the twentieth that is held out."""
+"""The recipes by name. `imagefolder` is sized for ImageNet without the 5% that is held out."""

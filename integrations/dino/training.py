@@ -42,12 +42,12 @@ def fit(
         **options: Options of `loop.train`, such as `checkpoint`.
 
     Raises:
-        ValueError: The checkpoint cannot be read or belongs to another run, or a batch cannot be split into
-            equal parts for all processes.
-        FloatingPointError: The loss is not finite.
+        ValueError: If the checkpoint cannot be read or belongs to another run, or a batch cannot be split
+            into equal parts for all processes.
+        FloatingPointError: If the loss is not finite.
 
     Warns:
-        CollapseWarning: The teacher's outputs are constant, or most of them are not used.
+        CollapseWarning: If the teacher's outputs are constant, or most of them are not used.
     """
     processes.check_batch(settings.batch_size, equal=True)
     return training.fit(Pretraining(backbone, stream, settings, kernel), evaluate, **options)
@@ -130,10 +130,6 @@ class Pretraining(training.Training):
     def run_config(self) -> dict[str, Any]:
         """Return the kernel and the settings."""
         return {"kernel": self.name, **self.settings.run_config()}
-
-    def nan_hint(self) -> str:
-        """Return the settings that keep a loss finite."""
-        return f"lower learning_rate ({self.settings.learning_rate}) or clip_norm ({self.settings.clip_norm})"
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Detection of collapsed outputs from their probabilities, and what to call each kind of collapse."""
+"""Detect collapsed outputs from their probabilities, and name the kind of collapse."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class OutputMonitor(nn.Module):
     """Summarise the outputs p(c | x) of the last steps in two numbers, without waiting for the device.
 
     - information: H(mean_x p) - mean_x H(p), the mutual information of input and output in nats. It is 0 if
-      the output is the same for all inputs, be it uniform or a single class.
+      the output is the same for all inputs, whether it is uniform or a single class.
     - used: exp(H(mean_x p)), the effective number of outputs in use, between 1 and C.
 
     Args:
@@ -63,7 +63,7 @@ class OutputMonitor(nn.Module):
 
 
 def diagnose(information: float, used: float, outputs: int, least_used: float) -> str | None:
-    """Return a description of the collapse, or None if there is none.
+    """Return a description of the collapse, or None if the outputs have not collapsed.
 
     Args:
         information: The mutual information of a window, in nats.
@@ -87,11 +87,11 @@ class CollapseWatch:
         steps: The length T of the run.
         outputs: The number of outputs C.
         least_used: The effective number of outputs below which most of them count as dead.
-        remedy: What to change, as the end of the warning.
+        hint: Advice on what to change, which ends the warning.
     """
 
-    def __init__(self, name: str, steps: int, outputs: int, least_used: float, remedy: str):
-        self.name, self.steps, self.remedy = name, steps, remedy
+    def __init__(self, name: str, steps: int, outputs: int, least_used: float, hint: str):
+        self.name, self.steps, self.hint = name, steps, hint
         self.outputs, self.least_used = outputs, least_used
         self._warned: set[str] = set()
 
@@ -104,7 +104,7 @@ class CollapseWatch:
         if found is not None and kind not in self._warned and processes.is_main():
             self._warned.add(kind)
             warnings.warn(
-                f"{self.name}: collapsed at step {step} of {self.steps}, {found}: {self.remedy}",
+                f"{self.name}: collapsed at step {step} of {self.steps}, {found}: {self.hint}",
                 CollapseWarning,
                 stacklevel=2,
             )

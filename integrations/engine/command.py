@@ -1,4 +1,4 @@
-"""Command lines by tyro: a recipe by name, any value of it by `--PART.VALUE`, and the options of the run."""
+"""Command lines: a recipe by name, changes to its values as `--PART.VALUE`, and the options of the run."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ RecipeT = TypeVar("RecipeT")
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The options that every example has beside its recipe. They change no result."""
+    """The options of every example that are not part of its recipe and change no result."""
 
     data_root: Path | None = None
     """Folder that holds the data; not needed for the bundled digits."""
     download: bool = False
     """Download the data to --data-root if it is not there."""
     workers: int = 0
-    """Processes that read and prepare images."""
+    """Worker processes that read and prepare images."""
     seeds: int = 1
-    """Number of seeds; with several, tables show mean and sample deviation."""
+    """Number of seeds. With more than one, tables show mean and sample deviation."""
     output: Path | None = None
-    """Results folder; an interrupted run in it is continued. Default: a new folder in runs/."""
+    """Results folder, or None for a new one in runs/. An interrupted run in it is continued."""
     log_to: tuple[tracking.Tool, ...] = ()
-    """tensorboard, wandb, or both: where to log losses, their terms, the gap and evaluations."""
+    """Where to log losses, their terms, the gap and evaluations: tensorboard, wandb, or both."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto takes a GPU if there is one, under torchrun each process its own."""
+    """cpu, cuda or cuda:N. auto is a GPU if there is one; under torchrun each process uses its own."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -56,15 +56,15 @@ def parse(
     Args:
         options: Dataclass of the run's options. Its docstring describes the program in `--help`.
         recipes: The recipes by name, each a dataclass; nested dataclasses and mappings of them are reached by
-            dots. A recipe may have a `summary`, which `--help` shows.
-        default: The name of the recipe that runs if none is given.
+            dots, except fields that are `Hidden`. A recipe may have a `summary`, which `--help` shows.
+        default: The name of the recipe that runs if the command line names no recipe.
         argv: The arguments; those of the process by default.
 
     Returns:
         The options, and the recipe with the changes of the command line.
 
     Raises:
-        ValueError: There is no such recipe, or a value is refused by its dataclass.
+        ValueError: If the recipe is unknown, or its dataclass rejects a value.
         SystemExit: `--help` was asked for, or an argument is unknown or of the wrong type.
     """
     given = list(sys.argv[1:] if argv is None else argv)

@@ -43,7 +43,7 @@ def resumable(output: Path) -> Iterator[None]:
 
 
 def _how_to_continue(output: Path) -> str:
-    return f"the same command with --output {output} goes on from here"
+    return f"the same command with --output {output} continues this run"
 
 
 def conduct(

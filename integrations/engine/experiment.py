@@ -60,7 +60,7 @@ class Experiment(ABC, Generic[RecipeT]):
         packages: Packages whose versions `results.json` names.
 
     Raises:
-        ValueError: The folder holds results of another configuration.
+        ValueError: If the folder holds results of another configuration.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()

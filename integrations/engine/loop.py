@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from wmateacher.integrations.engine import processes, signals, tracking
 
 __all__ = [
     "FORMAT",
+    "AfterRead",
     "BatchStream",
     "History",
     "Options",
@@ -30,6 +32,8 @@ __all__ = [
 ]
 
 Batch = TypeVar("Batch")
+AfterRead = Callable[[int, Mapping[str, float]], None]
+"""Called with the number of steps done and the values logged there."""
 Stream = Callable[[int], Iterator[Batch]]
 """Batches from a given optimizer step on; the same step always gives the same batch."""
 
@@ -51,7 +55,7 @@ class Part(Protocol):
 
 
 class Task(Protocol):
-    """What the loop trains.
+    """A model in training, whose steps `train` takes.
 
     Attributes:
         name: The name in messages and in the progress bar.
@@ -63,6 +67,7 @@ class Task(Protocol):
     steps: int
     device: torch.device
 
+    @abstractmethod
     def train_step(self, step: int) -> Mapping[str, Tensor | float]:
         """Take the optimizer step with index `step`, from 0, and return what to log, including `"loss"`.
 
@@ -70,14 +75,17 @@ class Task(Protocol):
         """
         ...
 
+    @abstractmethod
     def stateful(self) -> Mapping[str, Part]:
         """Return every object whose state changes during training, by name."""
         ...
 
+    @abstractmethod
     def run_config(self) -> Mapping[str, Any]:
         """Return the settings that must match for a checkpoint to be resumed."""
         ...
 
+    @abstractmethod
     def nan_hint(self) -> str:
         """Return the advice that ends the error about a loss that is not finite."""
         ...
@@ -143,7 +151,7 @@ def train(
     label: str | None = None,
     progress: bool = True,
     after_step: Callable[[int], None] | None = None,
-    after_read: Callable[[int, Mapping[str, float]], None] | None = None,
+    after_read: AfterRead | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     evaluate_every: int = 0,
     evaluate_last: bool = False,
@@ -167,11 +175,11 @@ def train(
         evaluate_last: Whether to evaluate after the last step too.
 
     Raises:
-        ValueError: The checkpoint cannot be read or belongs to another run.
-        FloatingPointError: The loss is not finite. The last checkpoint is kept. If the task has a `batch`,
+        ValueError: If the checkpoint cannot be read or belongs to another run.
+        FloatingPointError: If the loss is not finite. The last checkpoint is kept. If the task has a `batch`,
             the batch of that step is written next to it.
-        OSError: A checkpoint cannot be written. The previous one is unchanged.
-        Terminated: SIGTERM was received (a `SystemExit` with code 143). The state is saved.
+        OSError: If a checkpoint cannot be written. The previous one is unchanged.
+        Terminated: If SIGTERM was received (a `SystemExit` with code 143). The state is saved.
     """
     run = _Run(task, label or task.name, after_read)
     evaluate_at = set(range(evaluate_every, task.steps, evaluate_every) if evaluate_every else ())
@@ -205,13 +213,9 @@ def train(
             if checkpoint is not None and due:
                 run.save(checkpoint)
             if terminated:
+                saved = "not saved (no checkpoint file)" if checkpoint is None else f"saved in {checkpoint}"
                 raise signals.Terminated(
-                    f"{task.name}: terminated after step {run.step} of {task.steps}"
-                    + (
-                        f", saved in {checkpoint}"
-                        if checkpoint is not None
-                        else "; no checkpoint was asked for"
-                    )
+                    f"{task.name}: terminated after step {run.step} of {task.steps}, {saved}"
                 )
             if after_step is not None:
                 after_step(run.step)
@@ -227,7 +231,7 @@ def _terminated(request: signals.Request, step: int) -> bool:
 class _Run:
     """A task and its progress."""
 
-    def __init__(self, task: Task, name: str, after_read: Callable[[int, Mapping[str, float]], None] | None):
+    def __init__(self, task: Task, name: str, after_read: AfterRead | None):
         self.task, self.name, self.step, self.history = task, name, 0, History()
         self._after_read = after_read
         self.evaluated = self._resumed_at = 0
@@ -257,7 +261,7 @@ class _Run:
         """Read the logged values of the last steps from the device.
 
         Raises:
-            FloatingPointError: A loss is not finite; its batch is written next to `checkpoint`.
+            FloatingPointError: If a loss is not finite; its batch is written next to `checkpoint`.
         """
         for step, logged in self._unread:
             values = {name: float(value) for name, value in logged.items()}
@@ -277,8 +281,10 @@ class _Run:
             return ""
         file = checkpoint.with_name(f"{checkpoint.stem}-not-finite.pt")
         content = batch(step - 1)
+        # A dict instead of a named tuple, so that `torch.load` reads it without running code.
+        content = content._asdict() if hasattr(content, "_asdict") else content
         with write_atomically(file) as stream:
-            torch.save({"step": step, "logged": dict(values), "batch": _plain(content)}, stream)
+            torch.save({"step": step, "logged": dict(values), "batch": content}, stream)
         return f"; the batch and its logged values are in {file}, for torch.load"
 
     def save(self, file: Path) -> None:
@@ -307,7 +313,7 @@ class _Run:
         """Resume from a checkpoint.
 
         Raises:
-            ValueError: The checkpoint cannot be read or belongs to another run.
+            ValueError: If the checkpoint cannot be read or belongs to another run.
         """
         state = read(file, {"format", "identity", "step", "evaluated", "parts", "series"})
         ours, theirs = dict(self.task.run_config()), state["identity"]
@@ -337,11 +343,6 @@ class _Run:
         }
 
 
-def _plain(batch: Any) -> Any:
-    """Return a batch in types that `torch.load` reads without running code."""
-    return dict(batch._asdict()) if hasattr(batch, "_asdict") else batch
-
-
 def read(file: Path, keys: set[str]) -> dict[str, Any]:
     """Load a checkpoint without running code from it.
 
@@ -350,7 +351,7 @@ def read(file: Path, keys: set[str]) -> dict[str, Any]:
         keys: The keys that it must have.
 
     Raises:
-        ValueError: The file is damaged or not a checkpoint of this loop.
+        ValueError: If the file is damaged or not a checkpoint of this loop.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)

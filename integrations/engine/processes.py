@@ -55,7 +55,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         The device of this process.
 
     Raises:
-        ValueError: The device cannot be used.
+        ValueError: If the device cannot be used.
     """
     chosen = _device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -133,7 +133,7 @@ def check_batch(size: int, what: str = "batch_size", equal: bool = False) -> Non
         equal: Whether all parts must have the same size, as losses need that are means over a rank's part.
 
     Raises:
-        ValueError: The batch is smaller than the number of processes, or its parts are not equal.
+        ValueError: If the batch is smaller than the number of processes, or its parts are not equal.
     """
     if size < world_size():
         raise ValueError(f"{what} must be at least the number of processes, {world_size()}, got {size}")

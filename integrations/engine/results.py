@@ -57,7 +57,7 @@ class Results:
             over seeds, their sample deviations `std`, and the `runs` themselves.
 
     Raises:
-        ValueError: The folder holds results of another configuration.
+        ValueError: If the folder holds results of another configuration.
     """
 
     def __init__(self, output: Path, config: Any, where: dict[str, Any], neutral: Sequence[str] = ()):
@@ -141,7 +141,7 @@ def read_json(file: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        ValueError: The file is not JSON.
+        ValueError: If the file is not JSON.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))

@@ -23,7 +23,7 @@ def check_batch_size(batch_size: int, count: int, what: str) -> None:
     """Check that a batch can be drawn.
 
     Raises:
-        ValueError: The batch is empty or larger than the data.
+        ValueError: If the batch is empty or larger than the data.
     """
     if not 1 <= batch_size <= count:
         raise ValueError(f"batch_size must be between 1 and the {count} {what}, got {batch_size}")
@@ -39,7 +39,7 @@ class Epochs:
 
     Args:
         count: The number of images.
-        batch_size: Images a step.
+        batch_size: Images per step.
         seed: The seed of the permutations.
         what: The name of the images in messages.
         fill: Whether the remainder of an epoch is a step too, filled up with the first images of the epoch.
@@ -49,7 +49,7 @@ class Epochs:
         steps_per_epoch: The number of steps in a pass over the images.
 
     Raises:
-        ValueError: A batch is larger than the data.
+        ValueError: If a batch is larger than the data.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Balanced:
 
     Args:
         labels: The class of every image, int64 `[N]`.
-        batch_size: Images a step.
+        batch_size: Images per step.
         seed: The seed of the draws.
         what: The name of the images in messages.
 
@@ -88,7 +88,7 @@ class Balanced:
         steps_per_epoch: The number of steps in which as many images are drawn as there are, rounded up.
 
     Raises:
-        ValueError: A batch is larger than the data.
+        ValueError: If a batch is larger than the data.
     """
 
     def __init__(self, labels: Tensor, batch_size: int, seed: int, what: str = "training images"):

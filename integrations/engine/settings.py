@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import torch
 
 from wmateacher.integrations.engine import schedules
 
-__all__ = ["Settings", "check_at_least"]
+__all__ = ["Hidden", "Settings", "check_at_least", "visible"]
 
+ValueT = TypeVar("ValueT")
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+if TYPE_CHECKING:
+    Hidden = Annotated[ValueT, None]
+else:
+
+    class Hidden:
+        """Annotate a field, as in `name: Hidden[str]`, that the command line neither shows nor changes."""
+
+        def __class_getitem__(cls, kind):
+            # Only reading a command line needs tyro, and only that evaluates annotations.
+            from tyro.conf import Suppress
+
+            return Annotated[kind, Suppress, cls]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +38,7 @@ class Settings:
         weight_decay: Weight decay of every parameter.
         warmup: Steps of linear warm-up.
         clip_norm: Largest gradient norm; None for no clipping.
-        precision: `"fp32"`; `"bf16"` or `"fp16"` for autocast with float32 weights, fp16 with a gradient
-            scaler.
+        precision: `fp32`, or autocast to `bf16` or `fp16` with float32 weights. fp16 uses a gradient scaler.
         seed: Seed of the initialisation, the data order and everything else that is random.
         checkpoint_every: Steps between checkpoints.
 
@@ -87,3 +100,11 @@ def check_at_least(config: Any, **bounds: float) -> None:
     for name, low in bounds.items():
         if getattr(config, name) < low:
             raise ValueError(f"{name} must be at least {low}, got {getattr(config, name)}")
+
+
+def visible(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that the command line shows: all that are not `Hidden`."""
+    hints = get_type_hints(type(config), include_extras=True)
+    return {
+        n: value for n, value in vars(config).items() if Hidden not in getattr(hints[n], "__metadata__", ())
+    }

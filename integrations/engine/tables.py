@@ -36,7 +36,7 @@ def figure(record: Mapping[str, Any], path: str, digits: int) -> str:
 
     Args:
         record: The record of a method.
-        path: The dotted path of the figure. The text is empty if there is no such figure.
+        path: The dotted path of the figure; the text is empty if the record has no such figure.
         digits: The number of digits after the point.
     """
     value, deviation = look_up(record, path), look_up(record["std"], path)
@@ -46,7 +46,7 @@ def figure(record: Mapping[str, Any], path: str, digits: int) -> str:
 
 
 def look_up(record: Mapping[str, Any], path: str) -> Any:
-    """Return the value at a dotted path, or None if there is none."""
+    """Return the value at a dotted path, or None if the path does not exist."""
     value: Any = record
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None

@@ -90,8 +90,8 @@ def to(tools: Sequence[str], folder: Path) -> Iterator[None]:
             Weights & Biases to `wandb`. `WANDB_MODE` and the like are read from the environment.
 
     Raises:
-        ValueError: A tool is unknown.
-        ImportError: A tool is not installed.
+        ValueError: If a tool is unknown.
+        ImportError: If a tool is not installed.
     """
     kinds = [lookup("log", tool, _BOARDS) for tool in dict.fromkeys(tools)]
     if not processes.is_main():

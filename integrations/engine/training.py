@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from wmateacher.integrations.engine import loop, processes
 from wmateacher.integrations.engine.collapse import CollapseWatch
@@ -31,7 +30,7 @@ class Teacher(Protocol):
         ...
 
 
-class Training(ABC):
+class Training(loop.Task):
     """A `loop.Task` with a student and perhaps a teacher. A subclass builds them and writes `train_step`.
 
     Args:
@@ -41,31 +40,19 @@ class Training(ABC):
         teacher: Its average, or None.
 
     Attributes:
-        watch: Warns if the outputs collapse.
+        watch: Warns if the outputs collapse, or None.
     """
 
-    watch: CollapseWatch
+    watch: CollapseWatch | None = None
 
     def __init__(self, name: str, settings: Settings, student: nn.Module, teacher: Teacher | None):
         self.name, self.settings, self.steps = name, settings, settings.steps
         self.student, self.teacher = student, teacher
         self.device = next(student.parameters()).device
 
-    @abstractmethod
-    def train_step(self, step: int) -> Mapping[str, Tensor | float]:
-        """Take the optimizer step with index `step`, from 0, and return what to log."""
-
-    @abstractmethod
-    def stateful(self) -> Mapping[str, loop.Part]:
-        """Return every object whose state changes during training, by name."""
-
-    @abstractmethod
-    def run_config(self) -> Mapping[str, Any]:
-        """Return the settings that must match for a checkpoint to be resumed."""
-
-    @abstractmethod
     def nan_hint(self) -> str:
-        """Return the advice that ends the error about a loss that is not finite."""
+        """Return the settings to lower if the loss is not finite."""
+        return f"lower learning_rate ({self.settings.learning_rate}) or clip_norm ({self.settings.clip_norm})"
 
 
 @dataclass
@@ -76,13 +63,14 @@ class Fit:
         student: The trained network.
         teacher: Its average; None for methods without one.
         history: The logged values.
-        collapsed: A description of the collapse of the outputs at the end; None if they have not collapsed.
+        collapsed: A description of the collapse of the outputs at the end; None if they have not collapsed
+            or were not watched.
     """
 
     student: nn.Module
-    teacher: Teacher | None
-    history: loop.History
-    collapsed: str | None
+    teacher: Teacher | None = None
+    history: loop.History = field(default_factory=loop.History)
+    collapsed: str | None = None
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -90,32 +78,47 @@ class Fit:
         return _networks(self.student, self.teacher)
 
 
-def fit(training: Training, evaluate: Evaluate | None = None, **options: Unpack[loop.Options]) -> Fit:
+def fit(
+    training: Training,
+    evaluate: Evaluate | None = None,
+    after_read: loop.AfterRead | None = None,
+    **options: Unpack[loop.Options],
+) -> Fit:
     """Train the student in place, to the end.
 
     Args:
-        training: The student, in its initial state, and what trains it.
+        training: The student and its training, in the initial state.
         evaluate: Called with the networks at every evaluation.
+        after_read: Called with the logged values, as in `loop.train`.
         **options: Options of `loop.train`.
 
     Raises:
-        ValueError: The checkpoint cannot be read or belongs to another run.
-        FloatingPointError: The loss is not finite.
+        ValueError: If the checkpoint cannot be read or belongs to another run.
+        FloatingPointError: If the loss is not finite.
 
     Warns:
-        CollapseWarning: The outputs are constant, or most of them are not used.
+        CollapseWarning: If the outputs are constant, or most of them are not used.
     """
-    networks = _networks(training.student, training.teacher)
+    networks, watch = _networks(training.student, training.teacher), training.watch
+
+    def read(step: int, logged: Mapping[str, float]) -> None:
+        if watch is not None:
+            watch.see(step, logged)
+        if after_read is not None:
+            after_read(step, logged)
+
     history = loop.train(
         training,
         checkpoint_every=training.settings.checkpoint_every,
         evaluate=None if evaluate is None else lambda: evaluate(networks),
-        after_read=training.watch.see,
+        after_read=read,
         **options,
     )
     processes.same_buffers(training.student)
-    collapsed = training.watch.verdict(history.values("information"), history.values("used"))
-    return Fit(training.student, training.teacher, history, collapsed)
+    fitted = Fit(training.student, training.teacher, history)
+    if watch is not None:
+        fitted.collapsed = watch.verdict(history.values("information"), history.values("used"))
+    return fitted
 
 
 def _networks(student: nn.Module, teacher: Teacher | None) -> dict[str, nn.Module]:

@@ -37,7 +37,7 @@ _BATCH = 500
 class Experiment(experiment.Experiment[Recipe]):
     """A recipe with its data loaded, and the folder of its results, with tables `gaps` and `curves`.
 
-    The seed of a run chooses the labelled images too.
+    The seed of a run also chooses the labelled images.
 
     Args:
         recipe: What to run.
@@ -49,9 +49,9 @@ class Experiment(experiment.Experiment[Recipe]):
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: The folder holds results of another configuration, there are fewer labels than classes, or
-            there are not enough images.
-        FileNotFoundError: The data is missing.
+        ValueError: If the folder holds results of another configuration, there are fewer labels than classes,
+            or there are not enough images.
+        FileNotFoundError: If the data is missing.
     """
 
     packages = ("timm", "torchvision", "torchmetrics", "scikit-learn")
@@ -138,8 +138,8 @@ def choose_labelled(labels: Tensor, classes: int, count: int, seed: int) -> Tens
         seed: The seed of the choice.
 
     Raises:
-        ValueError: There are fewer labels than classes, the classes cannot have equally many, or a class has
-            too few images.
+        ValueError: If there are fewer labels than classes, the classes cannot have equally many, or a class
+            has too few images.
     """
     if count < classes:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Methods and experiments as data: what is minimised; which images, how many labels, which network."""
+"""The methods and recipes of semi-supervised learning: loss, teacher, images, labels and network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from wmateacher import kernels
 from wmateacher.checks import lookup, one_of
 from wmateacher.integrations.engine import settings
-from wmateacher.integrations.engine.settings import check_at_least
+from wmateacher.integrations.engine.settings import Hidden, check_at_least
 
 __all__ = ["CONSISTENCIES", "METHODS", "RECIPES", "Method", "Recipe", "Settings"]
 
@@ -29,18 +29,18 @@ class Method:
         name: Name in tables and on the command line.
         summary: What the method is, with its source.
         kernel: The teacher's kernel; None for no teacher.
-        consistency: `"mse"` between probabilities, `"kl"`, or `"pseudo"`: cross-entropy against the target's
+        consistency: `mse` between probabilities, `kl`, or `pseudo` for cross-entropy against the target's
             most probable class.
         weight: Weight of the consistency after its ramp-up; 0 to train on labels alone.
-        confidence: Only images with a largest target probability of at least this count, 0.95 in FixMatch;
-            None for all images.
+        confidence: Smallest value of the largest target probability for an image to count, 0.95 in FixMatch;
+            None counts all images.
 
     Raises:
-        ValueError: The consistency or the kernel is unknown, or a number is out of range.
+        ValueError: If the consistency or the kernel is unknown, or a number is out of range.
     """
 
-    name: str
-    summary: str
+    name: Hidden[str]
+    summary: Hidden[str]
     kernel: str | None = None
     consistency: Literal["mse", "kl", "pseudo"] = "mse"
     weight: float = 0.0
@@ -84,12 +84,13 @@ class Settings(settings.Settings):
     """The optimisation of a run: SGD with Nesterov momentum, a linear warm-up, a cosine decay to 0.
 
     Attributes:
-        labelled_batch: Labelled images a step.
-        unlabelled_batch: Unlabelled images a step.
+        labelled_batch: Labelled images per step.
+        unlabelled_batch: Unlabelled images per step.
         momentum: Momentum of SGD.
-        rampup: Steps until the consistency has its full weight, along a sigmoid.
-        buffers: The teacher's BatchNorm statistics: `"copy"` the student's, `"average"` them like weights, or
-            `"keep"` the first.
+        rampup: Steps of a sigmoid ramp-up of the consistency's weight.
+        buffers: What to do with the teacher's BatchNorm statistics: `copy` the student's, `average` them like
+            weights, or `keep` the first.
+        precision: `fp32`, or `bf16` for autocast with float32 weights.
     """
 
     labelled_batch: int
@@ -110,8 +111,8 @@ class Recipe:
     """Train a classifier from few labels and many images.
 
     Attributes:
-        data: `"digits"`, `"mnist"`, `"fashion-mnist"` or `"cifar10"`.
-        labels: Number of labelled images, the same for every class.
+        data: `digits`, `mnist`, `fashion-mnist` or `cifar10`.
+        labels: Number of labelled images, split evenly between the classes.
         backbone: A timm network with its arguments, such as `resnet18(output_stride=8)`.
         image_size: Height and width, in pixels.
         flip: Mirror half of the views: right for photographs and clothes, wrong for digits.
@@ -129,14 +130,14 @@ class Recipe:
 
     @property
     def summary(self) -> str:
-        """One line for the reader."""
+        """A description in one line."""
         return f"{self.labels} labels, {self.backbone}, {self.settings.steps} steps"
 
     def method(self, name: str) -> Method:
         """Return the method of that name.
 
         Raises:
-            ValueError: The recipe has no such method.
+            ValueError: If the recipe has no such method.
         """
         return lookup("method", name, self.methods)
 

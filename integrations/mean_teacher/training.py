@@ -102,12 +102,12 @@ def fit(
         **options: Options of `loop.train`, such as `checkpoint`.
 
     Raises:
-        ValueError: The student has another number of outputs, or the checkpoint cannot be read or belongs to
-            another run.
-        FloatingPointError: The loss is not finite.
+        ValueError: If the student has another number of outputs, or the checkpoint cannot be read or belongs
+            to another run.
+        FloatingPointError: If the loss is not finite.
 
     Warns:
-        CollapseWarning: The targets are constant, or leave out most classes.
+        CollapseWarning: If the targets are constant, or leave out most classes.
     """
     processes.check_batch(settings.labelled_batch, "labelled_batch", equal=True)
     processes.check_batch(settings.unlabelled_batch, "unlabelled_batch", equal=True)

@@ -26,7 +26,7 @@ class Scores(NamedTuple):
         accuracy: The top-1 accuracy, in percent.
         ece: The expected calibration error over the whole set, in [0, 1], with 10 bins and the l1 norm.
         ece_per_batch: The mean of the calibration errors of the batches. The published TRACER figures are
-            computed so; it is larger, and depends on the size and the order of the batches.
+            computed this way. It is larger, and depends on the size and the order of the batches.
         reliability: For each of the 10 bins of confidence with images, their mean confidence, their accuracy
             in [0, 1], and their share of the set.
     """
@@ -54,10 +54,11 @@ def score(
         batches: The test set.
         classes: The number of classes C.
         logits: Maps images `[B, 3, H, W]` to logits `[B, C]`. Default: the classifier.
-        parts: Whether the batches are this rank's parts. Otherwise every rank gets all, and takes its part.
+        parts: Whether the batches are already split between ranks. If not, every rank gets all batches and
+            scores its part.
 
     Raises:
-        ValueError: The test set is empty.
+        ValueError: If the test set is empty.
     """
     device = next((p.device for p in classifier.parameters()), torch.device("cpu"))
     answer = classifier if logits is None else logits
@@ -98,7 +99,7 @@ def score(
 
 
 def _fill(bins: Tensor, probabilities: Tensor, labels: Tensor) -> None:
-    """Add predictions to the bins of their confidence: its sum, the number of correct ones, of all."""
+    """Add predictions to bins by confidence: their confidence, how many are correct, and how many."""
     confidence, predicted = probabilities.double().nan_to_num().max(1)
     which = (confidence * len(bins)).long().clamp(max=len(bins) - 1)
     right = (predicted == labels).double()

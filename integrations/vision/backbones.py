@@ -1,4 +1,4 @@
-"""Networks of timm from a spec such as `vit_tiny_patch16_224(patch_size=4,depth=4)`."""
+"""Build timm networks from a spec such as `vit_tiny_patch16_224(patch_size=4,depth=4)`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(spec: str, image_size: int, *, channels: int = 3, classes: int = 0) ->
             pooled features `[B, num_features]`.
 
     Raises:
-        ValueError: timm has no such network, or cannot build it with these arguments.
+        ValueError: If timm has no such network, or cannot build it with these arguments.
     """
     import timm
 

@@ -1,7 +1,7 @@
 """Small real data with domain shifts: digits in colours, rotated, noisy, on other backgrounds.
 
-Sources are grey images of ink on nothing: scikit-learn's bundled handwritten digits, MNIST or
-Fashion-MNIST. A `Domain` draws them in colour; the shift suite (`SHIFTS`) mirrors pre-training on many
+Sources are grey images whose values are amounts of ink: scikit-learn's bundled handwritten digits, MNIST
+or Fashion-MNIST. A `Domain` draws them in colour; the shift suite (`SHIFTS`) mirrors pre-training on many
 domains, fine-tuning on one, and evaluation under shift.
 """
 
@@ -96,7 +96,7 @@ class Source:
         classes: The class names, in the order of the labels.
         templates: Captions with one `{}` for the class name.
         train: The images for pre-training and fine-tuning.
-        val: The images for every choice that depends on results.
+        val: The images for all choices that depend on results.
         test: The images for reported results.
     """
 
@@ -114,7 +114,8 @@ class Domain:
 
     Attributes:
         ink: Colours of the ink for labels 0-4 and for 5-9, or `"random"` for a random one for each image.
-        paper: Colours of the background, likewise; random ones keep a contrast of 0.35 to the ink.
+        paper: Colours of the background, in the same form. A random colour keeps a contrast of 0.35 to the
+            ink.
         agreement: Share of images whose colours follow their label; the others get those of the other half.
         rotation: Range of the angle in degrees, counter-clockwise.
         noise: Range of the standard deviation of Gaussian noise, clipped to [0, 1] afterwards.
@@ -165,7 +166,7 @@ class Domain:
 
         ink, paper = pick(self.ink), pick(self.paper)
         if "random" in (self.ink, self.paper):
-            # Too similar pairs would make invisible digits: push them apart, the paper if it is random.
+            # Similar colours would hide the digit: push them apart, by changing the paper if it is random.
             close = (ink - paper).abs().amax(1, keepdim=True) < 0.35
             apart = torch.where(ink > 0.5, ink - 0.5, ink + 0.5)
             if self.paper == "random":
@@ -213,8 +214,8 @@ def load(name: str = "digits", root: str | Path | None = None, *, download: bool
         download: Whether torchvision may download missing files.
 
     Raises:
-        ValueError: The name is unknown, or `root` is missing.
-        FileNotFoundError: The files are missing.
+        ValueError: If the name is unknown, or `root` is missing.
+        FileNotFoundError: If the files are missing.
     """
     if name == "digits":
         everything = _bundled()
@@ -272,7 +273,7 @@ def stratify(split: Split, held_out: int) -> tuple[Split, Split]:
     """Split off `held_out` images, with the classes in the same proportions in both parts."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
     labels = split.labels[order]
-    # Relative ranks within the class, so that the lowest ones hold each class in proportion.
+    # Relative ranks within each class: taking the lowest keeps the classes in proportion.
     rank = torch.empty(len(split))
     for label in labels.unique():
         members = (labels == label).nonzero()[:, 0]

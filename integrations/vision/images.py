@@ -29,7 +29,7 @@ class Images:
         name: The name, as given to `load`.
         classes: The class names, in the order of the labels.
         train: The images for training.
-        val: The images for every choice that depends on results.
+        val: The images for all choices that depend on results.
         test: The images for reported results.
         labels: The labels of the training images, int64 `[N]`.
         channels: The number of channels: 1 for grey images, 3 for colour.
@@ -50,13 +50,13 @@ def load(name: str, root: str | Path | None = None, *, download: bool = False) -
     Args:
         name: `"digits"`, `"mnist"`, `"fashion-mnist"`, `"cifar10"` (through torchvision: 48,000 / 2,000 of
             its training images and its 10,000 test images), or `"imagefolder:DIR"`: a folder with
-            `train` and `val`, a subfolder for each class in both; a twentieth of `train` is held out.
+            `train` and `val`, a subfolder for each class in both; 5% of `train` is held out.
         root: The folder that holds torchvision's files.
         download: Whether torchvision may download missing files.
 
     Raises:
-        ValueError: The name is unknown, or `root` is missing.
-        FileNotFoundError: The files are missing.
+        ValueError: If the name is unknown, or `root` is missing.
+        FileNotFoundError: If the files are missing.
     """
     kind, _, folder = name.partition(":")
     if kind == "imagefolder":
@@ -134,7 +134,7 @@ class Views:
     Args:
         data: The (image, label) pairs.
         transform: Maps an image to a tensor or a tuple of tensors. Its random numbers must be torch's.
-        batch_size: Images a step.
+        batch_size: Images per step.
         seed: The seed of the order and the transforms.
         indices: The indices of the images to use. Default: all.
         workers: The number of processes that prepare batches; 0 for the calling process.
@@ -142,7 +142,7 @@ class Views:
         order: Gives the indices of each step's images. Default: `Epochs`.
 
     Raises:
-        ValueError: A batch is larger than the data.
+        ValueError: If a batch is larger than the data.
     """
 
     def __init__(

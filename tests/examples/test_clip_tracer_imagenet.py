@@ -273,6 +273,6 @@ def test_a_dry_run_tells_all_and_writes_nothing(sets, tmp_path, capsys):
     given = ("--methods", "tracer", "--finetune.warmup", "4", "--dry-run", "--output", str(out))
     clip_tracer.main(arguments(sets, *given))
     text = capsys.readouterr().out
-    assert "length: 40 optimizer steps of 8: 32 pairs, 4 steps an epoch" in text
+    assert "length: 40 optimizer steps of 8: 32 pairs, 4 steps per epoch" in text
     assert "GiB of" in text
     assert not out.exists()

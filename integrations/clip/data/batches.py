@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["Batch", "Sampling", "join"]
 
 Sampling = Literal["epochs", "balanced"]
-"""How batches are drawn: a new permutation each epoch, or all classes equally often."""
+"""The way to draw batches: a new permutation each epoch, or all classes equally often."""
 
 
 class Batch(NamedTuple):

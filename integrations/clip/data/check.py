@@ -1,4 +1,4 @@
-"""Check a folder of data sets: what it holds, what is wrong, and where to get what is missing.
+"""Check a folder of data sets: report contents and problems, and where to get the sets that are missing.
 
 python -m wmateacher.integrations.clip.data.check DATA_ROOT
 """
@@ -25,10 +25,10 @@ class Finding:
 
     Attributes:
         name: The name of the set.
-        where: The folder of the set. None: it is missing.
+        where: The folder of the set, or None if it is missing.
         images: The number of images.
-        classes: The number of classes that have images. 0: the images have captions only.
-        problems: What is wrong with it, each with a fix.
+        classes: The number of classes that have images; 0 if the images have captions only.
+        problems: The problems found, each with a fix.
     """
 
     name: str

@@ -254,7 +254,7 @@ def load(where: str, root: Path | None) -> Captioned:
         root: The folder that holds the sets, and that other paths are relative to.
 
     Raises:
-        ValueError: If `where` is none of these, or the pairs are damaged.
+        ValueError: If `where` names no such set or file, or the pairs are damaged.
         FileNotFoundError: If the pairs are missing.
     """
     if where in imagenet.SETS:

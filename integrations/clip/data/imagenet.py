@@ -84,11 +84,11 @@ SETS: Mapping[str, ImageSet] = {
     for s in (
         ImageSet(
             "imagenet-train", ("imagenet/train", "ILSVRC2012/train", "train"), "wnid", 1000, 1_281_167,
-            "ILSVRC2012_img_train.tar from https://image-net.org, one folder a class",
+            "ILSVRC2012_img_train.tar from https://image-net.org, one folder per class",
         ),
         ImageSet(
             "imagenet", ("imagenet/val", "ILSVRC2012/val", "val"), "wnid", 1000, 50_000,
-            "ILSVRC2012_img_val.tar from https://image-net.org, sorted into one folder a class",
+            "ILSVRC2012_img_val.tar from https://image-net.org, sorted into one folder per class",
         ),
         ImageSet(
             "imagenet-v2", ("imagenetv2-matched-frequency-format-val", "imagenetv2"), "numbers", 1000, 10_000,

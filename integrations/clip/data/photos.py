@@ -40,7 +40,7 @@ class PhotoPairs:
         templates: Captions with one `{}`; one is drawn for each image and step.
         sampling: `"epochs"` draws a new permutation each epoch and fills its last batch up with the epoch's
             first images. `"balanced"` draws all classes equally often, see `Balanced`.
-        workers: Processes that read images. 0: this process.
+        workers: Worker processes that read images; 0 reads them in this process.
 
     Raises:
         ValueError: If a batch is larger than the data, or balanced batches are asked for without labels.

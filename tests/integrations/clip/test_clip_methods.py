@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_clip import SOURCE, pairs
 
-from wmateacher.integrations.clip import clocks, recipes, training
+from wmateacher.integrations.clip import clocks, recipes
 from wmateacher.integrations.clip.data.batches import Batch, join
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method, RandomTexts
@@ -28,7 +28,7 @@ from wmateacher.integrations.clip.objective import (
     random_tokens,
 )
 from wmateacher.integrations.clip.recipes import Settings
-from wmateacher.integrations.clip.training import build_student, fit
+from wmateacher.integrations.clip.training import FineTuning, build_student, fit
 from wmateacher.integrations.vision.digits import NARROW, WIDE
 from wmateacher.posthoc import interpolate, model_stock
 
@@ -284,7 +284,7 @@ def test_each_phase_has_its_own_warm_up_and_decay(towers, prompts):
     settings = replace(SETTINGS, steps=100, warmup=20)
     method = replace(METHODS["lp-ft"], probe=0.4, probe_rate=10.0, rate=2.0)
     student = build_student(method, towers, prompts)
-    task = training._FineTuning(student, method, pairs(towers, prompts), settings, prompts, None)
+    task = FineTuning(student, method, pairs(towers, prompts), settings, prompts, None)
     rates = [task.learning_rate_at(step) for step in range(100)]
     assert rates[0] == pytest.approx(10 * 1e-3 / 8)
     assert max(rates[:40]) == rates[7] == pytest.approx(10 * 1e-3)
@@ -296,7 +296,7 @@ def test_each_phase_has_its_own_warm_up_and_decay(towers, prompts):
 def test_anchors_change_what_is_learnt(towers, prompts):
     with_anchors = run("arf", deepcopy(towers), prompts)
     without = run("flyp", deepcopy(towers), prompts)
-    assert with_anchors.losses[0] > without.losses[0]
+    assert with_anchors.history.values("loss")[0] > without.history.values("loss")[0]
     assert not torch.equal(with_anchors.student.image_projection, without.student.image_projection)
 
 

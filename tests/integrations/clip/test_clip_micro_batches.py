@@ -111,8 +111,8 @@ def test_every_method_trains_alike_in_parts(pretrained, name):
         )  # fmt: skip
         ends.append(fitted)
     whole, parts = ends
-    assert parts.losses == pytest.approx(whole.losses, rel=1e-4)
-    assert parts.gaps == pytest.approx(whole.gaps, rel=1e-2, abs=1e-6)
+    assert parts.history.values("loss") == pytest.approx(whole.history.values("loss"), rel=1e-4)
+    assert parts.history.values("gap") == pytest.approx(whole.history.values("gap"), rel=1e-2, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -73,8 +73,8 @@ def test_memory_falls_with_what_saves_it():
 def test_without_data_the_published_length_and_what_is_needed(name, steps, each):
     text = describe(recipes.get(name), ["zero-shot", "flyp", "tracer"])
     assert f"length: {steps} optimizer steps of" in text
-    assert f"1,281,167 pairs, {each} steps an epoch" in text
-    assert "data: no --data-root given; it needs" in text
+    assert f"1,281,167 pairs, {each} steps per epoch" in text
+    assert "data: --data-root is missing; it should hold" in text
     assert "ILSVRC2012_img_train.tar from https://image-net.org" in text
     assert "objectnet-1.0.zip" in text
     assert "  finetune.learning-rate " in text
@@ -91,17 +91,19 @@ def test_what_lies_there_and_what_is_missing(tmp_path):
     recipe = replace(recipe, finetune=replace(recipe.finetune, warmup=4))
     eight = replace(recipe, finetune=replace(recipe.finetune, batch_size=8))
     text = describe(eight, ["tracer"], tmp_path)
-    assert "length: 40 optimizer steps of 8: 32 pairs, 4 steps an epoch" in text
+    assert "length: 40 optimizer steps of 8: 32 pairs, 4 steps per epoch" in text
     assert "  imagenet-sketch: no imagenet-sketch in" in text
     assert re.search(r"anchors.csv +32 +ok", text)
     few = describe(replace(recipe, anchors="none.csv"), ["tracer"], tmp_path)
-    assert "32 pairs, 1 steps an epoch; too few for batch_size 512, training would be refused" in few
+    assert (
+        "32 pairs, 1 steps per epoch; batch_size 512 is larger than the data, so training would fail" in few
+    )
     assert "none.csv: no table of captions" in few
     table = describe(replace(recipe, train="anchors.csv"), ["zero-shot"], tmp_path)
     assert "32 pairs" in table
     missing = describe(replace(recipe, train="none.csv"), ["zero-shot"], tmp_path)
     assert (
-        "length: 25,030 optimizer steps of 512, or another number: the pairs of none.csv are missing"
+        "length: 25,030 optimizer steps of 512, but the number of pairs decides: those of none.csv are missing"
         in missing
     )
     assert "memory: nothing is trained" in table

@@ -64,15 +64,15 @@ def test_every_method_runs_and_moves_the_student(method):
     before = build("tiny-vit-16")[0].state_dict().keys()
     fitted = run(method)
     assert towers_of(fitted.student).state_dict().keys() == before
-    assert len(fitted.losses) == 6
-    assert all(map(math.isfinite, fitted.losses))
-    assert len(fitted.gaps) == (6 if METHODS[method].kernel else 0)
+    assert len(fitted.history.values("loss")) == 6
+    assert all(map(math.isfinite, fitted.history.values("loss")))
+    assert len(fitted.history.values("gap")) == (6 if METHODS[method].kernel else 0)
     if fitted.teacher is not None:
         assert fitted.teacher.step == fitted.teacher.total_steps == 6
 
 
 def test_the_gap_tells_the_teachers_apart():
-    static, tracer, ema = (run(m).gaps for m in ("static-sd", "tracer", "ema"))
+    static, tracer, ema = (run(m).history.values("gap") for m in ("static-sd", "tracer", "ema"))
     assert static[-1] > tracer[-1] > 0
     assert ema[0] < static[0]  # the fast EMA starts by following the student
 
@@ -84,7 +84,7 @@ def test_the_first_teacher_is_the_pretrained_model():
         settings=replace(SETTINGS, steps=1),
     )
     alone = run("flyp", settings=replace(SETTINGS, steps=1))
-    assert fitted.losses[0] == pytest.approx(alone.losses[0], rel=1e-5)
+    assert fitted.history.values("loss")[0] == pytest.approx(alone.history.values("loss")[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["tracer", "l2-sp", "flyp", "lp-ft", "lipsum-ft", "arf"])
@@ -99,8 +99,8 @@ def test_a_resumed_run_ends_bit_identical(tmp_path, method, model):
     assert_same(whole.student.state_dict(), resumed.student.state_dict())
     if whole.teacher is not None:
         assert_same(whole.teacher.state_dict(), resumed.teacher.state_dict())
-    assert whole.losses == resumed.losses
-    assert whole.gaps == resumed.gaps
+    assert whole.history.values("loss") == resumed.history.values("loss")
+    assert whole.history.values("gap") == resumed.history.values("gap")
     again = run(method, model, checkpoint=file, stop_after=0)  # finished: nothing left to do
     assert_same(whole.student.state_dict(), again.student.state_dict())
 
@@ -110,14 +110,14 @@ def test_learnable_criteria_are_trained_and_resumed(tmp_path):
     whole = run(method)
     with pytest.raises(Stopped):
         run(method, stop_after=5, checkpoint=tmp_path / "run.pt")
-    assert run(method, checkpoint=tmp_path / "run.pt").losses == whole.losses
+    assert run(method, checkpoint=tmp_path / "run.pt").history.values("loss") == whole.history.values("loss")
 
 
 def test_bf16_autocast_trains_float32_weights():
     fitted = run(settings=replace(SETTINGS, precision="bf16"))
     assert {p.dtype for p in fitted.student.parameters()} == {torch.float32}
-    assert fitted.losses[0] == pytest.approx(run().losses[0], rel=0.02)
-    assert fitted.losses != run().losses
+    assert fitted.history.values("loss")[0] == pytest.approx(run().history.values("loss")[0], rel=0.02)
+    assert fitted.history.values("loss") != run().history.values("loss")
 
 
 def test_frozen_text_stays():
@@ -199,8 +199,8 @@ def test_lower_precision_trains_alike_and_resumes_to_the_same_bits(tmp_path, pre
     settings = replace(SETTINGS, precision=precision, steps=12)
     whole = run(settings=settings)
     exact = run(settings=replace(settings, precision="fp32"))
-    assert whole.losses[0] == pytest.approx(exact.losses[0], rel=2e-2)
-    assert whole.losses[-1] < whole.losses[0]
+    assert whole.history.values("loss")[0] == pytest.approx(exact.history.values("loss")[0], rel=2e-2)
+    assert whole.history.values("loss")[-1] < whole.history.values("loss")[0]
     with pytest.raises(Stopped):
         run(settings=settings, checkpoint=tmp_path / "run.pt", stop_after=7)
     resumed = run(settings=settings, checkpoint=tmp_path / "run.pt")
@@ -215,15 +215,15 @@ def test_steps_that_the_scaler_skips_do_not_count_for_the_teacher():
     fitted = run(method, settings=replace(SETTINGS, precision="fp16", steps=30))
     assert 0 < fitted.teacher.step < 30
     assert all(p.isfinite().all() for p in fitted.student.parameters())
-    assert len(fitted.losses) == 30
+    assert len(fitted.history.values("loss")) == 30
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_compiled_towers_change_no_number():
     whole, compiled = (run("car-ft", settings=replace(SETTINGS, compile=on)) for on in (False, True))
-    assert compiled.losses == pytest.approx(whole.losses, rel=1e-4)
-    assert compiled.gaps == pytest.approx(whole.gaps, rel=1e-4)
+    assert compiled.history.values("loss") == pytest.approx(whole.history.values("loss"), rel=1e-4)
+    assert compiled.history.values("gap") == pytest.approx(whole.history.values("gap"), rel=1e-4)
     assert compiled.student.state_dict().keys() == whole.student.state_dict().keys()
     assert compiled.student._compiled_call_impl is not None
     assert compiled.teacher.module._compiled_call_impl is not None

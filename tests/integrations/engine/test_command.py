@@ -4,10 +4,12 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from wmateacher.integrations.engine import command
+from wmateacher.integrations.engine.settings import Hidden, visible
 
 
 @dataclass(frozen=True)
 class Method:
+    name: Hidden[str] = ""
     kernel: str | None = None
     loss: str | None = None
 
@@ -18,7 +20,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Recipe:
-    summary: str = "a small one"
+    summary: Hidden[str] = "a small one"
     rate: float = 0.1
     clip: float | None = None
     methods: Mapping[str, Method] = field(default_factory=lambda: {"plain": Method(), "two-b": Method()})
@@ -50,7 +52,7 @@ def test_any_value_of_a_recipe_and_the_options_of_the_run_are_set():
     )  # fmt: skip
     assert options == Options(methods=("two-b",), seeds=3)
     assert recipe == replace(
-        RECIPES["large"], clip=1.0, methods={"plain": Method(), "two-b": Method("uniform", "kl")}
+        RECIPES["large"], clip=1.0, methods={"plain": Method(), "two-b": Method("", "uniform", "kl")}
     )
 
 
@@ -86,6 +88,17 @@ def test_help_names_the_recipes_and_one_method_for_all(capsys):
     assert "--methods.NAME.kernel" in text
     assert "--methods.two-b.kernel" not in text
     assert "NAME is one of plain, two-b." in text
+
+
+def test_hidden_fields_are_neither_shown_nor_changed(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    assert "--summary" not in text
+    assert "--methods.NAME.name" not in text
+    with pytest.raises(SystemExit):
+        parse("--summary", "another")
+    assert list(visible(RECIPES["small"])) == ["rate", "clip", "methods"]
 
 
 def test_an_error_ends_a_program_with_one_line():

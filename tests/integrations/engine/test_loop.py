@@ -294,7 +294,7 @@ def test_the_example_ends_cleanly_when_it_is_terminated_and_goes_on(tmp_path):
     _, error = run.communicate(timeout=60)
     assert run.returncode == signals.EXIT_CODE
     assert "terminated after step" in error
-    assert f"--output {tmp_path / 'out'} goes on from here" in error
+    assert f"--output {tmp_path / 'out'} continues this run" in error
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (board,) = (tmp_path / "out/tensorboard").glob("tracer*")
