@@ -203,10 +203,10 @@ class MeanTeacherTask(Task):
         recipe = self._recipe()
         method = recipe.method("mean-teacher")
         if cell.kernel == "none":
-            method = replace(method, name="cell", kernel=None, weight=0.0)
+            method = replace(method, name="cell", kernel=None, distill_weight=0.0)
         else:
-            weight = cell.distill_weight * method.weight
-            method = replace(method, name="cell", kernel=cell.kernel, weight=weight)
+            weight = cell.distill_weight * method.distill_weight
+            method = replace(method, name="cell", kernel=cell.kernel, distill_weight=weight)
         recipe = replace(recipe, methods={"cell": method})
         experiment = MeanTeacherExperiment(recipe, self._folder(cell), root=self.root, progress=False)
         record = experiment.run("cell", cell.seed)

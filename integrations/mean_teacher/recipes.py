@@ -20,7 +20,8 @@ CONSISTENCIES = ("mse", "kl", "pseudo")
 class Method:
     """A loss, and the target that the student's predictions on unlabelled images are pulled to.
 
-        L = CE(student(weak labelled), label) + weight ramp(t) consistency(student(strong), target(weak))
+        L = CE(student(weak labelled), label)
+            + distill_weight ramp(t) consistency(student(strong), target(weak))
 
     The target is the teacher's prediction, or without a teacher the student's own before the step. It has no
     gradient; the student's prediction on the strong view has one.
@@ -31,7 +32,7 @@ class Method:
         kernel: The teacher's kernel; None for no teacher.
         consistency: `mse` between probabilities, `kl`, or `pseudo` for cross-entropy against the target's
             most probable class.
-        weight: Weight of the consistency after its ramp-up; 0 to train on labels alone.
+        distill_weight: Weight of the consistency after its ramp-up; 0 to train on labels alone.
         confidence: Smallest value of the largest target probability for an image to count, 0.95 in FixMatch;
             None counts all images.
 
@@ -43,12 +44,12 @@ class Method:
     summary: Hidden[str]
     kernel: str | None = None
     consistency: Literal["mse", "kl", "pseudo"] = "mse"
-    weight: float = 0.0
+    distill_weight: float = 0.0
     confidence: float | None = None
 
     def __post_init__(self) -> None:
         one_of("consistency", self.consistency, CONSISTENCIES)
-        check_at_least(self, weight=0)
+        check_at_least(self, distill_weight=0)
         if self.confidence is not None and not 0 <= self.confidence < 1:
             raise ValueError(f"confidence must be in [0, 1), got {self.confidence}")
         if self.kernel is not None:
@@ -61,18 +62,20 @@ METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
         Method("supervised", "The labelled images alone"),
-        Method("pi-model", "Pi-model: the student is its own teacher (Laine & Aila 2017)", weight=_WEIGHT),
+        Method(
+            "pi-model", "Pi-model: the student is its own teacher (Laine & Aila 2017)", distill_weight=_WEIGHT
+        ),
         Method(
             "mean-teacher",
             "Mean teacher: an EMA of the student (Tarvainen & Valpola 2017)",
             kernel="ema(0.95)",
-            weight=_WEIGHT,
+            distill_weight=_WEIGHT,
         ),
         Method(
             "fixmatch",
             "FixMatch: the student's own confident predictions as labels (Sohn et al. 2020)",
             consistency="pseudo",
-            weight=1.0,
+            distill_weight=1.0,
             confidence=0.95,
         ),
     )

@@ -95,7 +95,7 @@ def fit(
         student: Maps images to logits `[B, classes]`, on the device to train on.
         method: The loss and the teacher.
         labelled: Gives labelled images from a step on.
-        unlabelled: Gives unlabelled images from a step on; methods of weight 0 do not read it.
+        unlabelled: Gives unlabelled images from a step on; methods of `distill_weight` 0 do not read it.
         settings: The optimisation.
         classes: The number of classes C.
         evaluate: Called at every evaluation with the networks; returns the values to log.
@@ -152,8 +152,8 @@ class SemiSupervised(training.Training):
         self.monitor = collapse.OutputMonitor(classes).to(self.device)
         self.watch = collapse.CollapseWatch(
             method.name, settings.steps, classes, 0.5 * classes,
-            f"lower weight ({method.weight}) or learning_rate ({settings.learning_rate}), or lengthen "
-            f"rampup ({settings.rampup})",
+            f"lower distill_weight ({method.distill_weight}) or learning_rate ({settings.learning_rate}), "
+            f"or lengthen rampup ({settings.rampup})",
         )  # fmt: skip
         self.optimizer = torch.optim.SGD(
             student.parameters(), lr=settings.learning_rate, momentum=settings.momentum,
@@ -172,7 +172,7 @@ class SemiSupervised(training.Training):
             group["lr"] = settings.learning_rate_at(step)
         images, labels = self._to_device(self.labelled(step))
         parts = [images]
-        if self.method.weight:
+        if self.method.distill_weight:
             (weak, strong), _ = self.unlabelled(step)
             weak, strong = self._to_device((weak, strong))
             # The student needs its own logits of the weak views only if there is no teacher.
@@ -187,12 +187,12 @@ class SemiSupervised(training.Training):
             )
         supervised = F.cross_entropy(logits[0], labels)
         loss, logged = supervised, {"supervised": supervised.detach()}
-        if self.method.weight:
+        if self.method.distill_weight:
             with settings.autocast(self.device):
                 target = logits[2] if self.teacher is None else self.teacher(weak)
             agreement = self.consistency(logits[1], target)
             ramp = schedules.sigmoid_rampup(step, settings.rampup)
-            loss = loss + self.method.weight * ramp * agreement.loss
+            loss = loss + self.method.distill_weight * ramp * agreement.loss
             logged |= {"consistency": agreement.loss.detach(), "kept": agreement.kept}
             logged |= self.monitor.update(step, agreement.target)
         loss.backward()
@@ -223,4 +223,7 @@ class SemiSupervised(training.Training):
 
     def nan_hint(self) -> str:
         """Return the settings that keep a loss finite."""
-        return f"lower learning_rate ({self.settings.learning_rate}) or weight ({self.method.weight})"
+        return (
+            f"lower learning_rate ({self.settings.learning_rate}) or distill_weight "
+            f"({self.method.distill_weight})"
+        )

@@ -94,7 +94,7 @@ def test_every_method_trains(method):
     assert any(not torch.equal(a, b) for a, b in zip(start, student.parameters(), strict=True))
     assert all(map(math.isfinite, fitted.history.values("loss")))
     assert (fitted.teacher is not None) == (METHODS[method].kernel is not None)
-    assert len(fitted.history.values("consistency")) == (6 if METHODS[method].weight else 0)
+    assert len(fitted.history.values("consistency")) == (6 if METHODS[method].distill_weight else 0)
 
 
 def test_unlabelled_images_train_the_student():
@@ -147,13 +147,15 @@ def test_a_resumed_run_ends_bit_identical(tmp_path, method):
 
 
 def test_a_teacher_that_answers_noise_is_named():
-    method = replace(METHODS["mean-teacher"], name="mine", kernel="static", weight=1.0)
+    method = replace(METHODS["mean-teacher"], name="mine", kernel="static", distill_weight=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fitted = run(method, settings=replace(SETTINGS, steps=60, learning_rate=1e-4))
     (found,) = [w for w in caught if w.category is CollapseWarning]
     assert str(found.message).startswith("mine: collapsed at step 50 of 60, ")
-    assert "lower weight (1.0) or learning_rate (0.0001), or lengthen rampup (3)" in str(found.message)
+    assert "lower distill_weight (1.0) or learning_rate (0.0001), or lengthen rampup (3)" in str(
+        found.message
+    )
     assert fitted.collapsed is not None
 
 
@@ -196,7 +198,7 @@ def test_labels_are_balanced_and_the_seeds():
     ("changes", "message"),
     [
         ({"consistency": "mes"}, "unknown consistency 'mes'; did you mean 'mse'"),
-        ({"weight": -1.0}, "weight must be at least 0, got -1.0"),
+        ({"distill_weight": -1.0}, "distill_weight must be at least 0, got -1.0"),
         ({"confidence": 1.0}, r"confidence must be in \[0, 1\), got 1.0"),
     ],
 )
