@@ -14,7 +14,10 @@ import dino_pretrain  # noqa: E402
 from wmateacher.integrations.dino import experiment  # noqa: E402, F401 - once for all programs
 from wmateacher.integrations.engine import command as command_line  # noqa: E402
 
-SHORT = ("--steps", "12", "--settings.batch-size", "16", "--kernels", "uniform", "ema(0.9)")
+SHORT = (
+    "--steps", "6", "--settings.batch-size", "16", "--train-images", "300", "--bank-images", "200",
+    "--kernels", "uniform", "ema(0.9)",
+)  # fmt: skip
 
 
 def measured(file):
