@@ -14,7 +14,18 @@ import mean_teacher  # noqa: E402
 from wmateacher.integrations.engine import command as command_line  # noqa: E402
 from wmateacher.integrations.mean_teacher import experiment  # noqa: E402, F401 - once for all programs
 
-SHORT = ("--steps", "6", "--settings.unlabelled-batch", "16", "--methods", "supervised", "fixmatch", "mean-teacher", "--kernels", "uniform")
+SHORT = (
+    "--steps",
+    "6",
+    "--settings.unlabelled-batch",
+    "16",
+    "--methods",
+    "supervised",
+    "fixmatch",
+    "mean-teacher",
+    "--kernels",
+    "uniform",
+)
 METHODS = ["supervised", "fixmatch", "mean-teacher", "uniform"]
 
 
