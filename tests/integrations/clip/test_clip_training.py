@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -220,7 +221,9 @@ def test_steps_that_the_scaler_skips_do_not_count_for_the_teacher():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_compiled_towers_change_no_number():
+def test_compiled_towers_change_no_number(monkeypatch):
+    # What is captured and replaced is the same with every backend; this one generates no code.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     whole, compiled = (run("car-ft", settings=replace(SETTINGS, compile=on)) for on in (False, True))
     assert compiled.losses == pytest.approx(whole.losses, rel=1e-4)
     assert compiled.gaps == pytest.approx(whole.gaps, rel=1e-4)
