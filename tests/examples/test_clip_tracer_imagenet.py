@@ -155,7 +155,7 @@ def go(root, *more, out=None):
     return json.loads((out / "results.json").read_text())
 
 
-@pytest.mark.parametrize("train", ["imagenet-train", "anchors.csv"])
+@pytest.mark.parametrize("train", ["imagenet-train", pytest.param("anchors.csv", marks=pytest.mark.slow)])
 def test_corrupt_images_are_counted_and_lose_nothing(root, train):
     for file in sorted((root / "imagenet/train").rglob("*.JPEG"))[:2]:
         file.write_bytes(file.read_bytes()[:100])
@@ -232,6 +232,7 @@ def test_unknown_values_have_suggestions(capsys):
     assert "--epochs" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_micro_batches_balanced_batches_and_half_precision_by_the_command_line(sets, tmp_path):
     out = tmp_path / "out"
     results = go(
