@@ -3,6 +3,8 @@
 A program's own start, in an interpreter of its own, is left to one test for each program.
 """
 
+import contextlib
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -20,6 +22,12 @@ import torch._dynamo  # noqa: F401
 
 import wmateacher  # noqa: F401
 
+# What examples and benchmarks import when they need it.
+OPTIONAL = (
+    "matplotlib.pyplot", "open_clip", "scipy.optimize", "sklearn.datasets", "sklearn.linear_model", "timm",
+    "torch.utils.tensorboard", "torchvision.transforms.v2",
+)  # fmt: skip
+
 TIMEOUT = 300.0
 """Seconds after which a program counts as hanging."""
 
@@ -36,6 +44,10 @@ class Program:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside any thread, idle ones too
+            if Path(script).parent.name in {"benchmarks", "examples"}:
+                for module in OPTIONAL:
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module(module)
             self._process.start()
 
     @property

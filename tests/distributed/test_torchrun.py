@@ -18,8 +18,9 @@ from wmateacher.integrations.engine import processes
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "clip_tracer.py"
 OPTIONS = (
-    "--methods", "zero-shot", "tracer", "--model", "tiny-vit-16", "--pretrain-steps", "40",
-    "--steps", "70", "--finetune.checkpoint-every", "30", "--device", "cpu", "--cache", "cache", "--output",
+    "--methods", "zero-shot", "tracer", "--model", "tiny-vit-16", "--pretrain-steps", "30",
+    "--pretrain.batch-size", "32", "--finetune.batch-size", "32", "--steps", "30",
+    "--finetune.checkpoint-every", "10", "--device", "cpu", "--cache", "cache", "--output",
 )  # fmt: skip
 
 

@@ -1,11 +1,9 @@
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import programs
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "dino_pretrain.py"
@@ -13,18 +11,13 @@ sys.path.insert(0, str(EXAMPLE.parent))
 
 import dino_pretrain  # noqa: E402
 
+from wmateacher.integrations.dino import experiment  # noqa: E402, F401 - once for all programs
 from wmateacher.integrations.engine import command as command_line  # noqa: E402
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SHORT = ("--steps", "12", "--settings.batch-size", "16", "--kernels", "uniform", "ema(0.9)")
-
-
-def command(*arguments):
-    return [sys.executable, str(EXAMPLE), *SHORT, *map(str, arguments)]
-
-
-def run(*arguments):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT)
+SHORT = (
+    "--steps", "6", "--settings.batch-size", "16", "--train-images", "300", "--bank-images", "200",
+    "--kernels", "uniform", "ema(0.9)",
+)  # fmt: skip
 
 
 def measured(file):
@@ -36,44 +29,43 @@ def measured(file):
     return strip(json.loads(file.read_text()))
 
 
-@pytest.mark.slow
-def test_a_run_is_a_table_curves_and_maps_and_survives_being_killed(tmp_path):
-    done = run("--output", tmp_path / "whole")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder and the output of a run on one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = programs.run(EXAMPLE, *SHORT, "--output", folder)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "whole/results.json").read_text())
-    rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
+    return folder, done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_is_a_table_curves_and_maps_and_survives_being_killed(whole, tmp_path):
+    folder, printed = whole
+    results = json.loads((folder / "results.json").read_text())
+    rows = {line.split("  ")[0]: line for line in printed.splitlines()}
     assert list(results["methods"]) == ["raw pixels", "normalised pixels", "untrained", "uniform", "ema(0.9)"]
     for name, record in results["methods"].items():
         assert f"{record['teacher']['knn']:.1f}" in rows[name]
         assert f"{record['teacher']['linear']:.1f}" in rows[name]
     for picture in ("curves.png", "maps.png"):
-        assert (tmp_path / "whole" / picture).read_bytes().startswith(b"\x89PNG")
-    killed = tmp_path / "killed"
-    process = subprocess.Popen(command("--output", killed), stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    while process.poll() is None and "uniform" not in (
-        json.loads((killed / "results.json").read_text())["methods"]
-        if (killed / "results.json").exists()
-        else ()
-    ):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = run("--output", killed)
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    file = tmp_path / "results.json"
+    victim = programs.Program(EXAMPLE, *SHORT, "--output", tmp_path)
+    victim.until(lambda: file.exists() and "uniform" in json.loads(file.read_text())["methods"])
+    victim.kill()
+    assert "ema(0.9)" not in json.loads(file.read_text())["methods"]
+    again = programs.run(EXAMPLE, *SHORT, "--output", tmp_path)
     assert again.returncode == 0, again.stderr
-    assert measured(killed / "results.json") == measured(tmp_path / "whole/results.json")
+    assert measured(file) == measured(folder / "results.json")
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
-    run("--output", tmp_path / "one")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, str(EXAMPLE), *SHORT, "--output", str(tmp_path / "two")],
-        capture_output=True, text=True, env=ENVIRONMENT, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_two_processes_train_as_one(whole, tmp_path):
+    done, other = programs.launch(2, EXAMPLE, *SHORT, "--output", tmp_path)
+    assert done.returncode == other.returncode == 0, done.stderr + other.stderr
     assert done.stdout.count("k-NN  linear") == 1
-    one, two = (json.loads((tmp_path / n / "results.json").read_text())["methods"] for n in ("one", "two"))
+    assert not other.stdout
+    one, two = (json.loads((f / "results.json").read_text())["methods"] for f in (whole[0], tmp_path))
     for kernel in ("uniform", "ema(0.9)"):
         assert two[kernel]["teacher"]["knn"] == pytest.approx(one[kernel]["teacher"]["knn"], abs=3)
         assert two[kernel]["final_gap"] == pytest.approx(one[kernel]["final_gap"], rel=0.05)
@@ -107,6 +99,7 @@ def test_every_recipe_is_the_command_lines_own(name):
 
 
 def test_bad_input_is_a_line_on_the_command_line():
-    done = run("--seeds", 0)
+    command = [sys.executable, str(EXAMPLE), "--seeds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: --seeds must be at least 1, got 0\n"

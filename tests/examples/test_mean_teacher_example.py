@@ -1,11 +1,9 @@
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import programs
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mean_teacher.py"
@@ -14,25 +12,21 @@ sys.path.insert(0, str(EXAMPLE.parent))
 import mean_teacher  # noqa: E402
 
 from wmateacher.integrations.engine import command as command_line  # noqa: E402
+from wmateacher.integrations.mean_teacher import experiment  # noqa: E402, F401 - once for all programs
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-SHORT = ("--steps", "20", "--methods", "supervised", "fixmatch", "mean-teacher", "--kernels", "uniform")
+SHORT = (
+    "--steps",
+    "6",
+    "--settings.unlabelled-batch",
+    "16",
+    "--methods",
+    "supervised",
+    "fixmatch",
+    "mean-teacher",
+    "--kernels",
+    "uniform",
+)
 METHODS = ["supervised", "fixmatch", "mean-teacher", "uniform"]
-
-
-def command(*arguments):
-    return [sys.executable, "-W", "ignore", str(EXAMPLE), *SHORT, *map(str, arguments)]
-
-
-def run(*arguments, launch=()):
-    first, *rest = command(*arguments)
-    return subprocess.run(
-        [first, *launch, *(rest[2:] if launch else rest)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=300,
-    )
 
 
 def measured(file):
@@ -46,7 +40,7 @@ def measured(file):
 
 @pytest.mark.slow
 def test_a_run_is_a_table_and_curves_and_survives_being_killed(tmp_path):
-    done = run("--output", tmp_path / "whole")
+    done = programs.run(EXAMPLE, *SHORT, "--output", tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "whole/results.json").read_text())
     rows = {line.split("  ")[0]: line for line in done.stdout.splitlines()}
@@ -55,22 +49,21 @@ def test_a_run_is_a_table_and_curves_and_survives_being_killed(tmp_path):
         assert f"{record['accuracy']:.1f}" in rows[name]
     assert (tmp_path / "whole/curves.png").read_bytes().startswith(b"\x89PNG")
     killed, file = tmp_path / "killed", tmp_path / "killed/results.json"
-    process = subprocess.Popen(command("--output", killed), stdout=subprocess.DEVNULL, env=ENVIRONMENT)
-    while process.poll() is None and not file.exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    again = run("--output", killed)
+    victim = programs.Program(EXAMPLE, *SHORT, "--output", killed)
+    victim.until(file.exists)
+    victim.kill()
+    assert len(json.loads(file.read_text())["methods"]) < len(METHODS)
+    again = programs.run(EXAMPLE, *SHORT, "--output", killed)
     assert again.returncode == 0, again.stderr
     assert measured(file) == measured(tmp_path / "whole/results.json")
 
 
 @pytest.mark.slow
 def test_two_processes_train_too(tmp_path):
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run("--output", tmp_path, launch=launch)
-    assert done.returncode == 0, done.stderr
+    done, other = programs.launch(2, EXAMPLE, *SHORT, "--output", tmp_path)
+    assert done.returncode == other.returncode == 0, done.stderr + other.stderr
     assert done.stdout.count("method ") == 1
+    assert not other.stdout
     assert list(json.loads((tmp_path / "results.json").read_text())["methods"]) == METHODS
 
 
@@ -104,6 +97,7 @@ def test_every_recipe_is_the_command_lines_own(name):
 
 
 def test_bad_input_is_a_line_on_the_command_line():
-    done = run("--seeds", 0)
+    command = [sys.executable, "-W", "ignore", str(EXAMPLE), "--seeds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "error: --seeds must be at least 1, got 0\n"

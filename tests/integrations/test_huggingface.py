@@ -255,6 +255,7 @@ def saving(tmp_path, epochs=2, **options):
     return Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[TeacherCallback(**options)])
 
 
+@pytest.mark.slow
 def test_a_longer_run_another_kernel_and_a_checkpoint_without_a_teacher(tmp_path):
     saving(tmp_path).train()
     longer = saving(tmp_path, epochs=3)

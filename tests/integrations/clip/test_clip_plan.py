@@ -66,8 +66,8 @@ def test_memory_falls_with_what_saves_it():
     ("name", "steps", "each"),
     [
         ("imagenet-vit-b-16", "25,030", "2,503"),
-        ("imagenet-vit-l-14", "57,200", "5,720"),
-        ("imagenet-rn50", "25,030", "2,503"),
+        pytest.param("imagenet-vit-l-14", "57,200", "5,720", marks=pytest.mark.slow),
+        pytest.param("imagenet-rn50", "25,030", "2,503", marks=pytest.mark.slow),
     ],
 )
 def test_without_data_the_published_length_and_what_is_needed(name, steps, each):

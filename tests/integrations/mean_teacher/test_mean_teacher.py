@@ -129,7 +129,13 @@ def evaluate(networks):
     return {"validation": float(next(network.parameters()).detach().sum())}
 
 
-@pytest.mark.parametrize("method", ["mean-teacher", "pi-model", "fixmatch", "supervised"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "mean-teacher",
+        *(pytest.param(m, marks=pytest.mark.slow) for m in ("pi-model", "fixmatch", "supervised")),
+    ],
+)
 def test_a_resumed_run_ends_bit_identical(tmp_path, method):
     spec, file = "test_resnet(drop_rate=0.3)", tmp_path / "run.pt"
     options = {"evaluate": evaluate, "evaluate_every": 2, "evaluate_last": True}
