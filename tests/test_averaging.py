@@ -25,7 +25,11 @@ def tensors(dtype):
     return made
 
 
-@pytest.mark.parametrize("value_dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    "value_dtype",
+    [d if d in (torch.float32, torch.bfloat16) else pytest.param(d, marks=pytest.mark.slow) for d in FLOATS],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("own_dtype", "average_dtype", "split"),
     [

@@ -203,7 +203,7 @@ def test_a_recorded_kernel_comes_back_exactly(tmp_path, format, update_every):
 
 
 @pytest.mark.parametrize("kernel", ["beta(0.5,0.5)", "uniform", "ema(0.9)", "static"])
-@pytest.mark.parametrize("update_every", [1, 4])
+@pytest.mark.parametrize("update_every", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_synthesised_average_is_as_close_as_its_report_says(tmp_path, kernel, update_every):
     direct = WMATeacher(Run(torch.float64).student, kernel, TOTAL, update_every=update_every)
     trajectory = [flat(Run(torch.float64).student.state_dict(), ["body.weight", "head.weight"])]

@@ -73,7 +73,7 @@ def held(teacher, name="state"):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("every", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("every", [1, 3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 7, 50))])
 @pytest.mark.parametrize("kernel", oracle.KERNELS)
 def test_realised_weights_equal_the_kernels(kernel, every, precision):
     """The property: one-hot students, resumed at a random step, read the kernel's weights out."""
