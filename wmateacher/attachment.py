@@ -48,20 +48,21 @@ class Attachment:
                 f"optimizer must be one or more different optimizers, got {list(self.optimizers)!r}"
             )
         ours = {id(p) for p in parameters}
-        # Each optimizer with those that it wraps, whose steps may be its own or taken instead of its own.
-        self._watched = [_family(_hooked(optimizer)) for optimizer in self.optimizers]
-        for optimizer, *_ in self._watched:
+        # Each optimizer with those that it holds: it may step them, or the loop may do so itself.
+        families = [_family(_hooked(optimizer)) for optimizer in self.optimizers]
+        for optimizer, *_ in families:
             if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
                 raise ValueError(
                     f"this {type(optimizer).__name__} trains none of the student's parameters: attach the "
                     "teacher to the optimizer that trains the student it was built from"
                 )
         self._advance = advance
+        self._positions = {id(member): i for i, family in enumerate(families) for member in family}
         self._last: int | None = None  # the position of the latest optimizer in an unfinished round
         self._started = False
         self._handles = [
             handle
-            for family in self._watched
+            for family in families
             for member in family
             for handle in (
                 member.register_step_pre_hook(self._before_step),
@@ -92,7 +93,7 @@ class Attachment:
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_outermost():
             return
-        position = self._position(optimizer)
+        position = self._positions[id(optimizer)]
         if not self._started and position > 0:
             raise RuntimeError(
                 f"the teacher is attached to {self} and the first to step is {type(optimizer).__name__}: "
@@ -113,16 +114,13 @@ class Attachment:
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and overflow.item():
             return
-        self._last = self._position(optimizer)
-        if self._last == len(self._watched) - 1:
+        self._last = self._positions[id(optimizer)]
+        if self._last == len(self.optimizers) - 1:
             self._count()
 
     def _count(self) -> None:
         self._last = None
         self._advance()
-
-    def _position(self, optimizer: Optimizer) -> int:
-        return next(i for i, family in enumerate(self._watched) if any(o is optimizer for o in family))
 
     def _is_outermost(self) -> bool:
         """Whether the step whose hook runs is nobody's inner step.
@@ -134,10 +132,9 @@ class Attachment:
         """
         states = sys.modules.get("torch.distributed.checkpoint.state_dict")
         initialise = getattr(getattr(states, "_init_optim_state", None), "__code__", None)
-        watched = {id(member) for family in self._watched for member in family}
         frame, steps = sys._getframe(1), 0
         while frame is not None:
-            if frame.f_code is _STEP and id(frame.f_locals["args"][0]) in watched:
+            if frame.f_code is _STEP and id(frame.f_locals["args"][0]) in self._positions:
                 steps += 1
             if steps > 1 or frame.f_code is initialise:
                 return False
