@@ -67,7 +67,7 @@ def start_late(teacher: WMATeacher, step: int, total_steps: int, missing: str, w
         teacher: A teacher that has counted no step.
         step: The optimizer step at which the run continues.
         total_steps: The horizon of the whole run.
-        missing: What the checkpoint lacks, the beginning of the warning.
+        missing: The missing part of the checkpoint, with which the warning begins.
         warn: See above.
     """
     left = max(1, total_steps - step)

@@ -26,7 +26,7 @@ def row_counts(rows: int, device: torch.device | str, group: Any = None) -> list
     Args:
         rows: The number of rows on this rank.
         device: A device that the group's backend supports.
-        group: As in `world_size`.
+        group: The process group; None stands for all processes.
     """
     size = world_size(group)
     if size == 1:
@@ -42,7 +42,7 @@ def gather_rows(rows: Tensor, counts: list[int], group: Any = None) -> Tensor:
     Args:
         rows: This rank's rows, shape `[B_r, ...]`. Ranks may differ in the first dimension only.
         counts: The row count `B_r` of every rank, from `row_counts`.
-        group: As in `world_size`.
+        group: The process group; None stands for all processes.
 
     Returns:
         A tensor of shape `[sum of counts, ...]`.

@@ -36,7 +36,7 @@ class PeerEMA(Kernel):
 
     Attributes:
         decay: The largest retention, in [0, 1].
-        rule: How the retention rises: `"constant"`, `"inverse_gamma"` or `"ratio"`.
+        rule: The shape of the retention's rise: `"constant"`, `"inverse_gamma"` or `"ratio"`.
         gamma: The gamma of `inverse_gamma`. All libraries default to 1.
         power: The power of `inverse_gamma`. All libraries default to 2/3.
         least: The smallest retention after the delay (`min_decay`, `min_value`), in [0, 1].
@@ -106,7 +106,7 @@ def describe(state: Mapping[str, Any]) -> Description:
     """Recognise the state or checkpoint of another library, for example to choose the teacher's kernel.
 
     Args:
-        state: As in `load`.
+        state: The state or checkpoint of another library, as for `load`.
 
     Raises:
         ValueError: If the state belongs to none of the libraries that `load` knows.

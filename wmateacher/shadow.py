@@ -354,7 +354,7 @@ class Shadow:
         """Check a teacher's state completely, then read the averages from it.
 
         Args:
-            module: As for `complete_state`.
+            module: The averaged module as the teacher registers it.
             state: The state to load. Its tensors are replaced by the module's own, so that `nn.Module` has
                 nothing left to write.
             prefix: The prefix of the teacher's keys in it.

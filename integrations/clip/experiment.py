@@ -42,7 +42,7 @@ class Experiment(experiment.Experiment[Recipe]):
     training.
 
     Args:
-        recipe: What to run.
+        recipe: The recipe to run.
         output: The folder.
         root: The folder of the data.
         download: Whether torchvision may download the digits.

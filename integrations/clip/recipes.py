@@ -76,7 +76,7 @@ class Recipe:
         summary: A description of the experiment, in one line.
         model: The towers: `tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`, or any model of
             open_clip.
-        finetune: How every method is fine-tuned.
+        finetune: Settings of the fine-tuning, shared by all methods.
         methods: The methods by name; their settings may differ from the published ones.
         default: The names of the methods that run by default; all if empty.
         evaluate_every: Optimizer steps between evaluations of student and teacher during training; 0
@@ -171,7 +171,7 @@ class DigitsRecipe(Recipe):
         wide: The pre-training domain.
         narrow: The fine-tuning domain, which is in-distribution at evaluation.
         shifts: The test domains.
-        pretrain: How the towers are pre-trained, by plain contrastive learning.
+        pretrain: Settings of the pre-training, which is plain contrastive learning.
         train_images: The largest number of training images to use.
         large_data_steps: Pre-training steps if `data` is changed to a source of 60,000 images.
     """

@@ -70,7 +70,7 @@ def fit(
         student: The result of `build_student`, on the device to train on.
         method: The method.
         stream: The fine-tuning pairs.
-        settings: How to optimise.
+        settings: Settings of the optimisation.
         prompts: The texts of the task, required by methods with a guidance.
         anchors: Pairs like those of pre-training, required by methods with anchors.
         evaluate: Called at every evaluation with the networks; returns the values to log.
@@ -94,7 +94,7 @@ class FineTuning(training.Training):
         student: The result of `build_student`, on the device to train on.
         method: The method.
         stream: The fine-tuning pairs.
-        settings: How to optimise.
+        settings: Settings of the optimisation.
         prompts: The texts of the task, or None.
         anchors: Pairs like those of pre-training, or None.
 

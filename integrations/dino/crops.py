@@ -38,7 +38,7 @@ class DrawnCrops:
 
     Args:
         split: The images. A domain of random colours does not use their labels.
-        domain: How the images are drawn.
+        domain: The domain that the images are drawn in.
         size: Height and width of the drawings, in pixels.
         crops: The sizes of the crops.
         batch_size: Images per step.

@@ -44,7 +44,7 @@ class DrawnViews:
     Args:
         source: The data set.
         train: The training images in use.
-        domain: How the images are drawn.
+        domain: The domain that the images are drawn in.
         drawing: Height and width of the drawings, in pixels.
         size: Height and width of the network's input, in pixels.
         most: The largest number of images of each part.

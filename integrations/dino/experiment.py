@@ -39,7 +39,7 @@ class Experiment(experiment.Experiment[Recipe]):
     The methods to `run` are kernels, and the `baselines`.
 
     Args:
-        recipe: What to run.
+        recipe: The recipe to run.
         output: The folder.
         root: The folder of the data.
         download: Whether torchvision may download the data.

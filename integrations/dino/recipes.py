@@ -142,7 +142,7 @@ class Recipe:
         settings: The optimisation.
         epochs: Passes over the images. They determine `settings.steps` and `settings.hold_last`, and other
             lengths in steps change in proportion. None keeps the settings.
-        domain: How grey images are drawn.
+        domain: The domain that grey images are drawn in.
         redraw: First and last step of a ramp, over which the share of crops with their own colours and angle
             rises from 0 to 1.
         train_images: Largest number of training images.

@@ -35,7 +35,7 @@ class Outcome:
     """The outcome of one method with one seed.
 
     Attributes:
-        record: What `results.json` keeps: numbers, strings, and mappings of them.
+        record: The entry in `results.json`: numbers, strings, and mappings of them.
         tables: Tables by the name of their folder, such as `"gaps"`.
     """
 
@@ -51,7 +51,7 @@ class Experiment(ABC, Generic[RecipeT]):
     repeated, and an interrupted one resumes from its checkpoint.
 
     Args:
-        recipe: What to run: a dataclass.
+        recipe: The recipe to run, a dataclass.
         output: The folder.
         device: The device to train on.
         progress: Whether to show progress bars.

@@ -35,7 +35,7 @@ class Training(loop.Task):
 
     Args:
         name: The name in messages.
-        settings: How the student is optimised.
+        settings: Settings of the student's optimisation.
         student: The network to train, on the device to train on.
         teacher: Its average, or None.
 

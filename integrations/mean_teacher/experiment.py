@@ -40,7 +40,7 @@ class Experiment(experiment.Experiment[Recipe]):
     The seed of a run also chooses the labelled images.
 
     Args:
-        recipe: What to run.
+        recipe: The recipe to run.
         output: The folder.
         root: The folder of the data.
         download: Whether torchvision may download the data.

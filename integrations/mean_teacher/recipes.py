@@ -28,7 +28,7 @@ class Method:
 
     Attributes:
         name: Name in tables and on the command line.
-        summary: What the method is, with its source.
+        summary: A description of the method, with its source.
         kernel: The teacher's kernel; None for no teacher.
         consistency: `mse` between probabilities, `kl`, or `pseudo` for cross-entropy against the target's
             most probable class.
@@ -91,7 +91,7 @@ class Settings(settings.Settings):
         unlabelled_batch: Unlabelled images per step.
         momentum: Momentum of SGD.
         rampup: Steps of a sigmoid ramp-up of the consistency's weight.
-        buffers: What to do with the teacher's BatchNorm statistics: `copy` the student's, `average` them like
+        buffers: The policy for the teacher's BatchNorm statistics: `copy` the student's, `average` them like
             weights, or `keep` the first.
         precision: `fp32`, or `bf16` for autocast with float32 weights.
     """

@@ -213,7 +213,7 @@ def info_nce(
         image: The image features, shape `[B, d]`.
         text: The text features, shape `[B, d]`.
         logit_scale: The factor s of the cosine similarities, a 0-d tensor.
-        gather: How to use several ranks: "full", "rows" or "off", as in `wmateacher.losses.build`.
+        gather: The use of several ranks: "full", "rows" or "off", as in `wmateacher.losses.build`.
         group: The process group, as in `wmateacher.losses.build`.
 
     Returns:

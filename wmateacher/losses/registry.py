@@ -185,7 +185,7 @@ def build(
         spec: A string such as "3.90625*fd + crd + temperature_kl(2.0)", or a mapping from term to
             coefficient such as {"fd": 3.90625, "temperature_kl(2.0)": 1.0}. A criterion is returned
             unchanged.
-        gather: How the paired losses use several ranks. "full": each rank computes the whole loss from
+        gather: The use of several ranks by the paired losses. "full": each rank computes the whole loss from
             B x B logits, with no communication backward. "rows": each rank computes the part of its own
             rows from B_r x B logits, and sums B x 2 d numbers over the ranks backward. "off": each
             rank's batch stands alone.

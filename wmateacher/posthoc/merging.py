@@ -76,8 +76,8 @@ def checkpoint_weights(
     Args:
         kernel: The kernel, in any form that `WMATeacher` accepts.
         count: The number of checkpoints.
-        steps: As in `average_checkpoints`.
-        total_steps: As in `average_checkpoints`.
+        steps: The optimizer step of each checkpoint, as for `average_checkpoints`.
+        total_steps: The horizon in optimizer steps, as for `average_checkpoints`.
 
     Returns:
         float64 `[count]`, summing to 1.

@@ -66,7 +66,7 @@ class ImageSet:
             `mappings`.
         classes: The number of classes C that it is scored on.
         images: The number of images of these classes in the published set.
-        source: Where to get it.
+        source: The address or archive that the data set is distributed in.
         subset: timm's list of its classes if it does not have all 1,000.
     """
 
