@@ -254,11 +254,6 @@ def test_frozen_parameters_are_the_students_own_and_not_in_the_state():
     assert again.module.body.weight is student.body.weight
     apart = WMATeacher(student, "ema(0.9)", frozen="copy")
     assert apart.module.body.weight is not student.body.weight
-    student.body.requires_grad_(True)
-    apart.update()
-    with pytest.raises(ValueError, match="'body.weight' was frozen when .* or build it with frozen='copy'"):
-        teacher.update()
-    assert teacher.step == 0
 
 
 def test_tied_weights_move_once_and_stay_tied():
@@ -398,7 +393,7 @@ def test_a_refused_state_changes_nothing():
         (without, "another architecture: missing 'module.norm.bias'"),
         (reshaped, r"'module.norm.bias' has shape \(9,\) there and \(8,\) here"),
         (extra, "another architecture: unexpected 'module.tail.bias'"),
-        (newer, "has format 99, but this version reads format 1"),
+        (newer, "has format 99, but this version reads formats 1, 2"),
         (WMATeacher(student, "uniform", 11).state_dict(), "total_steps=11, this teacher has total_steps=10"),
         (
             WMATeacher(student, "static", 10).state_dict(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmateacher import kernels, pairing, sharding, swapping
+from wmateacher import kernels, pairing, sharding, swapping, unfreezing
 from wmateacher.attachment import Attachment
 from wmateacher.kernels import Array, Kernel, KernelLike
 from wmateacher.schedule import Clock
@@ -18,7 +18,8 @@ from wmateacher.shadow import Shadow
 
 __all__ = ["WMATeacher"]
 
-_FORMAT = 1
+_FORMAT = 2
+_FORMATS = (1, 2)
 
 
 class WMATeacher(nn.Module):
@@ -106,7 +107,9 @@ class WMATeacher(nn.Module):
         sharding.refuse_fsdp1(student)
         sharding.reshard(sharding.fully_sharded(student))
         roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
-        self._shadow = Shadow(student, roles, dtype=dtype, device=device, module_factory=module_factory)
+        self._shadow = Shadow(
+            student, roles, dtype=dtype, device=device, frozen=frozen, module_factory=module_factory
+        )
         self.module = self._shadow.module
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
         self._student = (model,)
@@ -115,6 +118,7 @@ class WMATeacher(nn.Module):
         self.register_state_dict_pre_hook(_prepare_state)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_load_state)
+        unfreezing.watch(self, _take_up_unfrozen)
 
     # --- properties ---------------------------------------------------------------------------------
 
@@ -157,7 +161,7 @@ class WMATeacher(nn.Module):
 
         Sharded tensors are DTensors. Meant for diagnostics.
         """
-        plan = self._shadow.plan(self.student, is_original=True)
+        plan = self._shadow.plan(self.student, is_original=True, step=self.step)
         for name in self.roles.averaged:
             yield name, plan.student.tensors[name].detach(), self._shadow.read(plan.own, name)
 
@@ -197,7 +201,8 @@ class WMATeacher(nn.Module):
         student = original if model is None else pairing.unwrap(model)
         self._refuse_swapped("update()")
         swapping.refuse(student, "update()")
-        plan = self._shadow.plan(student, is_original=student is original)
+        self._shadow.take_up_unfrozen(self.step, trained=True)
+        plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
         omega = self._clock.tick()
         try:
@@ -207,6 +212,7 @@ class WMATeacher(nn.Module):
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
         self.omega = omega or 0.0
+        self._shadow.note_shared()
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> Attachment:
         """Call `update` automatically after every step of one optimizer, or of several together.
@@ -281,6 +287,7 @@ class WMATeacher(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged module in eval mode and without gradient."""
+        self._shadow.take_up_unfrozen(self.step)
         with torch.no_grad():
             output = self.module(*args, **kwargs)
         # FSDP2 leaves the root's parameters gathered for a backward pass, which never comes.
@@ -364,7 +371,13 @@ class WMATeacher(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the step count, kernel and horizon, which `state_dict` includes."""
-        return {"format": _FORMAT, "omega": self.omega, **self._clock.state()}
+        return {
+            "format": _FORMAT,
+            "omega": self.omega,
+            **self._clock.state(),
+            "shared": list(self.roles.shared),
+            "unfrozen": [[name, step] for name, step in self._shadow.unfrozen.items()],
+        }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `get_extra_state` returned; `load_state_dict` calls it."""
@@ -375,6 +388,10 @@ class WMATeacher(nn.Module):
         # A copy of the teacher is not attached to the optimizer of the original.
         return {**super().__getstate__(), "_attachment": None, "_swapped": ()}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        unfreezing.watch(self, _take_up_unfrozen)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WMATeacher:
         """Move or cast the averaged module; the averages move along and keep their precision."""
         with self._shadow.moving():
@@ -384,6 +401,10 @@ class WMATeacher(nn.Module):
     def _refuse_swapped(self, action: str) -> None:
         for student in self._swapped:
             swapping.refuse(student, action)
+
+
+def _take_up_unfrozen(teacher: WMATeacher) -> None:
+    teacher._shadow.take_up_unfrozen(teacher.step)
 
 
 def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
@@ -407,13 +428,15 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
             f"there is no teacher state under the prefix {prefix!r}: it holds no clock. To start an average "
             "from plain weights, load them into the student and build the teacher from it"
         )
-    if clock["format"] != _FORMAT:
+    if clock["format"] not in _FORMATS:
         raise ValueError(
-            f"the state has format {clock['format']!r}, but this version reads format {_FORMAT}: load it "
-            "with the version of wmateacher that wrote it"
+            f"the state has format {clock['format']!r}, but this version reads formats "
+            f"{', '.join(map(str, _FORMATS))}: load it with the version of wmateacher that wrote it"
         )
     teacher._clock.check(dict(clock))
-    teacher._shadow.load_state(teacher.module, state, prefix)
+    teacher._shadow.load_state(
+        teacher.module, state, prefix, teacher.student, clock.get("shared"), dict(clock.get("unfrozen", ()))
+    )
 
 
 def __dir__() -> list[str]:
