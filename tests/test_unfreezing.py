@@ -77,11 +77,13 @@ def test_an_unfrozen_parameter_is_averaged_with_the_value_that_it_had(kernel, ev
                 frozen = {n: p.requires_grad for n, p in student.named_parameters()}
                 student = States(total + 1)
                 for name, parameter in student.named_parameters():
-                    # The script that resumes may freeze before it builds the teacher, after it, or later.
+                    # The script that resumes may freeze before it builds the teacher, after it, or later,
+                    # and it may load the student's weights after the teacher's.
                     parameter.requires_grad_(draw.choice([frozen[name], name == "always", True]))
-                student.load_state_dict(weights)
+                    parameter.data.zero_()
                 teacher = WMATeacher(student, kernel, total, update_every=every)
                 teacher.load_state_dict(copy.deepcopy(kept))
+                student.load_state_dict(weights)
                 for name, parameter in student.named_parameters():
                     parameter.requires_grad_(frozen[name])
                 optimizer, optimizer.steps = March(student), step

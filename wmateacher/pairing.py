@@ -93,8 +93,17 @@ class Roles:
 
     def share(self, names: Collection[str]) -> Roles:
         """Return the roles in which parameters of the teacher's own are shared with the student instead."""
-        kept = (tuple(n for n in role if n not in names) for role in (self.averaged, self.copied, self.kept))
-        return replace(self, **dict(zip(("averaged", "copied", "kept"), kept)), shared=(*self.shared, *names))
+
+        def others(role: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in role if name not in names)
+
+        return replace(
+            self,
+            averaged=others(self.averaged),
+            copied=others(self.copied),
+            kept=others(self.kept),
+            shared=(*self.shared, *names),
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -145,8 +154,8 @@ class Binding:
         # - that every slot of every module holds the same object; a KeyError means that one was removed;
         # - that each DTensor has the same local tensor, which FSDP2 may replace;
         # - that no slot was added, by counting them;
-        # - that memory and layout are unchanged, since `tensor.data = ...` changes these while the tensor stays
-        #   the same object.
+        # - that memory and layout are unchanged, since `tensor.data = ...` changes these while the tensor
+        #   stays the same object.
         try:
             same = all(map(is_, map(getitem, self._where, self._keys), self._objects))
         except KeyError:

@@ -195,25 +195,21 @@ class Shadow:
         """Average parameters that were shared until now, since `step`, from their present values on.
 
         While a parameter was frozen it had one value, so that its average is that value for any kernel.
-
-        Raises:
-            RuntimeError: If the module is sharded by `fully_shard`.
         """
         if not names:
             return
-        if self.fully_sharded:
-            raise RuntimeError(
-                f"the student's {next(iter(names))!r} was frozen when the teacher was built and is trained "
-                "now, which a teacher that is sharded by fully_shard cannot follow: unfreeze before building "
-                "the teacher, or build it with frozen='copy'"
-            )
+        sharding.reshard(self.fully_sharded)
         shared = Binding(self.module).tensors
         # In inference mode the copies would be tensors that cannot be written outside of it.
         with torch.inference_mode(False):
             own = {name: pairing.clone(shared[name], None) for name in names}
             pairing.put(self.module, own)
+            if self.fully_sharded:
+                self.module._apply(lambda tensor: tensor)  # FSDP2 looks its parameters up anew
             self.roles = self.roles.unfreeze(own)
-            self._start_averages(shared, [name for name in names if name in self.roles.averaged])
+            self._start_averages(
+                Binding(self.module).local, [name for name in names if name in self.roles.averaged]
+            )
         self.unfrozen.update(dict.fromkeys(names, step))
         self._look_up_shared()
 
@@ -222,6 +218,8 @@ class Shadow:
         if not names:
             return
         pairing.share(self.module, student, names)
+        if self.fully_sharded:
+            self.module._apply(lambda tensor: tensor)
         self.roles = self.roles.share(names)
         self._beside = {n: t for n, t in self._beside.items() if n not in names}
         self._look_up_shared()
@@ -316,9 +314,7 @@ class Shadow:
         or cast, are shared anew if the student is the original one.
         """
         changed = [
-            n
-            for n in replaced
-            if theirs.tensors[n].requires_grad or _differ(own.local[n], theirs.local[n])
+            n for n in replaced if theirs.tensors[n].requires_grad or _differ(own.local[n], theirs.local[n])
         ]
         self.take_up(changed, step)
         if is_original:
@@ -491,7 +487,9 @@ class Shadow:
         _refuse_difference(
             "the state was written for another architecture",
             missing=[k for k in held if k not in state],
-            unexpected=[k for k in state if k.startswith(prefix) and (k not in known or names.get(k) in shared)],
+            unexpected=[
+                k for k in state if k.startswith(prefix) and (k not in known or names.get(k) in shared)
+            ],
             shapes=[(k, state[k], own.tensors[n]) for k, n in held.items() if k in state],
         )
         for key, name in held.items():
@@ -538,7 +536,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors of one shape, dtype and device have different values. Reads them from the device."""
+    """Whether tensors of one dtype and device have different values, which are read from the device."""
     alike = one.dtype == other.dtype and one.device == other.device
     plain = type(one.detach()) is Tensor and type(other.detach()) is Tensor
     return alike and plain and not torch.equal(one, other)

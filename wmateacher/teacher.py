@@ -78,7 +78,8 @@ class WMATeacher(nn.Module):
             buffers: `"copy"` takes the student's buffers at every snapshot, `"average"` averages the
                 floating-point ones, and `"keep"` leaves them as they were at construction.
             frozen: `"share"` uses the student's own tensors for parameters that do not require grad, so
-                that they cost no memory and are not saved; `"copy"` gives the teacher its own.
+                that they cost no memory and are not saved. One that is unfrozen later is averaged from the
+                value that it had until then. `"copy"` gives the teacher its own.
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
             module_factory: A function that builds the averaged module, for students that cannot be
                 deep-copied or are sharded by `fully_shard`. It must shard its module like the student and

@@ -1,8 +1,8 @@
 """Notice parameters that are unfrozen in the middle of a run, before an optimizer changes them.
 
-A teacher uses the student's own tensors for frozen parameters. As long as a parameter is frozen, its value is also
-its average, but after the first step that trains it the value is gone. So every optimizer's step is preceded by a
-look at the parameters that teachers share.
+A teacher uses the student's own tensors for frozen parameters. As long as a parameter is frozen, its value is
+also its average, but after the first step that trains it the value is gone. So every step of an optimizer is
+preceded by a look at the parameters that teachers share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _registered = False
 
 
 def watch(owner: Any, look: Callable[[Any], None]) -> None:
-    """Call `look(owner)` before every step of every `torch.optim.Optimizer`, for as long as `owner` exists."""
+    """Call `look(owner)` before every step of every `torch.optim.Optimizer`, as long as `owner` exists."""
     global _registered
     _watchers[owner] = look
     if not _registered:
