@@ -518,10 +518,11 @@ class Shadow:
         own = self.bind()
         names = {p: n for p, n in pairing.state_names(self.module).items() if n not in self.roles.shared}
         needed = {p for p, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
+        known = self.module.state_dict().keys()
         _refuse_difference(
             "average is of another architecture",
             missing=sorted(needed - average.keys()),
-            unexpected=[k for k in average if k not in self.module.state_dict()],
+            unexpected=[k for k in average if k not in known],
             shapes=[(p, average[p], own.tensors[n]) for p, n in names.items() if p in average],
         )
         return {name: average[path] for path, name in names.items() if path in average}
