@@ -6,7 +6,7 @@ equal, and `load` reads a teacher from a distributed checkpoint either completel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -109,8 +109,6 @@ def load(
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    own = teacher.state_dict()
-    clock = own.pop("_extra_state")
     reader = options.pop("storage_reader", None) or dcp.FileSystemReader(checkpoint_id)
     try:
         written = reader.read_metadata().state_dict_metadata
@@ -122,17 +120,43 @@ def load(
     # The clock is read as it was written, possibly in another format; the teacher then judges it.
     prefix = f"{key}._extra_state."
     fields = [name.removeprefix(prefix) for name in written if name.startswith(prefix)]
+    clock: dict[str, Any] = dict.fromkeys(fields)
+
+    def read(state: dict[str, Any]) -> None:
+        try:
+            dcp.load({key: state}, checkpoint_id=checkpoint_id, storage_reader=reader, **options)
+        except (CheckpointException, Exception) as error:  # CheckpointException is only a BaseException
+            raise ValueError(
+                f"the checkpoint in {str(checkpoint_id)!r} cannot be read ({_reason(error)}): one of its "
+                "files is missing or damaged; load the previous checkpoint"
+            ) from error
+
+    shared = teacher.get_extra_state()["shared"]
+    if "shared" in clock:  # the names of the tensors depend on it, so that it is read before them
+        first: dict[str, Any] = {"shared": None}
+        read({"_extra_state": first})
+        shared = first["shared"]
+    own = _template(teacher, shared)
     _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, fields)
     state: dict[str, Any] = {name: torch.empty_like(tensor) for name, tensor in own.items()}
-    state["_extra_state"] = {field: clock.get(field) for field in fields}
-    try:
-        dcp.load({key: state}, checkpoint_id=checkpoint_id, storage_reader=reader, **options)
-    except (CheckpointException, Exception) as error:  # CheckpointException is only a BaseException
-        raise ValueError(
-            f"the checkpoint in {str(checkpoint_id)!r} cannot be read ({_reason(error)}): one of its "
-            "files is missing or damaged; load the previous checkpoint"
-        ) from error
+    state["_extra_state"] = clock
+    read(state)
     teacher.load_state_dict(state)
+
+
+def _template(teacher: nn.Module, shared: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors that a state of a teacher has in which the given parameters are the student's."""
+    own = teacher.state_dict()
+    del own["_extra_state"]
+    module: nn.Module = teacher.module  # type: ignore[assignment]
+    tensors = pairing.tensors(module)
+    for path, name in pairing.state_names(module).items():
+        if name in shared:
+            own.pop(f"module.{path}", None)
+        elif f"module.{path}" not in own:  # shared now, and the teacher's own there
+            tensor = tensors[name].detach()
+            own[f"module.{path}"] = tensor.to(pairing.accumulator_dtype(tensor, "auto"))
+    return own
 
 
 def _check_names(
