@@ -11,24 +11,28 @@ No other module writes averaged tensors. An average is held in one of three ways
 An `Update` is prepared once and applied at every snapshot, for as long as the tensors stay the same. Values
 of another dtype or device pass through a scratch buffer that fits in the cache, several small tensors or one
 piece of a large tensor at a time. There is no temporary per tensor, and the number of Python calls does not
-grow with the number of tensors.
+grow with the number of tensors. Models have as many vectors as matrices, and a vector costs more to call than
+to move, so that wide averages of vectors are held end to end (`side_by_side`) and moved as one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Average", "Update", "copy_"]
+__all__ = ["Average", "Update", "copy_", "side_by_side"]
 
 # The tensor that holds an average, the value to move it to, and the module's own tensor if it is a third one.
 _Row = tuple[Tensor, ...]
 
 # Small enough for a CPU core's cache between a cast and its use. A GPU has more cache and costlier launches.
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
+
+# A longer vector is worth a call of its own.
+_SHORT = 2**16
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,23 @@ class Update:
 
 
 @torch.no_grad()
+def side_by_side(averages: Mapping[str, Average]) -> dict[str, Average]:
+    """Return the same averages, with the short vectors among the wide ones held end to end in memory."""
+    result = dict(averages)
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, average in averages.items():
+        held = average.held
+        if average.beside is not None and not average.split and held.numel() <= _SHORT and _is_vector(held):
+            groups.setdefault((average.own.dtype, held.dtype, held.device), []).append(name)
+    for names in groups.values():
+        parts = [averages[name].held.reshape(-1) for name in names]
+        for name, part in zip(names, torch.cat(parts).split([p.numel() for p in parts]), strict=True):
+            own = averages[name].own
+            result[name] = Average(own, part.view(own.shape))
+    return result
+
+
+@torch.no_grad()
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy every source into its target, converting dtype and device."""
     _copy_(list(targets), list(sources))
@@ -139,9 +160,12 @@ class _Step:
         """Start the transfer of values from another device."""
         if self.here is not self.values:
             torch._foreach_copy_(self.here, self.values, non_blocking=True)
-            if self.values[0].device.type != "cpu":
-                self.arrived = torch.Event(self.values[0].device)
-                self.arrived.record()
+            self._record_arrival()
+
+    def _record_arrival(self) -> None:
+        if self.values[0].device.type != "cpu":
+            self.arrived = torch.Event(self.values[0].device)
+            self.arrived.record()
 
     def move(self, omega: float) -> None:
         """Cast the values, move the averages and round them into the module."""
@@ -150,6 +174,33 @@ class _Step:
         if self.cast is not self.here:
             _copy_(self.cast, self.here)
         _lerp_(self.held, self.cast, omega)
+        _copy_(self.own, self.held)
+
+
+class _JoinedStep(_Step):
+    """One batch of vectors whose averages lie end to end, so that one call moves them all."""
+
+    def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
+        super().__init__(batch, None, None)
+        numel = sum(tensor.numel() for tensor in self.held)
+        self.average = self.held[0].as_strided((numel,), (1,))
+        self.flat_values = [value.view(-1) for value in self.values]
+        self.gathered = self.values[0].new_empty(numel)
+        self.flat_here = self.gathered if relay is None else relay[:numel]
+        self.flat_cast = self.flat_here if scratch is None else scratch[:numel]
+
+    def fetch(self) -> None:
+        torch.cat(self.flat_values, out=self.gathered)
+        if self.flat_here is not self.gathered:
+            self.flat_here.copy_(self.gathered, non_blocking=True)
+            self._record_arrival()
+
+    def move(self, omega: float) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if self.flat_cast is not self.flat_here:
+            self.flat_cast.copy_(self.flat_here)
+        _lerp_([self.average], [self.flat_cast], omega)
         _copy_(self.own, self.held)
 
 
@@ -198,7 +249,8 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
     elsewhere = value.device != held.device
     needs_relay = elsewhere and held.device.type == "cpu"
     needs_scratch = average.split or value.dtype != held.dtype or (elsewhere and not needs_relay)
-    if not rows or not (needs_relay or needs_scratch):
+    joined = _are_joined(rows)
+    if not rows or not (needs_relay or needs_scratch or joined):
         return [_Step(rows, None, None)] if rows else []
     dtype = torch.float32 if average.split else held.dtype
     halves = 2 if average.split else 1
@@ -208,8 +260,25 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
     scratch = torch.empty(halves * room, dtype=dtype, device=held.device) if needs_scratch else None
     # Two relays alternate: one is filled while the other is read.
     relays = [_relay(value, room) for _ in range(2)] if needs_relay else [None]
-    make = _SplitStep if average.split else _Step
+    make = _SplitStep if average.split else _JoinedStep if joined else _Step
     return [make(batch, relays[i % len(relays)], scratch) for i, batch in enumerate(batches)]
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    return sum(length > 1 for length in tensor.shape) <= 1
+
+
+def _are_joined(rows: Sequence[_Row]) -> bool:
+    """Return whether these are vectors whose averages lie end to end, as `side_by_side` puts them."""
+    helds = [row[0] for row in rows]
+    ends = [held.storage_offset() + held.numel() for held in helds]
+    return (
+        len(rows) > 1
+        and all(map(_is_vector, helds))
+        and len({held.untyped_storage().data_ptr() for held in helds}) == 1
+        and all(held.storage_offset() == end for held, end in zip(helds[1:], ends[:-1], strict=True))
+        and all(type(row[1]) is Tensor for row in rows)  # other types may have no memory to gather
+    )
 
 
 def _relay(value: Tensor, numel: int) -> Tensor:

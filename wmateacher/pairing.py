@@ -29,6 +29,7 @@ __all__ = [
     "Roles",
     "accumulator_dtype",
     "assign",
+    "at_least_float32",
     "canonical_name",
     "check_frozen",
     "check_precision",
@@ -389,17 +390,32 @@ def check_precision(dtype: object) -> None:
         )
 
 
-def accumulator_dtype(tensor: Tensor, dtype: Precision) -> torch.dtype:
+def accumulator_dtype(
+    tensor: Tensor, dtype: Precision, device: torch.device | None = None
+) -> torch.dtype:
     """Return the dtype in which a tensor is averaged.
 
-    For `"auto"` and `"split"` it is float32 for bfloat16, float16 and narrower tensors, whose spacing
-    swallows small updates (at 1.0, bfloat16 cannot represent an update of 1e-3), and otherwise the tensor's
-    own dtype. Complex tensors get the complex dtype of that precision.
+    For `"auto"` and `"split"` it is float64 for scalars and vectors. These are cheap, and norm gains and logit
+    scales lie so far from 0 that float32 swallows the small updates of a long run. Other tensors are averaged
+    in float32 if they are bfloat16, float16 or narrower (at 1.0, bfloat16 cannot represent an update of
+    1e-3), and otherwise in their own dtype. Complex tensors get the complex dtype of that precision.
+
+    Args:
+        tensor: The tensor.
+        dtype: The precision that the user asked for.
+        device: The device that holds the average; None stands for the tensor's.
     """
     if not isinstance(dtype, torch.dtype):
-        narrow = tensor.dtype.itemsize < torch.float32.itemsize * (2 if tensor.is_complex() else 1)
-        dtype = torch.float32 if narrow else tensor.real.dtype
+        is_vector = sum(length > 1 for length in tensor.shape) <= 1
+        has_double = (device or tensor.device).type != "mps"
+        own = tensor.dtype.to_real()
+        dtype = torch.float64 if is_vector and has_double else at_least_float32(own)
     return dtype.to_complex() if tensor.is_complex() else dtype
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return a real dtype, or float32 if that is wider."""
+    return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
 
 
 def __dir__() -> list[str]:

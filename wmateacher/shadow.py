@@ -82,7 +82,7 @@ class Shadow:
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
         self._plan: Plan | None = None
-        self._start_averages(Binding(student).local, dtype)
+        self._start_averages(Binding(student), dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}
@@ -160,25 +160,33 @@ class Shadow:
         averaging.copy_([targets[n] for n in owned], [sources[n] for n in owned])
         return module
 
-    def _start_averages(self, student: Mapping[str, Tensor], dtype: pairing.Precision) -> None:
+    def _start_averages(self, student: Binding, dtype: pairing.Precision) -> None:
         """Start every average at the student's value."""
         own = Binding(self.module).local
+        averages = {}
         for name in self.roles.averaged:
-            wanted = self._precisions[name] = pairing.accumulator_dtype(student[name], dtype)
-            split = dtype == "split" and wanted != own[name].dtype
-            if split and own[name].dtype != torch.bfloat16:
+            target = own[name]
+            # The shape of the whole tensor decides: all ranks must hold its shards alike.
+            wanted = pairing.accumulator_dtype(student.tensors[name], dtype, target.device)
+            split = dtype == "split" and wanted == torch.float32 != target.dtype
+            if split and target.dtype != torch.bfloat16:
                 raise ValueError(
                     "dtype='split' is for bfloat16 students, whose values are the upper halves of float32, "
-                    f"but {name!r} is {own[name].dtype}: use dtype='auto'"
+                    f"but {name!r} is {target.dtype}: use dtype='auto'"
                 )
-            average = Average.of(student[name].detach().to(wanted), own[name], split=split)
-            if average.beside is not None:
-                self._beside[name] = average.beside
-        if dtype == "split" and not self._beside:
+            self._precisions[name] = wanted
+            averages[name] = Average.of(student.local[name].detach().to(wanted), target, split=split)
+        if dtype == "split" and not any(own[n].dtype == torch.bfloat16 for n in averages):
             raise ValueError(
                 "dtype='split' is for bfloat16 students, and no averaged tensor of this one is bfloat16: "
                 "use dtype='auto', which needs no memory beside the module here"
             )
+        self._hold(averages)
+
+    def _hold(self, averages: Mapping[str, Average]) -> None:
+        """Keep what the averages hold beside the module's tensors."""
+        held = averaging.side_by_side(averages)
+        self._beside = {name: a.beside for name, a in held.items() if a.beside is not None}
 
     # --- updates ------------------------------------------------------------------------------------
 
@@ -324,12 +332,15 @@ class Shadow:
         with pairing.hidden(self.module, shared):
             yield
         # A cast may change which averages need a tensor beside the module's own: hold each one anew.
-        own, self._beside, self._plan = Binding(self.module).local, {}, None
+        own, self._plan = Binding(self.module).local, None
         for name, average in averages.items():
-            if own[name].dtype != average.own.dtype:
-                average = Average.of(average.read().to(own[name].device), own[name])
-            if average.beside is not None:
-                self._beside[name] = average.beside.to(own[name].device)
+            target = own[name]
+            if target.dtype != average.own.dtype:
+                averages[name] = Average.of(average.read().to(target.device), target)
+            else:
+                beside = average.beside
+                averages[name] = Average(target, None if beside is None else beside.to(target.device))
+        self._hold(averages)
 
     # --- state --------------------------------------------------------------------------------------
 
