@@ -170,7 +170,9 @@ def test_gains_that_drift_by_a_hundredth_do_not_stall(total, start, precision):
     teacher = WMATeacher(student, "uniform", total, dtype=asked)
     begun = mean = 1 + 0.01 * start / total / 2  # the mean so far of a drift from 1 to 1.01
     if start:
-        teacher.load_average({n: torch.full(p.shape, mean, dtype=torch.float64) for n, p in names.items()}, start)
+        teacher.load_average(
+            {n: torch.full(p.shape, mean, dtype=torch.float64) for n, p in names.items()}, start
+        )
     for step in range(start + 1, total + 1):
         if (step - start) % 500 == 1:
             value = torch.tensor(1 + 0.01 * step / total).to(dtype)

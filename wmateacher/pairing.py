@@ -390,15 +390,13 @@ def check_precision(dtype: object) -> None:
         )
 
 
-def accumulator_dtype(
-    tensor: Tensor, dtype: Precision, device: torch.device | None = None
-) -> torch.dtype:
+def accumulator_dtype(tensor: Tensor, dtype: Precision, device: torch.device | None = None) -> torch.dtype:
     """Return the dtype in which a tensor is averaged.
 
-    For `"auto"` and `"split"` it is float64 for scalars and vectors. These are cheap, and norm gains and logit
-    scales lie so far from 0 that float32 swallows the small updates of a long run. Other tensors are averaged
-    in float32 if they are bfloat16, float16 or narrower (at 1.0, bfloat16 cannot represent an update of
-    1e-3), and otherwise in their own dtype. Complex tensors get the complex dtype of that precision.
+    For `"auto"` and `"split"` it is float64 for scalars and vectors. These are cheap, and norm gains and
+    logit scales lie so far from 0 that float32 swallows the small updates of a long run. Other tensors are
+    averaged in float32 if they are bfloat16, float16 or narrower (at 1.0, bfloat16 cannot represent an update
+    of 1e-3), and otherwise in their own dtype. Complex tensors get the complex dtype of that precision.
 
     Args:
         tensor: The tensor.

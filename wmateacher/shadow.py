@@ -358,7 +358,10 @@ class Shadow:
                 state.pop(prefix + path, None)
             elif name in self.roles.averaged:
                 if name not in full:  # tied keys get one tensor
-                    full[name] = self.read(own, name)
+                    value = self._average(own, name).read()
+                    if value.untyped_storage().nbytes() > value.nbytes:
+                        value = value.clone()  # a part of a buffer would be saved and copied with all of it
+                    full[name] = sharding.spread(value, own.tensors[name])
                 state[prefix + path] = full[name]
 
     def load_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
