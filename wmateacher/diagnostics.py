@@ -195,12 +195,16 @@ class GapMonitor:
 def output_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(teacher || student) between the softmax outputs, in nats, averaged over the batch.
 
+    For sequences `[B, S, V]` it is the mean over all `B * S` positions, padding included. To leave padding
+    out, select the real tokens first: `output_kl(student[mask], teacher[mask])` with a boolean mask `[B, S]`.
+
     Args:
         student: The student's logits, shape `[B, C]` or `[..., C]`.
         teacher: The teacher's logits, same shape.
 
     Returns:
-        0-d float32 tensor, the mean over all dimensions but the last.
+        0-d float32 tensor, the mean over all dimensions but the last. Entries whose logits are -inf on both
+            sides contribute 0.
     """
     _require_same_shape(student, teacher)
     return kl_divergence(student.float(), teacher.float())

@@ -6,7 +6,7 @@ equal, and `load` reads a teacher from a distributed checkpoint either completel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -119,8 +119,12 @@ def load(
             f"no complete checkpoint in {str(checkpoint_id)!r} ({type(error).__name__}: {error}): metadata "
             "is written last, so that an interrupted save has none; load the previous checkpoint"
         ) from error
-    _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, clock)
-    state = {name: torch.empty_like(tensor) for name, tensor in own.items()} | {"_extra_state": dict(clock)}
+    # The clock is read as it was written, possibly in another format; the teacher then judges it.
+    prefix = f"{key}._extra_state."
+    fields = [name.removeprefix(prefix) for name in written if name.startswith(prefix)]
+    _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, fields)
+    state: dict[str, Any] = {name: torch.empty_like(tensor) for name, tensor in own.items()}
+    state["_extra_state"] = {field: clock.get(field) for field in fields}
     try:
         dcp.load({key: state}, checkpoint_id=checkpoint_id, storage_reader=reader, **options)
     except (CheckpointException, Exception) as error:  # CheckpointException is only a BaseException
@@ -132,16 +136,27 @@ def load(
 
 
 def _check_names(
-    key: str, written: Mapping[str, Any], own: Mapping[str, Tensor], clock: Mapping[str, Any]
+    key: str, written: Mapping[str, Any], own: Mapping[str, Tensor], fields: Sequence[str]
 ) -> None:
-    """Check that a checkpoint has the teacher's names and shapes, before anything is read."""
+    """Check that a checkpoint has the teacher's names and shapes, before anything is read.
+
+    Args:
+        key: The key of the teacher's state in the checkpoint.
+        written: The metadata of everything in the checkpoint, by name.
+        own: The teacher's tensors, by their names in the checkpoint.
+        fields: The names of the clock's values in the checkpoint.
+
+    Raises:
+        ValueError: If a name is missing, unknown, or of another shape.
+    """
     if not any(name.startswith(f"{key}.") for name in written):
         raise ValueError(
             f"the checkpoint holds nothing under {key!r}, but "
             f"{', '.join(sorted({n.partition('.')[0] for n in written}))}: pass the key that the teacher was "
             "saved under as key="
         )
-    expected = {*own, *(f"{key}._extra_state.{field}" for field in clock)}
+    # A teacher's clock has a format; which other fields it has depends on it.
+    expected = {*own, *(f"{key}._extra_state.{field}" for field in {"format", *fields})}
     missing = sorted(expected - written.keys())
     extra = sorted(n for n in written if n.startswith(f"{key}.") and n not in expected)
     shapes = [n for n in own if n in written and tuple(written[n].size) != tuple(own[n].shape)]

@@ -18,7 +18,8 @@ from wmateacher.shadow import Shadow
 
 __all__ = ["WMATeacher"]
 
-_FORMAT = 1
+_FORMAT = 2
+_READ_FORMATS = (1, 2)  # 1: a clock without joined averages and skipped snapshots
 
 
 class WMATeacher(nn.Module):
@@ -254,9 +255,9 @@ class WMATeacher(nn.Module):
         """Continue an average of the first `step` optimizer steps that was made elsewhere.
 
         The average keeps its proportions. As a whole it gets the mass that the kernel gives to these steps,
-        and every later step gets exactly its weight. `trajectory_weights` then reports the weights that
-        this kernel would have given to all steps. For the checkpoints of other libraries, see
-        `wmateacher.migration`.
+        and every later step gets exactly its weight, also if `step` lies between two snapshots.
+        `trajectory_weights` then reports the weights that this kernel gives to all steps. For the
+        checkpoints of other libraries, see `wmateacher.migration`.
 
         Args:
             average: The averaged weights, under the keys of the student's `state_dict`. Buffers that are
@@ -368,7 +369,7 @@ class WMATeacher(nn.Module):
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `get_extra_state` returned; `load_state_dict` calls it."""
-        self._clock.restore(dict(state))
+        self._clock.restore(state)
         self.omega = state["omega"]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -407,12 +408,15 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
             f"there is no teacher state under the prefix {prefix!r}: it holds no clock. To start an average "
             "from plain weights, load them into the student and build the teacher from it"
         )
-    if clock["format"] != _FORMAT:
+    if clock["format"] not in _READ_FORMATS:
         raise ValueError(
-            f"the state has format {clock['format']!r}, but this version reads format {_FORMAT}: load it "
-            "with the version of wmateacher that wrote it"
+            f"the state has format {clock['format']!r}, but this version reads formats 1 to {_FORMAT}: load "
+            "it with the version of wmateacher that wrote it"
         )
-    teacher._clock.check(dict(clock))
+    teacher._clock.check(clock)
+    omega = clock.get("omega")
+    if not (isinstance(omega, int | float) and 0 <= omega <= 1):
+        raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
     teacher._shadow.load_state(teacher.module, state, prefix)
 
 

@@ -230,6 +230,24 @@ def test_what_does_not_fit_is_an_error_on_every_rank_and_changes_nothing(folder)
     load(teacher, f"{folder}/whole")  # and the ranks are still in step
 
 
+@on_ranks(2)
+def test_a_checkpoint_of_format_1_is_read_and_one_of_a_later_version_named(folder):
+    student, teacher = build()
+    drive(student, teacher, 0, 3)
+    state = teacher.state_dict()
+    clock = dict(state["_extra_state"])
+    del clock["joined"], clock["skipped"]
+    for version, extra in ((1, {}), (99, {"phase": "of the moon"})):
+        written = {**state, "_extra_state": {**clock, **extra, "format": version}}
+        dcp.save({"teacher": written}, checkpoint_id=f"{folder}/{version}")
+    torch.distributed.barrier()
+    _, resumed = build()
+    load(resumed, f"{folder}/1")
+    assert_equal(resumed.state_dict(), state)
+    with pytest.raises(ValueError, match="has format 99, but this version reads formats 1 to 2"):
+        load(resumed, f"{folder}/99")
+
+
 class Killed(dcp.FileSystemWriter):
     """The last rank is killed when it has begun to write."""
 
