@@ -90,30 +90,42 @@ class Average:
 class Update:
     """The step `average <- average + omega (value - average)`, prepared for a fixed set of tensors."""
 
-    def __init__(self, averages: Sequence[Average], values: Sequence[Tensor]):
+    def __init__(self, averages: Sequence[Average], values: Sequence[Tensor], *, masked: bool = False):
         """Group the tensors by dtype and device, cut them into batches and lay out the scratch buffers.
 
         Args:
             averages: The averages to move.
             values: The tensors to move them towards, of the same shapes and of any dtype and device.
+            masked: Whether calls have a mask, which needs room for a second value of each average.
         """
         groups: dict[tuple[object, ...], list[tuple[Average, Tensor]]] = {}
         for average, value in zip(averages, values, strict=True):
             held = average.held
             key = (average.own.dtype, held.dtype, held.device, value.dtype, value.device)
             groups.setdefault(key, []).append((average, value.detach()))
-        self._steps = [step for group in groups.values() for step in _prepare(group)]
+        self._steps = [step for group in groups.values() for step in _prepare(group, masked)]
 
     @torch.no_grad()
-    def __call__(self, omega: float) -> None:
-        """Move every average towards its value by the share `omega` in (0, 1]; 1 copies exactly."""
+    def __call__(self, omega: float, mask: Tensor | None = None) -> None:
+        """Move every average towards its value.
+
+        Args:
+            omega: The share in (0, 1] by which it moves; 1 copies exactly.
+            mask: A 0-d bool tensor on any device: with False, no average changes. The host does not wait for
+                it.
+        """
+        masks: dict[torch.device, Tensor] = {}
         # The next batch is on its way from its device while this one moves.
         for i, step in enumerate(self._steps):
             if i == 0:
                 step.fetch()
             if i + 1 < len(self._steps):
                 self._steps[i + 1].fetch()
-            step.move(omega)
+            if mask is not None:
+                device = step.held[0].device
+                if device not in masks:
+                    masks[device] = mask.to(device, non_blocking=True)
+            step.move(omega, None if mask is None else masks[device])
 
 
 @torch.no_grad()
@@ -142,18 +154,23 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 class _Step:
     """One batch of averages, which moves after its values have been fetched."""
 
-    def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
+    def __init__(
+        self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None, spare: Tensor | None = None
+    ):
         """Give the batch its buffers.
 
         Args:
             batch: The batch's rows.
             relay: The buffer in which values from another device arrive; None if they are on this one.
             scratch: The buffer in which values are cast; None if they need no cast.
+            spare: A second buffer like `scratch`, for updates with a mask.
         """
         columns = [list(column) for column in zip(*batch, strict=True)]
         self.held, self.values, self.own = columns[0], columns[1], columns[2] if len(columns) > 2 else []
         self.here = self.values if relay is None else _views(relay, self.held)
         self.cast = self.here if scratch is None else _views(scratch, self.held)
+        self.scratch, self.spare = scratch, spare
+        self.before = [] if spare is None else _views(spare, self.held)
         self.arrived: torch.Event | None = None
 
     def fetch(self) -> None:
@@ -167,12 +184,17 @@ class _Step:
             self.arrived = torch.Event(self.values[0].device)
             self.arrived.record()
 
-    def move(self, omega: float) -> None:
+    def move(self, omega: float, mask: Tensor | None) -> None:
         """Cast the values, move the averages and round them into the module."""
         if self.arrived is not None:
             self.arrived.synchronize()
         if self.cast is not self.here:
             _copy_(self.cast, self.here)
+        if mask is not None:
+            assert self.scratch is not None
+            assert self.spare is not None
+            _copy_(self.before, self.held)
+            _choose_(mask, self.scratch, self.spare)
         _lerp_(self.held, self.cast, omega)
         _copy_(self.own, self.held)
 
@@ -180,7 +202,9 @@ class _Step:
 class _JoinedStep(_Step):
     """One batch of vectors whose averages lie end to end, so that one call moves them all."""
 
-    def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
+    def __init__(
+        self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None, spare: Tensor | None = None
+    ):
         super().__init__(batch, None, None)
         numel = sum(tensor.numel() for tensor in self.held)
         self.average = self.held[0].as_strided((numel,), (1,))
@@ -195,11 +219,13 @@ class _JoinedStep(_Step):
             self.flat_here.copy_(self.gathered, non_blocking=True)
             self._record_arrival()
 
-    def move(self, omega: float) -> None:
+    def move(self, omega: float, mask: Tensor | None) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
         if self.flat_cast is not self.flat_here:
             self.flat_cast.copy_(self.flat_here)
+        if mask is not None:
+            _choose_(mask, self.flat_cast, self.average)
         _lerp_([self.average], [self.flat_cast], omega)
         _copy_(self.own, self.held)
 
@@ -207,7 +233,9 @@ class _JoinedStep(_Step):
 class _SplitStep(_Step):
     """One batch of split averages, which are joined in the scratch buffer, moved there and split again."""
 
-    def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
+    def __init__(
+        self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None, spare: Tensor | None = None
+    ):
         assert scratch is not None
         numel = sum(row[0].numel() for row in batch)
         self.average, self.value = (half[:numel] for half in scratch.chunk(2))
@@ -219,7 +247,7 @@ class _SplitStep(_Step):
         self.lower = self.value.view(torch.int32)
         self.lower_views = _views(self.lower, self.held)
 
-    def move(self, omega: float) -> None:
+    def move(self, omega: float, mask: Tensor | None) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
         # Join: float32's bits are the upper half times 2^16 plus the lower half as a signed number, because
@@ -229,6 +257,8 @@ class _SplitStep(_Step):
         self.bits.mul_(2**16).add_(self.lower)
         # Move. From here on the values take the place of the lower halves.
         _copy_(self.cast, self.here)
+        if mask is not None:
+            _choose_(mask, self.value, self.average)
         _lerp_([self.average], [self.value], omega)
         # Split: the copy to int16 keeps the lower 16 bits. It must come first, as rounding to the upper half
         # overwrites the bits.
@@ -237,7 +267,7 @@ class _SplitStep(_Step):
         _copy_(self.upper, self.bits_views)
 
 
-def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
+def _prepare(group: list[tuple[Average, Tensor]], masked: bool) -> list[_Step]:
     """Return the steps for averages that differ only in shape."""
     average, value = group[0]
     held = average.held
@@ -248,12 +278,12 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
     # for an accelerator, and values of another dtype, are copied into a scratch buffer beside the average.
     elsewhere = value.device != held.device
     needs_relay = elsewhere and held.device.type == "cpu"
-    needs_scratch = average.split or value.dtype != held.dtype or (elsewhere and not needs_relay)
+    needs_scratch = masked or average.split or value.dtype != held.dtype or (elsewhere and not needs_relay)
     joined = _are_joined(rows)
     if not rows or not (needs_relay or needs_scratch or joined):
         return [_Step(rows, None, None)] if rows else []
     dtype = torch.float32 if average.split else held.dtype
-    halves = 2 if average.split else 1
+    halves = 2 if average.split or masked else 1
     room = _SCRATCH_BYTES["cpu" if held.device.type == "cpu" else "other"] // dtype.itemsize // halves
     batches = list(_batches(rows, room))
     room = max(sum(row[0].numel() for row in batch) for batch in batches)
@@ -261,7 +291,11 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
     # Two relays alternate: one is filled while the other is read.
     relays = [_relay(value, room) for _ in range(2)] if needs_relay else [None]
     make = _SplitStep if average.split else _JoinedStep if joined else _Step
-    return [make(batch, relays[i % len(relays)], scratch) for i, batch in enumerate(batches)]
+    if average.split or not masked:
+        return [make(batch, relays[i % len(relays)], scratch) for i, batch in enumerate(batches)]
+    assert scratch is not None
+    halved = scratch.chunk(2)
+    return [make(batch, relays[i % len(relays)], *halved) for i, batch in enumerate(batches)]
 
 
 def _is_vector(tensor: Tensor) -> bool:
@@ -333,6 +367,11 @@ def _lerp_(averages: list[Tensor], values: list[Tensor], omega: float) -> None:
         _copy_(averages, values)  # lerp would give NaN from infinity
     else:
         torch._foreach_lerp_(averages, values, omega)
+
+
+def _choose_(mask: Tensor, values: Tensor, averages: Tensor) -> None:
+    """Where the mask is False, set the values to the averages, which then move towards themselves."""
+    torch.where(mask, values[: len(averages)], averages[: len(values)], out=values[: len(averages)])
 
 
 def _upper_half_(bits: Tensor) -> Tensor:

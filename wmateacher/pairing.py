@@ -37,6 +37,7 @@ __all__ = [
     "computed",
     "densify",
     "describe_difference",
+    "few",
     "hidden",
     "match",
     "materialise",
@@ -372,10 +373,11 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
 def describe_difference(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """Return a text such as `missing 'a', 'b'; unexpected 'c'`, without an empty part."""
     both = (("missing", missing), ("unexpected", unexpected))
-    return "; ".join(f"{what} {_few(names)}" for what, names in both if names)
+    return "; ".join(f"{what} {few(names)}" for what, names in both if names)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Return the first five names as text, and how many more there are."""
     shown = ", ".join(map(repr, names[:5]))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 

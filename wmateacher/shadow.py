@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wmateacher import averaging, pairing, sharding
 from wmateacher.averaging import Average
+from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
 
 __all__ = ["Plan", "Shadow"]
@@ -31,21 +33,43 @@ class Plan:
         own: The averaged module's tensors.
         update: The function that moves the averaged tensors.
         copied: The tensors that are copied at every snapshot: targets and sources.
+        detector: What looks for NaN in a student before it is averaged; None if nothing does.
+        copy: The function that copies `copied` where the device decides whether a snapshot counts; None if
+            the host does.
     """
 
     student: Binding
     own: Binding
     update: averaging.Update
     copied: tuple[Sequence[Tensor], Sequence[Tensor]]
+    detector: Detector | None = None
+    copy: averaging.Update | None = None
 
     def fits(self, student: nn.Module) -> bool:
         """Return whether the plan is for this student and both modules still have the same tensors."""
         return self.student.model is student and self.student.is_current() and self.own.is_current()
 
-    def apply(self, omega: float) -> None:
-        """Move the average towards the student by the share `omega` in (0, 1]."""
+    def apply(self, omega: float) -> Verdict | None:
+        """Move the average towards the student by the share `omega` in (0, 1].
+
+        Returns:
+            What the detector found, if there is one. A student that is not finite has changed nothing.
+        """
+        verdict = None
+        if self.detector is not None:
+            finite = self.detector()
+            verdict = Verdict(self.detector.names, finite)
+            if self.copy is not None:
+                # The host learns of the verdict later. Until then the device acts on it.
+                mask = finite.all()
+                self.update(omega, mask)
+                self.copy(1.0, mask)
+                return verdict
+            if verdict.nonfinite():
+                return verdict
         self.update(omega)
         averaging.copy_(*self.copied)
+        return verdict
 
 
 class Shadow:
@@ -68,15 +92,19 @@ class Shadow:
         dtype: pairing.Precision,
         device: torch.device | str | None,
         module_factory: Callable[[], nn.Module] | None,
+        nonfinite: Nonfinite = "warn",
     ):
         """Build the averaged module and start every average at the student.
 
         The arguments after `roles` are those of `WMATeacher`.
 
         Raises:
-            ValueError: If the student cannot be copied, or the factory's module does not match it.
+            ValueError: If the student cannot be copied, the factory's module does not match it, or an average
+                that must stay finite would start at NaN.
         """
         self.roles = roles
+        self._detects = nonfinite != "warn"
+        self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
         self.module = self._build(student, device, module_factory)
         self.fully_sharded = sharding.fully_sharded(self.module)
         self._precisions: dict[str, torch.dtype] = {}
@@ -221,13 +249,44 @@ class Shadow:
                 pairing.share(self.module, student, roles.shared)
                 own = Binding(self.module)
         averages = [self._average(own, n) for n in roles.averaged]
+        targets, sources = ([b.local[n] for n in roles.copied] for b in (own, theirs))
+        detector, masked = None, False
+        if self._detects:
+            detector, masked = self._detector(theirs), _decides_on_device(averages, targets)
         # Scratch tensors that were made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged])
-        targets, sources = ([b.local[n] for n in roles.copied] for b in (own, theirs))
-        return Plan(theirs, own, update, (targets, sources))
+            update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged], masked=masked)
+            copied = averaging.Update(list(map(Average, targets)), sources, masked=True) if masked else None
+        return Plan(theirs, own, update, (targets, sources), detector, copied)
+
+    def _detector(self, student: Binding) -> Detector:
+        """Return what looks for NaN in the student's tensors that the teacher takes in."""
+        names = (*self.roles.averaged, *self.roles.copied)
+        watched = {n: student.local[n] for n in names if n not in self._ignored}
+        return Detector(watched, everywhere=any(map(sharding.is_sharded, student.tensors.values())))
+
+    def _infinite_from_the_start(self, student: Binding) -> frozenset[str]:
+        """Return the copied tensors that are not finite by design, such as attention masks with -inf."""
+        self._ignored = frozenset()
+        detector = self._detector(student)
+        found = Verdict(detector.names, detector()).nonfinite()
+        averaged = [n for n in found if n in self.roles.averaged]
+        if averaged:
+            raise ValueError(
+                f"the student has NaN or infinite values in {pairing.few(averaged)}, and every average would "
+                "begin with them: build the teacher from a finite student, or leave these tensors out with "
+                "exclude="
+            )
+        return frozenset(found)
 
     # --- reading and writing --------------------------------------------------------------------------
+
+    def nonfinite(self) -> list[str]:
+        """Return the names of the averages that have NaN or infinite values. The host waits for the device."""
+        own = self.bind()
+        averages = {name: self._average(own, name) for name in self.roles.averaged}
+        detector = Detector({n: a.own if a.split else a.held for n, a in averages.items()})
+        return Verdict(detector.names, detector()).nonfinite()
 
     def bind(self) -> Binding:
         """Return the averaged module's tensors, in shards where it is sharded."""
@@ -420,6 +479,12 @@ class Shadow:
 
 
 # --- checking -----------------------------------------------------------------------------------------
+
+
+def _decides_on_device(averages: Sequence[Average], copied: Sequence[Tensor]) -> bool:
+    """Return whether the device rather than the host decides if a snapshot counts, so that nothing waits."""
+    plain = all(t.layout == torch.strided and not is_traceable_wrapper_subclass(t) for t in copied)
+    return plain and any(average.held.device.type != "cpu" for average in averages)
 
 
 def _refuse_difference(
