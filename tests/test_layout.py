@@ -19,6 +19,7 @@ CORE = {
     "checks": set(),
     "collectives": set(),
     "averaging": set(),
+    "buffers": {"pairing"},
     "finiteness": set(),
     "attachment": set(),
     "sharding": set(),
@@ -26,9 +27,9 @@ CORE = {
     "schedule": {"checks", "kernels"},
     "pairing": {"checks", "sharding"},
     "swapping": {"averaging", "sharding"},
-    "shadow": {"averaging", "finiteness", "pairing", "sharding"},
+    "shadow": {"averaging", "buffers", "finiteness", "pairing", "sharding"},
     "teacher": {
-        "attachment", "checks", "finiteness", "kernels", "pairing", "schedule", "shadow", "sharding", "swapping"
+        "attachment", "buffers", "checks", "finiteness", "kernels", "pairing", "schedule", "shadow", "sharding", "swapping"
     },
     "distributed": {"collectives", "pairing", "sharding"},
     "losses": {"checks", "collectives", "spec"},

@@ -132,11 +132,11 @@ def test_the_average_is_what_its_weights_say(kernel, every, decides):
 
 
 def test_a_run_resumes_after_a_skipped_snapshot(decides):
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="step 5"):
         whole, _ = run("skip", bad=[5])
     student = Student()
     first, second = (WMATeacher(student, "uniform", TOTAL, nonfinite="skip") for _ in range(2))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="step 5"):
         for step in range(1, 6):
             student.at(step)
             if step == 5:
@@ -226,7 +226,7 @@ def test_an_average_that_became_nan_is_named_when_it_is_used(use, name, options)
 
 def test_the_warning_comes_once_until_the_average_changes():
     teacher, _ = run("warn", bad=[2], steps=4)
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="'body.weight'"):
         teacher.state_dict()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, distributed
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = ["NONFINITE", "Detector", "Nonfinite", "Verdict"]
 
@@ -18,7 +19,7 @@ class Detector:
     """Looks for NaN and infinite values in a fixed set of tensors.
 
     Attributes:
-        names: The names of the tensors that have such values at all, in the order of the results.
+        names: The names of the tensors that can have such values, in the order of the results.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], *, everywhere: bool = False):
@@ -29,13 +30,14 @@ class Detector:
             everywhere: Whether they are shards, so that a value on one rank counts on all. Each call is then
                 a collective.
         """
-        groups: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() or tensor.is_complex():
-                groups.setdefault((tensor.device, tensor.dtype), {})[name] = tensor.detach()
+            for part in _parts(tensor.detach()):
+                if part.is_floating_point() or part.is_complex():
+                    groups.setdefault((part.device, part.dtype), []).append((name, part))
         self._everywhere = everywhere
-        self._groups = [list(group.values()) for group in groups.values()]
-        self.names = [name for group in groups.values() for name in group]
+        self._groups = [[part for _, part in group] for group in groups.values()]
+        self.names = [name for group in groups.values() for name, _ in group]
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -77,7 +79,17 @@ class Verdict:
             self._arrived.synchronize()
         if bool(self._finite.all()):
             return []
-        return [name for name, finite in zip(self._names, self._finite.tolist(), strict=True) if not finite]
+        flags = zip(self._names, self._finite.tolist(), strict=True)
+        return list(dict.fromkeys(name for name, finite in flags if not finite))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors with memory of their own: what is inside a wrapper, such as a quantised weight."""
+    if is_traceable_wrapper_subclass(tensor):
+        for attribute in tensor.__tensor_flatten__()[0]:
+            yield from _parts(getattr(tensor, attribute))
+    else:
+        yield tensor
 
 
 def _finite(tensors: list[Tensor]) -> Tensor:

@@ -69,6 +69,7 @@ class Roles:
         shared: Frozen parameters, for which the teacher uses the student's own tensors.
         trained: Parameters that must keep requiring grad, because the teacher would have shared them if they
             had been frozen.
+        buffers: The policy for buffers, also for those that appear later.
     """
 
     averaged: tuple[str, ...]
@@ -76,6 +77,7 @@ class Roles:
     kept: tuple[str, ...]
     shared: tuple[str, ...]
     trained: tuple[str, ...]
+    buffers: Buffers = "copy"
 
     @property
     def owned(self) -> tuple[str, ...]:
@@ -201,7 +203,14 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
         return tuple(n for n in (*parameters, *others) if n in names)
 
     trained = set(parameters) - shared if frozen == "share" else set()
-    return Roles(*map(ordered, (averaged, copied, kept, shared, trained)))
+    return Roles(
+        averaged=ordered(averaged),
+        copied=ordered(copied),
+        kept=ordered(kept),
+        shared=ordered(shared),
+        trained=ordered(trained),
+        buffers=buffers,
+    )
 
 
 def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, pairing, sharding
+from wmateacher import averaging, buffers, pairing, sharding
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
@@ -36,6 +36,8 @@ class Plan:
         detector: What looks for NaN in a student before it is averaged; None if nothing does.
         copy: The function that copies `copied` where the device decides whether a snapshot counts; None if
             the host does.
+        changed: The names of buffers that changed their structure in the student, which the averaged module
+            takes over at a snapshot.
     """
 
     student: Binding
@@ -44,6 +46,7 @@ class Plan:
     copied: tuple[Sequence[Tensor], Sequence[Tensor]]
     detector: Detector | None = None
     copy: averaging.Update | None = None
+    changed: Sequence[str] = ()
 
     def fits(self, student: nn.Module) -> bool:
         """Return whether the plan is for this student and both modules still have the same tensors."""
@@ -59,7 +62,7 @@ class Plan:
         if self.detector is not None:
             finite = self.detector()
             verdict = Verdict(self.detector.names, finite)
-            if self.copy is not None:
+            if self.copy is not None and not self.changed:
                 # The host learns of the verdict later. Until then the device acts on it.
                 mask = finite.all()
                 self.update(omega, mask)
@@ -69,6 +72,8 @@ class Plan:
                 return verdict
         self.update(omega)
         averaging.copy_(*self.copied)
+        if self.changed:
+            buffers.follow(self.own.model, self.student.model, self.changed)
         return verdict
 
 
@@ -107,6 +112,7 @@ class Shadow:
         self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
         self.module = self._build(student, device, module_factory)
         self.fully_sharded = sharding.fully_sharded(self.module)
+        self._built = buffers.structure(self.module)
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
         self._plan: Plan | None = None
@@ -240,8 +246,7 @@ class Shadow:
 
     def _new_plan(self, student: nn.Module, is_original: bool, own: Binding) -> Plan:
         theirs, roles = Binding(student), self.roles
-        pairing.match(own.tensors, theirs.tensors)
-        sharding.match(own.tensors, theirs.tensors)
+        differing = self._match(student, own, theirs.tensors)
         if is_original:
             pairing.check_frozen(theirs.tensors, roles)
             if any(own.tensors[n] is not theirs.tensors[n] for n in roles.shared):
@@ -249,7 +254,10 @@ class Shadow:
                 pairing.share(self.module, student, roles.shared)
                 own = Binding(self.module)
         averages = [self._average(own, n) for n in roles.averaged]
-        targets, sources = ([b.local[n] for n in roles.copied] for b in (own, theirs))
+        changed = [n for n in differing if self._role_of_buffer(n) == "copied"]
+        self._ignored |= frozenset(changed)  # such buffers are made for the forward pass, often with -inf
+        names = [n for n in own.tensors if n not in differing and self._role_of_buffer(n) == "copied"]
+        targets, sources = ([b.local[n] for n in names] for b in (own, theirs))
         detector, masked = None, False
         if self._detects:
             detector, masked = self._detector(theirs), _decides_on_device(averages, targets)
@@ -257,12 +265,43 @@ class Shadow:
         with torch.inference_mode(False):
             update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged], masked=masked)
             copied = averaging.Update(list(map(Average, targets)), sources, masked=True) if masked else None
-        return Plan(theirs, own, update, (targets, sources), detector, copied)
+        return Plan(theirs, own, update, (targets, sources), detector, copied, changed)
+
+    def _match(self, model: nn.Module, own: Binding, theirs: Mapping[str, Tensor]) -> Sequence[str]:
+        """Check that a model has the averaged module's tensors; return the buffers that may differ and do.
+
+        Raises:
+            ValueError: If other tensors differ.
+        """
+        differing = buffers.differing(self.module, model)
+        for name in differing:
+            owner = model if name in theirs else self.module
+            new = name not in self.roles.owned and name in pairing.state_names(owner).values()
+            floating = name in theirs and theirs[name].is_floating_point()
+            if name in self.roles.averaged or (self.roles.buffers == "average" and new and floating):
+                raise ValueError(
+                    f"the student's buffer {name!r} has appeared, vanished or changed its shape since the "
+                    "teacher was built, so that it has no average: leave it out with "
+                    f"exclude=[{name!r}], or build the teacher with buffers='copy', which follows the student"
+                )
+        ours = {n: t for n, t in own.tensors.items() if n not in differing}
+        theirs = {n: t for n, t in theirs.items() if n not in differing}
+        pairing.match(ours, theirs)
+        sharding.match(ours, theirs)
+        return differing
+
+    def _role_of_buffer(self, name: str) -> str:
+        """Return the role of a tensor, also of a buffer that was not there when the teacher was built."""
+        roles = self.roles
+        for role in ("averaged", "copied", "kept", "shared"):
+            if name in getattr(roles, role):
+                return role
+        return "kept" if roles.buffers == "keep" else "copied"
 
     def _detector(self, student: Binding) -> Detector:
         """Return what looks for NaN in the student's tensors that the teacher takes in."""
         names = (*self.roles.averaged, *self.roles.copied)
-        watched = {n: student.local[n] for n in names if n not in self._ignored}
+        watched = {n: student.local[n] for n in names if n in student.local and n not in self._ignored}
         return Detector(watched, everywhere=any(map(sharding.is_sharded, student.tensors.values())))
 
     def _infinite_from_the_start(self, student: Binding) -> frozenset[str]:
@@ -309,22 +348,24 @@ class Shadow:
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights and buffers into an unwrapped model, by name."""
-        targets, sources = self.counterparts(model)
+        targets, sources, differing = self.counterparts(model)
         averaging.copy_([sharding.local(t) for t in targets], sources)
+        buffers.follow(model, self.module, differing)
 
-    def counterparts(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    def counterparts(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], Sequence[str]]:
         """Return an unwrapped model's tensors and the local averages for them, leaving out shared tensors.
+
+        The names of the buffers whose structure differs come third.
 
         Raises:
             ValueError: If the model's tensors do not match the averaged module's.
         """
         sharding.reshard(sharding.fully_sharded(model))
         own, theirs = self.bind(), pairing.tensors(model)
-        pairing.match(own.tensors, theirs)
-        sharding.match(own.tensors, theirs)
+        differing = self._match(model, own, theirs)
         targets, sources = [], []
         for name, tensor in own.tensors.items():
-            if tensor is theirs[name]:
+            if name in differing or tensor is theirs[name]:
                 continue
             target = pairing.unexpanded(theirs[name])
             source = self._precise(own, name, target.dtype)
@@ -333,7 +374,7 @@ class Shadow:
                 source = source[tuple(map(slice, target.shape))]
             targets.append(target)
             sources.append(source)
-        return targets, sources
+        return targets, sources, differing
 
     def averaged_state(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Return a copy of the averaged module's state.
@@ -403,6 +444,11 @@ class Shadow:
 
     # --- state --------------------------------------------------------------------------------------
 
+    def changed_buffers(self) -> list[str]:
+        """Return the names of the buffers whose structure is not what it was when the teacher was built."""
+        now = buffers.structure(self.module)
+        return sorted(n for n in now.keys() | self._built if now.get(n) != self._built.get(n))
+
     def complete_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Put the averages in a state at full precision and take out what belongs to the student.
 
@@ -423,7 +469,9 @@ class Shadow:
                     full[name] = sharding.spread(value, own.tensors[name])
                 state[prefix + path] = full[name]
 
-    def load_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    def load_state(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, changed: Sequence[str] = ()
+    ) -> None:
         """Check a teacher's state completely, then read the averages from it.
 
         Args:
@@ -431,6 +479,7 @@ class Shadow:
             state: The state to load. Its tensors are replaced by the module's own, so that `nn.Module` has
                 nothing left to write.
             prefix: The prefix of the teacher's keys in it.
+            changed: The names of the buffers that may differ from the averaged module's.
 
         Raises:
             ValueError: If the state is of another architecture or is sharded differently.
@@ -438,19 +487,36 @@ class Shadow:
         own, shared = self.bind(), self.roles.shared
         names = {f"{prefix}module.{path}": n for path, n in pairing.state_names(module).items()}
         known = {f"{prefix}_extra_state", *module.state_dict(prefix=f"{prefix}module."), *names}
+        modules = {pairing.canonical_name(path) for path, _ in self.module.named_modules()}
+        places = {
+            f"{prefix}module.{name}": name
+            for name in changed
+            if name.rpartition(".")[0] in modules and name not in self.roles.averaged
+        }
+        known |= places.keys()
         _refuse_difference(
             "the state was written for another architecture",
-            missing=[k for k, n in names.items() if k not in state and n not in shared],
+            missing=[k for k, n in names.items() if k not in state and k not in places and n not in shared],
             unexpected=[k for k in state if k.startswith(prefix) and k not in known],
             shapes=[
-                (k, state[k], own.tensors[n]) for k, n in names.items() if k in state and n not in shared
+                (k, state[k], own.tensors[n])
+                for k, n in names.items()
+                if k in state and k not in places and n not in shared
             ],
         )
+        for key, name in names.items():
+            if name not in shared and key not in places:
+                _check_kind(key, state[key], own.tensors[name])
+        if places:
+            for key, name in places.items():
+                if key in state or key in names:  # the others are not saved
+                    buffers.resize(self.module, name, state.get(key))
+            own = self.bind()
+            names = {f"{prefix}module.{path}": n for path, n in pairing.state_names(module).items()}
         values = {}
         for key, name in names.items():
             tensor = own.tensors[name]
             if name not in shared:
-                _check_kind(key, state[key], tensor)
                 values[name] = state[key]
             # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
             # tensors stay tied and every tensor keeps its dtype.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wmateacher import buffers as changing
 from wmateacher import checks, kernels, pairing, sharding, swapping
 from wmateacher.attachment import Attachment
 from wmateacher.finiteness import NONFINITE, Nonfinite, Verdict
@@ -77,8 +78,9 @@ class WMATeacher(nn.Module):
                 dtype.
             device: The teacher's device; None stands for the student's. `"cpu"` frees GPU memory, but
                 every update then copies the student through pinned memory and waits for the copy.
-            buffers: `"copy"` takes the student's buffers at every snapshot, `"average"` averages the
-                floating-point ones, and `"keep"` leaves them as they were at construction.
+            buffers: `"copy"` takes the student's buffers at every snapshot, whatever their shapes are by
+                then, `"average"` averages the floating-point ones, which must keep their shapes, and `"keep"`
+                leaves the teacher's own.
             frozen: `"share"` uses the student's own tensors for parameters that do not require grad, so
                 that they cost no memory and are not saved; `"copy"` gives the teacher its own.
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
@@ -390,10 +392,13 @@ class WMATeacher(nn.Module):
                 "holds another teacher's; leave that with block first"
             )
         self._report_nonfinite()
-        targets, sources = self._shadow.counterparts(student)
+        targets, sources, differing = self._shadow.counterparts(student)
         self._swapped = (student,)
         try:
-            with swapping.lend(student, self, targets, sources):
+            with (
+                swapping.lend(student, self, targets, sources),
+                changing.lent(student, self.module, differing),
+            ):
                 yield model
         finally:
             self._swapped = ()
@@ -434,7 +439,9 @@ class WMATeacher(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         """Return the step count, kernel and horizon, which `state_dict` includes."""
         self._settle()
-        return {"format": _FORMAT, "omega": self._omega, **self._clock.state()}
+        state = {"format": _FORMAT, "omega": self._omega, **self._clock.state()}
+        changed = self._shadow.changed_buffers()
+        return {**state, "changed_buffers": changed} if changed else state
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `get_extra_state` returned; `load_state_dict` calls it."""
@@ -489,7 +496,7 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     omega = clock.get("omega")
     if not (isinstance(omega, int | float) and 0 <= omega <= 1):
         raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
-    teacher._shadow.load_state(teacher.module, state, prefix)
+    teacher._shadow.load_state(teacher.module, state, prefix, clock.get("changed_buffers", ()))
 
 
 def __dir__() -> list[str]:

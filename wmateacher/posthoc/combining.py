@@ -56,7 +56,7 @@ def combine(
     Raises:
         ValueError: If the sources have different tensors, or one that is averaged has NaN or infinite values.
     """
-    specs = matched(sources, last)
+    specs = matched(sources, last, only)
     names = [n for n, s in specs.items() if s.is_floating and (only is None or n in only)]
     averaged = set(names)
     with open_checkpoint(sources[last]) as opened:
@@ -87,8 +87,12 @@ def combine(
     return result
 
 
-def matched(sources: Sequence[Checkpoint], last: int) -> dict[str, TensorSpec]:
+def matched(
+    sources: Sequence[Checkpoint], last: int, only: frozenset[str] | None = None
+) -> dict[str, TensorSpec]:
     """Return the tensors of the source with index `last`, after checking that all others have the same.
+
+    With `only`, the others need to have just these.
 
     Raises:
         ValueError: If a source lacks a tensor, has another one, or has one of another shape or kind.
@@ -98,7 +102,10 @@ def matched(sources: Sequence[Checkpoint], last: int) -> dict[str, TensorSpec]:
         with open_checkpoint(source) as opened:
             found.append(opened.specs)
     labels = [label(s, i) for i, s in enumerate(sources)]
-    reference = found[last]
+    whole = reference = found[last]
+    if only is not None:
+        found = [{n: spec for n, spec in specs.items() if n in only} for specs in found]
+        reference = found[last]
     for this, specs in zip(labels, found, strict=True):
         missing = [n for n in reference if n not in specs]
         extra = [n for n in specs if n not in reference]
@@ -115,7 +122,7 @@ def matched(sources: Sequence[Checkpoint], last: int) -> dict[str, TensorSpec]:
                     f"{spec.dtype} of shape {spec.shape} in {labels[last]}; only checkpoints of one "
                     "architecture can be averaged"
                 )
-    return reference
+    return whole
 
 
 def label(source: Checkpoint, index: int) -> str:
@@ -127,8 +134,8 @@ def refuse_nonfinite(tensor: Tensor, name: str, source: str) -> None:
     """Raise a ValueError if a tensor of a source has NaN or infinite values, which no average may contain."""
     if not tensor.isfinite().all():
         raise ValueError(
-            f"{name!r} has NaN or infinite values in {source}, and every average with it would have them too: "
-            "leave this checkpoint out"
+            f"{name!r} has NaN or infinite values in {source}, and so would every average with it: leave "
+            "this checkpoint out"
         )
 
 

@@ -238,7 +238,11 @@ class Recorder:
             for name in averaged:
                 dtype = pairing.at_least_float32(own[name].dtype.to_real())
                 state[name] = state[name].to(dtype.to_complex() if own[name].is_complex() else dtype)
-        clock = {k: v for k, v in teacher.get_extra_state().items() if k not in ("format", "omega")}
+        clock = {
+            k: v
+            for k, v in teacher.get_extra_state().items()
+            if k not in ("format", "omega", "changed_buffers")
+        }
         kernel = teacher.kernel
         assert isinstance(kernel, kernels.Power)
         file = snapshot_file(self.folder, kernel, teacher.step, self._suffix)
