@@ -17,7 +17,7 @@ from wmateacher import pairing
 from wmateacher.files import Checkpoint, TensorSpec, open_checkpoint
 from wmateacher.kernels import Array
 
-__all__ = ["combine", "matched", "parts", "pieces", "wide"]
+__all__ = ["combine", "label", "matched", "parts", "pieces", "refuse_nonfinite", "wide"]
 
 
 def __dir__() -> list[str]:
@@ -54,9 +54,9 @@ def combine(
         only: The names of the tensors to average. Default: all floating-point tensors.
 
     Raises:
-        ValueError: If the sources have different tensors.
+        ValueError: If the sources have different tensors, or one that is averaged has NaN or infinite values.
     """
-    specs = matched(sources, last)
+    specs = matched(sources, last, only)
     names = [n for n, s in specs.items() if s.is_floating and (only is None or n in only)]
     averaged = set(names)
     with open_checkpoint(sources[last]) as opened:
@@ -80,13 +80,19 @@ def combine(
                         aligned = zip(pieces(sums[rows]), pieces(opened.read(*rows)), strict=True)
                         for total, piece in aligned:
                             total.add_(wide(piece), alpha=factors[rows[0]][i])
+                            if not total.sum().isfinite():
+                                refuse_nonfinite(piece, rows[0], label(source, i))
         for rows in part:
             _select(result, rows).copy_(sums[rows])
     return result
 
 
-def matched(sources: Sequence[Checkpoint], last: int) -> dict[str, TensorSpec]:
+def matched(
+    sources: Sequence[Checkpoint], last: int, only: frozenset[str] | None = None
+) -> dict[str, TensorSpec]:
     """Return the tensors of the source with index `last`, after checking that all others have the same.
+
+    With `only`, the others need to have just these.
 
     Raises:
         ValueError: If a source lacks a tensor, has another one, or has one of another shape or kind.
@@ -95,27 +101,42 @@ def matched(sources: Sequence[Checkpoint], last: int) -> dict[str, TensorSpec]:
     for source in sources:
         with open_checkpoint(source) as opened:
             found.append(opened.specs)
-    labels = [
-        f"state dict {i}" if isinstance(s, Mapping) else repr(os.fspath(s)) for i, s in enumerate(sources)
-    ]
-    reference = found[last]
-    for label, specs in zip(labels, found, strict=True):
+    labels = [label(s, i) for i, s in enumerate(sources)]
+    whole = reference = found[last]
+    if only is not None:
+        found = [{n: spec for n, spec in specs.items() if n in only} for specs in found]
+        reference = found[last]
+    for this, specs in zip(labels, found, strict=True):
         missing = [n for n in reference if n not in specs]
         extra = [n for n in specs if n not in reference]
         if missing or extra:
             raise ValueError(
-                f"{label} does not have the tensors of {labels[last]}: "
+                f"{this} does not have the tensors of {labels[last]}: "
                 f"{pairing.describe_difference(missing, extra)}; only checkpoints of one architecture can be "
                 "averaged"
             )
         for name, spec in reference.items():
             if specs[name].shape != spec.shape or specs[name].is_floating != spec.is_floating:
                 raise ValueError(
-                    f"{name!r} is {specs[name].dtype} of shape {specs[name].shape} in {label}, and "
+                    f"{name!r} is {specs[name].dtype} of shape {specs[name].shape} in {this}, and "
                     f"{spec.dtype} of shape {spec.shape} in {labels[last]}; only checkpoints of one "
                     "architecture can be averaged"
                 )
-    return reference
+    return whole
+
+
+def label(source: Checkpoint, index: int) -> str:
+    """Return how error messages call a source."""
+    return f"state dict {index}" if isinstance(source, Mapping) else repr(os.fspath(source))
+
+
+def refuse_nonfinite(tensor: Tensor, name: str, source: str) -> None:
+    """Raise a ValueError if a tensor of a source has NaN or infinite values, which no average may contain."""
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"{name!r} has NaN or infinite values in {source}, and so would every average with it: leave "
+            "this checkpoint out"
+        )
 
 
 def parts(specs: Mapping[str, TensorSpec], names: Sequence[str], share: float) -> Iterator[list[_Rows]]:

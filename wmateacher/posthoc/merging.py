@@ -15,7 +15,7 @@ from wmateacher import kernels
 from wmateacher.checks import increasing, positive_int
 from wmateacher.files import Checkpoint, File, check_output, open_checkpoint, save
 from wmateacher.kernels import Array, KernelLike
-from wmateacher.posthoc.combining import combine, matched, parts, pieces, wide
+from wmateacher.posthoc.combining import combine, label, matched, parts, pieces, refuse_nonfinite, wide
 
 __all__ = [
     "average_checkpoints",
@@ -57,7 +57,8 @@ def average_checkpoints(
         output: The file to write the average to with `files.save`. Default: none.
 
     Raises:
-        ValueError: If there are no checkpoints, their tensors differ, or the steps do not fit.
+        ValueError: If there are no checkpoints, their tensors differ or are not finite, or the steps do not
+            fit.
     """
     check_output(output)
     _check_several("checkpoints", checkpoints, 1)
@@ -120,7 +121,7 @@ def interpolate(
         output: The file to write the result to with `files.save`. Default: none.
 
     Raises:
-        ValueError: If `alpha` is out of range, or the tensors differ.
+        ValueError: If `alpha` is out of range, or the tensors differ or are not finite.
     """
     check_output(output)
     if not 0 <= alpha <= 1:
@@ -156,7 +157,7 @@ def model_stock(
         output: The file to write the result to with `files.save`. Default: none.
 
     Raises:
-        ValueError: If there are fewer than two fine-tuned models, or the tensors differ.
+        ValueError: If there are fewer than two fine-tuned models, or the tensors differ or are not finite.
     """
     check_output(output)
     ratios = model_stock_ratios(pretrained, finetuned)
@@ -185,7 +186,7 @@ def model_stock_ratios(pretrained: Checkpoint, finetuned: Sequence[Checkpoint]) 
         finetuned: Two or more models that were fine-tuned from it, state dicts or files.
 
     Raises:
-        ValueError: If there are fewer than two fine-tuned models, or the tensors differ.
+        ValueError: If there are fewer than two fine-tuned models, or the tensors differ or are not finite.
     """
     _check_several("finetuned", finetuned, 2)
     sources, count = [pretrained, *finetuned], len(finetuned)
@@ -196,7 +197,11 @@ def model_stock_ratios(pretrained: Checkpoint, finetuned: Sequence[Checkpoint]) 
         with ExitStack() as stack:
             opened = [stack.enter_context(open_checkpoint(source)) for source in sources]
             for name, first, end in part:
-                grams[name] += _gram([o.read(name, first, end) for o in opened])
+                values = [o.read(name, first, end) for o in opened]
+                grams[name] += _gram(values)
+                if not np.isfinite(grams[name]).all():
+                    for i, value in enumerate(values):
+                        refuse_nonfinite(value, name, label(sources[i], i))
     return {name: _stock_ratio(gram) for name, gram in grams.items()}
 
 
