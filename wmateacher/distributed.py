@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from wmateacher import pairing, sharding
+from wmateacher import naming, pairing, sharding
 from wmateacher.collectives import world_size
 
 __all__ = ["check_ranks_agree", "load"]
@@ -119,6 +119,10 @@ def load(
             f"no complete checkpoint in {str(checkpoint_id)!r} ({type(error).__name__}: {error}): metadata "
             "is written last, so that an interrupted save has none; load the previous checkpoint"
         ) from error
+    # The names that it was saved under: those of a state that was wrapped in another way may differ.
+    theirs = {n.removeprefix(f"{key}.") for n in written if n.startswith(f"{key}.")}
+    saved = {name: path for path, name in naming.resolve(theirs, own).items()}
+    own = {saved.get(name, name): tensor for name, tensor in own.items()}
     _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, clock)
     state = {name: torch.empty_like(tensor) for name, tensor in own.items()} | {"_extra_state": dict(clock)}
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wmateacher import averaging, pairing, sharding
+from wmateacher import averaging, naming, pairing, sharding
 from wmateacher.averaging import Average
 from wmateacher.pairing import Binding, Roles
 
@@ -334,7 +334,7 @@ class Shadow:
     # --- state --------------------------------------------------------------------------------------
 
     def complete_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-        """Put the averages in a state at full precision and take out what belongs to the student.
+        """Put the averages in a state at full precision under canonical keys, without the student's tensors.
 
         Args:
             module: The averaged module as the teacher registers it, possibly wrapped by torch.compile.
@@ -342,13 +342,16 @@ class Shadow:
             prefix: The prefix of the module's keys in it.
         """
         own, full = Binding(self.module), {}
-        for path, name in pairing.state_names(module).items():
+        keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
+        written = {key: state.pop(prefix + path) for path, key in naming.canonical(module, keys).items()}
+        for key, name in pairing.state_names(module).items():
             if name in self.roles.shared:
-                state.pop(prefix + path, None)
+                written.pop(key, None)
             elif name in self.roles.averaged:
                 if name not in full:  # tied keys get one tensor
                     full[name] = self.read(own, name)
-                state[prefix + path] = full[name]
+                written[key] = full[name]
+        state.update({prefix + key: value for key, value in written.items()})
 
     def load_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Check a teacher's state completely, then read the averages from it.
@@ -362,27 +365,28 @@ class Shadow:
         Raises:
             ValueError: If the state is of another architecture or is sharded differently.
         """
-        own, shared = self.bind(), self.roles.shared
-        names = {f"{prefix}module.{path}": n for path, n in pairing.state_names(module).items()}
-        known = {f"{prefix}_extra_state", *module.state_dict(prefix=f"{prefix}module."), *names}
-        _refuse_difference(
+        own, shared, home = self.bind(), self.roles.shared, f"{prefix}module."
+        names = pairing.state_names(module)
+        known = {**names, **dict.fromkeys(naming.canonical(module, module.state_dict()).values())}
+        given = {k.removeprefix(home): k for k in state if k.startswith(home)}
+        pairs = naming.resolve(given, known)
+        found = {key: state[given[k]] for k, key in pairs.items()}
+        ours = {f"{prefix}_extra_state", *(given[k] for k in pairs)}
+        values = {k: found[k] for k in names if k in found and names[k] not in shared}
+        _check_values(
             "the state was written for another architecture",
-            missing=[k for k, n in names.items() if k not in state and n not in shared],
-            unexpected=[k for k in state if k.startswith(prefix) and k not in known],
-            shapes=[
-                (k, state[k], own.tensors[n]) for k, n in names.items() if k in state and n not in shared
-            ],
+            missing=[home + k for k in known if k not in found and names.get(k) not in shared],
+            unexpected=[k for k in state if k.startswith(prefix) and k not in ours],
+            pairs=[(home + k, value, own.tensors[names[k]]) for k, value in values.items()],
         )
-        values = {}
-        for key, name in names.items():
-            tensor = own.tensors[name]
-            if name not in shared:
-                _check_kind(key, state[key], tensor)
-                values[name] = state[key]
-            # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
-            # tensors stay tied and every tensor keeps its dtype.
-            state[key] = tensor
-        self.write(values)
+        # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
+        # tensors stay tied and every tensor keeps its dtype.
+        for key in given.values():
+            del state[key]
+        for key in {**found, **names}:
+            value = own.tensors[names[key]] if key in names else found[key]
+            state.update({home + path: value for path in naming.load_keys(module, key)})
+        self.write({names[k]: value for k, value in values.items()})
 
     def match_average(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Check an average of the student's architecture and return it by canonical name, for `write`.
@@ -394,45 +398,54 @@ class Shadow:
             ValueError: If a weight is missing, unknown or of another shape.
         """
         own = self.bind()
-        names = {p: n for p, n in pairing.state_names(self.module).items() if n not in self.roles.shared}
-        needed = {p for p, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
-        _refuse_difference(
+        names = {k: n for k, n in pairing.state_names(self.module).items() if n not in self.roles.shared}
+        known = {*names, *naming.canonical(self.module, self.module.state_dict()).values()}
+        keys = naming.resolve(average, known)
+        found = {name: average[key] for key, name in keys.items() if name in names}
+        needed = {k for k, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
+        _check_values(
             "average is of another architecture",
-            missing=sorted(needed - average.keys()),
-            unexpected=[k for k in average if k not in self.module.state_dict()],
-            shapes=[(p, average[p], own.tensors[n]) for p, n in names.items() if p in average],
+            missing=sorted(needed - found.keys()),
+            unexpected=[k for k in average if k not in keys],
+            pairs=[(k, value, own.tensors[names[k]]) for k, value in found.items()],
         )
-        return {name: average[path] for path, name in names.items() if path in average}
+        return {names[k]: value for k, value in found.items()}
 
 
 # --- checking -----------------------------------------------------------------------------------------
 
 
-def _refuse_difference(
+def _check_values(
     what: str,
     missing: Sequence[str],
     unexpected: Sequence[str],
-    shapes: Sequence[tuple[str, Tensor, Tensor]],
+    pairs: Sequence[tuple[str, Any, Tensor]],
 ) -> None:
-    """Raise a ValueError that names what differs between given tensors and the module's own."""
+    """Raise a ValueError that names what differs between given values and the module's own tensors."""
     if missing or unexpected:
         raise ValueError(f"{what}: {pairing.describe_difference(missing, unexpected)}")
-    for key, given, own in shapes:
+    for key, given, own in pairs:
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{what}: {key!r} is a {type(given).__name__} there and a tensor here")
         if given.shape != own.shape:
             raise ValueError(
                 f"{what}: {key!r} has shape {tuple(given.shape)} there and {tuple(own.shape)} here"
             )
+        if _kind(given) != _kind(own):
+            raise ValueError(f"{what}: {key!r} is {given.dtype} there and {own.dtype} here")
+        if given.is_meta:
+            raise ValueError(f"{key!r} is on the meta device and has no values: load the state to the CPU")
+        if not sharding.alike(given, own):
+            raise ValueError(
+                f"in the state {key!r} is {sharding.describe(given)}, the teacher's is "
+                f"{sharding.describe(own)}: read it with torch.distributed.checkpoint, which fits a saved "
+                "state to any sharding"
+            )
 
 
-def _check_kind(key: str, given: Tensor, own: Tensor) -> None:
-    if given.is_complex() != own.is_complex():
-        raise ValueError(f"the state was written for another architecture: {key!r} is {given.dtype}")
-    if not sharding.alike(given, own):
-        raise ValueError(
-            f"in the state {key!r} is {sharding.describe(given)}, the teacher's is "
-            f"{sharding.describe(own)}: read it with torch.distributed.checkpoint, which fits a saved "
-            "state to any sharding"
-        )
+def _kind(tensor: Tensor) -> tuple[bool, ...]:
+    """Return whether a tensor is floating point, complex or boolean."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def __dir__() -> list[str]:

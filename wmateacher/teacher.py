@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmateacher import kernels, pairing, sharding, swapping
+from wmateacher import kernels, naming, pairing, sharding, swapping
 from wmateacher.attachment import Attachment
 from wmateacher.kernels import Array, Kernel, KernelLike
 from wmateacher.schedule import Clock
@@ -357,7 +357,8 @@ class WMATeacher(nn.Module):
                 CPU and the other ranks an empty one. This is a collective, which every rank must call. With
                 False, sharded tensors stay DTensors.
         """
-        state = self._shadow.averaged_state(dtype)
+        names = naming.canonical(self.module, state := self._shadow.averaged_state(dtype))
+        state = {naming.saved_key(self.student, name): state[key] for key, name in names.items()}
         return sharding.consolidate(state) if full else state
 
     # --- state --------------------------------------------------------------------------------------
@@ -401,19 +402,32 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     """Check the whole state before any of it is written, then load the averages."""
     assert isinstance(teacher, WMATeacher)
     teacher._refuse_swapped("load_state_dict() of the teacher")
+    if f"{prefix}_orig_mod._extra_state" in state:  # the teacher that was saved had been compiled as a whole
+        for key in [k for k in state if k.startswith(f"{prefix}_orig_mod.")]:
+            state[prefix + key.removeprefix(f"{prefix}_orig_mod.")] = state.pop(key)
     clock = state.get(f"{prefix}_extra_state")
     if not isinstance(clock, Mapping) or "format" not in clock:
+        others = [str(k).removesuffix("_extra_state") for k, v in state.items() if _is_clock(v)]
         raise ValueError(
-            f"there is no teacher state under the prefix {prefix!r}: it holds no clock. To start an average "
-            "from plain weights, load them into the student and build the teacher from it"
+            f"there is no teacher state under the prefix {prefix!r}: it holds no clock. "
+            + (f"There is one under {others[0]!r}: load the entries below it. " if others else "")
+            + "To start an average from plain weights, load them into the student and build the teacher from "
+            "it; to continue the average of another library, use wmateacher.migration.load"
         )
     if clock["format"] != _FORMAT:
         raise ValueError(
             f"the state has format {clock['format']!r}, but this version reads format {_FORMAT}: load it "
             "with the version of wmateacher that wrote it"
         )
+    omega = clock.get("omega")
+    if not isinstance(omega, float) or not 0 <= omega <= 1:
+        raise ValueError(f"the state is damaged: omega must be a weight in [0, 1], got {omega!r}")
     teacher._clock.check(dict(clock))
     teacher._shadow.load_state(teacher.module, state, prefix)
+
+
+def _is_clock(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"format", "omega", "kernel"} <= value.keys()
 
 
 def __dir__() -> list[str]:

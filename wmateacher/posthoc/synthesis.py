@@ -15,6 +15,7 @@ from wmateacher.files import File, check_output, save
 from wmateacher.kernels import Array, KernelLike
 from wmateacher.posthoc.combining import combine
 from wmateacher.posthoc.snapshots import read_header, snapshot_files
+from wmateacher.posthoc.sources import align
 from wmateacher.schedule import Clock
 
 __all__ = ["Synthesis", "solve", "synthesise"]
@@ -160,7 +161,9 @@ def synthesise(
         weights=profiles @ coefficients,
         target=target,
     )
-    state = combine(files, lambda name: coefficients, last=last, only=frozenset(headers[last].averaged))
+    state = combine(
+        align(files), lambda name: coefficients, last=last, only=frozenset(headers[last].averaged)
+    )
     if output is not None:
         save(state, output)
     return state, report
