@@ -37,7 +37,7 @@ CORE = {
     "posthoc": {"checks", "files", "folders", "kernels", "naming", "pairing", "schedule", "teacher"},
     "theory": {"checks", "kernels", "schedule"},
     "migration": {"checks", "kernels", "teacher"},
-    "cli": {"__init__", "checks", "kernels", "posthoc", "theory"},
+    "cli": {"__init__", "checks", "files", "kernels", "posthoc", "theory"},
     "__init__": {"diagnostics", "kernels", "losses", "migration", "posthoc", "teacher", "theory"},
 }  # fmt: skip
 

@@ -109,7 +109,8 @@ def describe(state: Mapping[str, Any]) -> Description:
         state: The state or checkpoint of another library, as for `load`.
 
     Raises:
-        ValueError: If the state belongs to none of the libraries that `load` knows.
+        ValueError: If the state belongs to none of the libraries that `load` knows, or is incomplete.
+        TypeError: If the state is not a mapping.
     """
     return _recognise(state)[0]
 
@@ -159,9 +160,22 @@ _Weights = Callable[[nn.Module], Mapping[str, Tensor]]
 
 
 def _recognise(state: Mapping[str, Any]) -> tuple[Description, _Weights]:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state must be a state dict, got {type(state).__name__}: pass what torch.load returns"
+        )
+    clock = state.get("_extra_state")
+    if isinstance(clock, Mapping) and "omega" in clock:
+        raise ValueError("this is a WMATeacher's own state: read it with teacher.load_state_dict")
     for source, (keys, reader) in _READERS.items():
         if keys <= state.keys():
-            step, kernel, weights = reader(state)
+            try:
+                step, kernel, weights = reader(state)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the state of {source} is incomplete or damaged ({type(error).__name__}: {error}): pass "
+                    "all that its state_dict() returned"
+                ) from error
             return Description(source, step, kernel), weights
     if state and all(isinstance(value, Tensor) for value in state.values()):
         return Description("timm", None, None), lambda model: state
