@@ -151,7 +151,12 @@ def load(teacher: WMATeacher, state: Mapping[str, Any], step: int | None = None)
             f"the state of {found.source} does not say how many steps it has averaged: pass step=..., the "
             "number of optimizer steps in the run so far"
         )
-    teacher.load_average(weights(teacher.student), step)
+    average = weights(teacher.student)
+    if not isinstance(average, Mapping):  # None would keep the teacher's own average
+        raise ValueError(
+            f"the state of {found.source} has no weights: a {type(average).__name__} is in their place"
+        )
+    teacher.load_average(average, step)
     return found
 
 
@@ -232,6 +237,10 @@ def _in_order(source: str, state: Mapping[str, Any], model: nn.Module) -> dict[s
     if source == "torch-ema" and len(shadows) < len(named):  # older versions leave out frozen parameters
         named = {name: p for name, p in named.items() if p.requires_grad}
     for (name, own), shadow in zip(named.items(), shadows, strict=False):
+        if not isinstance(shadow, Tensor):
+            raise ValueError(
+                f"the state of {source} is damaged: a {type(shadow).__name__} is among its weights"
+            )
         if own.shape != shadow.shape:
             raise ValueError(
                 f"the state of {source} is of another architecture: its weights have no names, and the one "

@@ -396,7 +396,10 @@ class Shadow:
 
         Raises:
             ValueError: If a weight is missing, unknown or of another shape.
+            TypeError: If `average` is not a mapping.
         """
+        if not isinstance(average, Mapping):
+            raise TypeError(f"average must be a state dict, got {type(average).__name__}")
         own = self.bind()
         names = {k: n for k, n in pairing.state_names(self.module).items() if n not in self.roles.shared}
         known = {*names, *naming.canonical(self.module, self.module.state_dict()).values()}
