@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +26,8 @@ def __dir__() -> list[str]:
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:-=+*#@"
 _WIDTH, _HEIGHT = 64, 5
+_DECADES = 12
+"""The largest height of the picture; the weights of a short EMA fall without end."""
 _PICTURES = (".png", ".pdf", ".svg")
 _CLOSED_PIPE = 141
 """The exit code that shells give a process which a closed pipe ends: 128 + SIGPIPE."""
@@ -40,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after an error, which is printed as one line on stderr. If the reader of the
             output has closed it, as `| head` does, it is 141 and nothing is printed.
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
         _check_output(arguments)
         arguments.run(arguments)
@@ -69,7 +71,9 @@ def _kernel(arguments: argparse.Namespace) -> None:
     built = [kernels.build(spec) for spec in arguments.kernels]
     total = checks.positive_int("--total-steps", arguments.total_steps)
     if arguments.output is not None:
-        _figure(built, total, Path(arguments.output))
+        with write_atomically(arguments.output) as stream:
+            picture = Path(arguments.output).suffix.removeprefix(".")
+            _figure(built, total).savefig(stream, dpi=150, format=picture)
     print(_table(built, total, arguments.distill_weight))
     for kernel in built:
         print(f"\n{kernel}\n{terminal_plot(kernel.profile(total))}")
@@ -353,7 +357,7 @@ def _prints(text: str) -> bool:
     return True
 
 
-def _figure(built: Sequence[Kernel], total_steps: int, file: Path) -> None:
+def _figure(built: Sequence[Kernel], total_steps: int) -> Any:
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError:
@@ -367,12 +371,12 @@ def _figure(built: Sequence[Kernel], total_steps: int, file: Path) -> None:
     decades = np.log10(
         [weight for profile in profiles for weight in (profile[profile > 0].min(), profile.max())]
     )
-    lowest, highest = np.floor(decades.min()), np.ceil(decades.max())
+    highest = np.ceil(decades.max() + 0.05)
+    lowest = max(np.floor(decades.min() - 0.05), highest - _DECADES)
     axes.set(xlabel="optimizer step", ylabel="weight in the final average", yscale="log")
-    axes.set_ylim(10**lowest, 10 ** max(highest, lowest + 1))
+    axes.set_ylim(10**lowest, 10**highest)
     axes.legend()
-    with write_atomically(file) as stream:
-        figure.savefig(stream, dpi=150, format=file.suffix[1:])
+    return figure
 
 
 if __name__ == "__main__":
