@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.swa_utils import AveragedModel
 
-from wmateacher import WMATeacher, migration, naming, pairing
+from wmateacher import WMATeacher, distributed, migration, naming, pairing
 from wmateacher.posthoc import Recorder, average_checkpoints, interpolate, model_stock, synthesise
 
 
@@ -185,6 +187,37 @@ def test_averages_of_any_wrapping_are_continued(wrap, plain):
         pairing.tensors(teacher.module)["body.0.weight"],
         pairing.tensors(pairing.unwrap(averaged.module))["body.0.weight"],
     )
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_ddp_students(plain, nested, group):
+    ddp = nn.parallel.DistributedDataParallel
+    student, teacher = trained(inside(ddp) if nested else ddp)
+    assert_equal(teacher.state_dict(), plain[1].state_dict())
+    pairing.unwrap(student).load_state_dict(teacher.averaged_state_dict())
+    other = WMATeacher(Net(), "uniform", 10)
+    other.load_average(student.state_dict(), 3)
+    expected = plain[1].averaged_state_dict()
+    assert_equal(dict(other.averaged_state_dict()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is .* assuming the intent is to")
+def test_a_distributed_checkpoint_with_a_wrappers_names_is_read(tmp_path):
+    model, ours = (nn.Sequential(nn.Linear(3, 3)) for _ in range(2))
+    teacher = WMATeacher(model, "uniform", 10)
+    teacher.update()
+    state = {k.replace("0.", "0._orig_mod."): v for k, v in teacher.state_dict().items()}
+    checkpoint.save({"teacher": state}, checkpoint_id=tmp_path, no_dist=True)
+    fresh = WMATeacher(ours, "uniform", 10)
+    distributed.load(fresh, tmp_path, no_dist=True)
+    assert_equal(fresh.state_dict(), teacher.state_dict())
 
 
 def test_a_teacher_that_was_compiled_as_a_whole_is_read(plain):
