@@ -108,3 +108,44 @@ def realised(kernel, total, every, step):
         weights[s] = m / sum(mass.values())
     weights.setflags(write=False)
     return weights
+
+
+def after_events(kernel, every, total, events):
+    """Weight of every state after a run with incidents, from the average itself as a vector of weights.
+
+    Events: "step" (one optimizer step, and its snapshot if one is due), "skip" (the same, but a due snapshot
+    does not enter the average), ("jump", step) and ("horizon", total). Each step that no snapshot has stood for
+    yet belongs to the first snapshot in the average that is as near as its nearest planned one, or later.
+    """
+    weights, step, latest, joined = np.array([1.0]), 0, 0, 0
+
+    def owners(count):
+        plan = sorted({*range(0, total + 1, every), total, latest})
+        return [min(plan, key=lambda s: (abs(s - j), -s)) for j in range(count)]
+
+    for event in events:
+        if event == "step" or event == "skip":
+            if step >= total:
+                continue
+            step += 1
+            weights = np.append(weights, 0.0)
+            if event == "skip" or (step % every and step != total):
+                continue
+            owner = owners(total + 1)
+            gone = [j <= joined if joined else owner[j] <= latest for j in range(total + 1)]
+            mine = [j for j in range(total + 1) if not gone[j] and owner[j] <= step]
+            if kernel in DENSITIES:
+                alpha = DENSITIES[kernel](total)
+                so_far = sum(alpha[: mine[-1] + 1])
+                kept = 1 - sum(alpha[j] for j in mine) / so_far if so_far else 0.0
+            else:
+                kept = math.prod(RETENTIONS[kernel](j, total) for j in mine)
+            weights *= kept
+            weights[step] += 1 - kept
+            latest, joined = step, 0
+        elif event[0] == "jump":
+            step = latest = joined = event[1]
+            weights = realised(kernel, total, 1, step).copy() if step else np.array([1.0])
+        else:
+            total = event[1]
+    return weights

@@ -206,3 +206,13 @@ def test_layers_of_a_student_and_its_teacher():
     assert not student.body._forward_hooks
     with pytest.raises(ValueError, match="unknown layer 'neck'; available: body, conv, head"):
         diagnostics.layer_cka(student, teacher.module, X, layers=["neck"])
+
+
+@pytest.mark.parametrize("layers", [1, 40])
+def test_layers_are_looked_up_once_however_many_there_are(layers, monkeypatch):
+    net, calls = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers))), []
+    listed = nn.Sequential.named_modules
+    monkeypatch.setattr(nn.Sequential, "named_modules", lambda *a, **k: calls.append(0) or listed(*a, **k))
+    found = diagnostics.layer_cka(net, net, torch.randn(3, 2))
+    assert len(found) == layers
+    assert len(calls) == 2

@@ -284,3 +284,14 @@ def test_weights_are_a_distribution(decay, rule, least, delay, every, total):
     profile = PeerEMA(decay, rule, least=least, delay=delay, every=every).profile(total)
     assert (profile >= 0).all()
     assert profile.sum() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("layers", [1, 40])
+def test_loading_an_average_looks_the_state_up_once_however_many_tensors_there_are(layers, monkeypatch):
+    net = nn.Sequential(*(nn.Linear(2, 2) for _ in range(layers)))
+    teacher, average, calls = WMATeacher(net, "ema(0.9)"), net.state_dict(), []
+    monkeypatch.setattr(
+        nn.Sequential, "state_dict", lambda *a, **k: calls.append(0) or nn.Module.state_dict(*a, **k)
+    )
+    teacher.load_average(average, 3)
+    assert len(calls) == 1

@@ -44,9 +44,27 @@ def test_frozen_parameters_are_shared_or_averaged():
     assert roles(model).shared == ("embed.weight",)
     assert roles(model).averaged == ("norm.weight", "norm.bias")
     assert roles(model, frozen="copy").shared == ()
-    assert roles(model).trained == roles(model).averaged
     assert roles(model, frozen="copy").averaged == PARAMETERS
-    assert roles(model, frozen="copy").trained == ()
+
+
+def test_unfrozen_parameters_are_averaged_or_copied_if_excluded():
+    model = Tied()
+    model.requires_grad_(False)
+    frozen = roles(model, exclude=["norm.bias"])
+    assert (frozen.averaged, frozen.excluded) == ((), ("norm.bias",))
+    unfrozen = frozen.unfreeze({"norm.weight": model.norm.weight, "norm.bias": model.norm.bias})
+    assert unfrozen.averaged == ("norm.weight",)
+    assert "norm.bias" in unfrozen.copied
+    assert unfrozen.shared == ("embed.weight",)
+    assert set(unfrozen.share(["norm.weight", "norm.bias"]).shared) == set(PARAMETERS)
+
+
+def test_freezing_and_unfreezing_keeps_a_binding():
+    """GAN training freezes and unfreezes thousands of parameters at every step."""
+    model = Tied()
+    binding = pairing.Binding(model)
+    model.requires_grad_(False)
+    assert binding.is_current()
 
 
 def test_excluded_tensors_are_copied_whatever_the_buffer_policy():
@@ -130,10 +148,6 @@ def _cast(model):
     model.bfloat16()
 
 
-def _freeze(model):
-    model.norm.bias.requires_grad_(False)
-
-
 CHANGES = [
     _replace_tensor,
     _replace_module,
@@ -145,7 +159,6 @@ CHANGES = [
     _set_data,
     _shorten_data,
     _cast,
-    _freeze,
 ]
 
 

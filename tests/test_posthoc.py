@@ -632,8 +632,22 @@ BAD = {
         torch.save({"w": torch.ones(1)}, folder / "step-1.pt"),
         synthesise(folder, "uniform"),
     ),
-    "has format 99, this version reads format 1": lambda folder: (
+    "has format 99, this version reads formats 1 to 2": lambda folder: (
         torch.save({"wmateacher": {"format": 99}, "state": {}}, folder / "step-1.pt"),
+        synthesise(folder, "uniform"),
+    ),
+    "is damaged: its header has no clock or no names": lambda folder: (
+        torch.save({"wmateacher": {"format": 1, "averaged": []}, "state": {}}, folder / "step-1.pt"),
+        synthesise(folder, "uniform"),
+    ),
+    "clock lacks update_every, horizons, snapshot, mass: it is damaged": lambda folder: (
+        torch.save(
+            {
+                "wmateacher": {"format": 1, "averaged": [], "clock": {"kernel": "uniform", "step": 3}},
+                "state": {},
+            },
+            folder / "step-1.pt",
+        ),
         synthesise(folder, "uniform"),
     ),
     "there is no file": lambda folder: load(folder / "a.pt"),

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmateacher import spec
+from wmateacher import kernels, losses, spec
 
 names = st.from_regex(r"[a-z][a-z_0-9]{0,8}", fullmatch=True).filter(lambda s: s.isidentifier() and s not in {
     "as", "if", "in", "is", "or", "and", "def", "del", "for", "not", "try", "elif", "else", "from", "pass",
@@ -59,3 +59,39 @@ def test_arguments_that_do_not_fit_show_the_usage():
 
     with pytest.raises(TypeError, match=r"f\(1,2\): too many positional arguments; write f\(a,b=...,c=1.0\)"):
         spec.parse_call("f(1,2)").build(f)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("+".join(["kl"] * 100_000), "it has 299999 characters, more than 10000"),
+        ("(" * 100_000 + "kl" + ")" * 100_000, "it has 200002 characters"),
+        ("a" * 10**7, "it has 10000000 characters"),
+        ("+".join(["kl"] * 3000), "it has too many levels or terms"),
+        ("a" + ".b" * 4000, "it has too many levels or terms"),
+        ("(" * 4000 + "kl" + ")" * 4000, "it "),
+        ("kl(" + "-" * 9000 + "1)", "it "),
+        ("kl(" + "not " * 2000 + "1)", "it "),
+        ("f(" * 4000 + ")" * 4000, "it "),
+        ("kl(x=[" + "1," * 4000 + "])", "is not a number or a name"),
+        ("kl(1" + "0" * 5000 + ")", "it does not parse"),
+    ],
+    ids=range(11),
+)
+def test_a_text_that_is_too_long_or_too_deep_is_refused_in_a_short_message(text, why):
+    for read in (spec.parse_call, spec.parse_sum):
+        with pytest.raises(ValueError, match=f"cannot read .*{why}.*; write name") as caught:
+            read(text)
+        assert len(str(caught.value)) < 700
+
+
+def test_whole_numbers_beyond_every_float_are_out_of_range():
+    huge = "1" + "0" * 400
+    for build, text, message in [
+        (kernels.build, f"beta({huge},1)", "beta: a must be a finite number above 0"),
+        (losses.build, f"kl({huge})", "kl: temperature must be a finite number > 0"),
+        (losses.build, f"{huge}*kl", "the coefficient of 'kl' must be finite and >= 0, got inf"),
+        (losses.build, {"kl": int(huge)}, "the coefficient of 'kl' must be finite and >= 0, got 1000"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            build(text)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 __all__ = [
+    "as_float",
     "floating_tensor",
     "fraction",
     "increasing",
@@ -105,12 +106,20 @@ def number(owner: str, argument: str, value: Any, ok: Callable[[float], bool], r
         ValueError: If `value` is not a finite number that satisfies `ok`.
     """
     try:
-        found = float(value)
+        found = as_float(value)
     except (TypeError, ValueError):
         found = math.nan
     if not (math.isfinite(found) and ok(found)):
         raise ValueError(f"{owner}: {argument} must be {rule}, got {value!r}")
     return found
+
+
+def as_float(value: Any) -> float:
+    """Return `float(value)`, and infinity for whole numbers beyond every float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def increasing(argument: str, values: Sequence[int]) -> list[int]:
@@ -137,8 +146,8 @@ def positive(loss: str, argument: str, value: Any) -> float:
     Raises:
         ValueError: If `value` is not a finite number above 0.
     """
-    if _is_number(value) and math.isfinite(value) and value > 0:
-        return float(value)
+    if _is_number(value) and 0 < (found := as_float(value)) < math.inf:
+        return found
     raise ValueError(f"{loss}: {argument} must be a finite number > 0, got {value!r}")
 
 

@@ -195,12 +195,16 @@ class GapMonitor:
 def output_kl(student: Tensor, teacher: Tensor) -> Tensor:
     """Return KL(teacher || student) between the softmax outputs, in nats, averaged over the batch.
 
+    For sequences `[B, S, V]` it is the mean over all `B * S` positions, padding included. To leave padding
+    out, select the real tokens first: `output_kl(student[mask], teacher[mask])` with a boolean mask `[B, S]`.
+
     Args:
         student: The student's logits, shape `[B, C]` or `[..., C]`.
         teacher: The teacher's logits, same shape.
 
     Returns:
-        0-d float32 tensor, the mean over all dimensions but the last.
+        0-d float32 tensor, the mean over all dimensions but the last. Entries whose logits are -inf on both
+            sides contribute 0.
     """
     _require_same_shape(student, teacher)
     return kl_divergence(student.float(), teacher.float())
@@ -308,7 +312,7 @@ def layer_inputs(model: nn.Module, layer: str, *args: Any, **kwargs: Any) -> Ten
     Raises:
         ValueError: If there is no such layer, it is of another kind, or it did not run.
     """
-    module = _layer(model, layer)
+    module = _layers(model, [layer])[layer]
     if not isinstance(module, nn.Linear | nn.Conv2d):
         raise ValueError(f"layer {layer!r} must be a Linear or Conv2d, got a {type(module).__name__}")
     seen: list[Tensor] = []
@@ -389,8 +393,7 @@ def layer_cka(
 @contextmanager
 def _outputs(model: nn.Module, layers: Sequence[str] | None) -> Iterator[dict[str, Tensor]]:
     """Collect the last output of each layer that runs inside a `with` block."""
-    names = layers or [n for n, m in model.named_modules() if n and not any(m.children())]
-    chosen = {name: _layer(model, name) for name in names}
+    chosen = _layers(model, layers)
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -408,8 +411,11 @@ def _outputs(model: nn.Module, layers: Sequence[str] | None) -> Iterator[dict[st
             handle.remove()
 
 
-def _layer(model: nn.Module, name: str) -> nn.Module:
-    return checks.lookup("layer", name, {n: m for n, m in model.named_modules() if n}) if name else model
+def _layers(model: nn.Module, names: Sequence[str] | None) -> dict[str, nn.Module]:
+    """Return layers by name; None stands for all modules without children."""
+    known = {n: m for n, m in model.named_modules() if n}
+    chosen = names or [n for n, m in known.items() if not any(m.children())]
+    return {name: checks.lookup("layer", name, known) if name else model for name in chosen}
 
 
 def _require_same_shape(student: Tensor, teacher: Tensor) -> None:

@@ -6,7 +6,7 @@ equal, and `load` reads a teacher from a distributed checkpoint either completel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -109,8 +109,6 @@ def load(
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
-    own = teacher.state_dict()
-    clock = own.pop("_extra_state")
     reader = options.pop("storage_reader", None) or dcp.FileSystemReader(checkpoint_id)
     try:
         written = reader.read_metadata().state_dict_metadata
@@ -119,33 +117,74 @@ def load(
             f"no complete checkpoint in {str(checkpoint_id)!r} ({type(error).__name__}: {error}): metadata "
             "is written last, so that an interrupted save has none; load the previous checkpoint"
         ) from error
-    # The names that it was saved under: those of a state that was wrapped in another way may differ.
+    # The clock is read as it was written, possibly in another format; the teacher then judges it.
+    prefix = f"{key}._extra_state."
+    fields = [name.removeprefix(prefix) for name in written if name.startswith(prefix)]
+    clock: dict[str, Any] = dict.fromkeys(fields)
+
+    def read(state: dict[str, Any]) -> None:
+        try:
+            dcp.load({key: state}, checkpoint_id=checkpoint_id, storage_reader=reader, **options)
+        except (CheckpointException, Exception) as error:  # CheckpointException is only a BaseException
+            raise ValueError(
+                f"the checkpoint in {str(checkpoint_id)!r} cannot be read ({_reason(error)}): one of its "
+                "files is missing or damaged; load the previous checkpoint"
+            ) from error
+
+    shared = teacher.get_extra_state()["shared"]
+    if "shared" in clock:  # the names of the tensors depend on it, so that it is read before them
+        first: dict[str, Any] = {"shared": None}
+        read({"_extra_state": first})
+        shared = first["shared"]
+    own = _template(teacher, shared)
+    # The state may have been saved under the names of other wrappers.
     theirs = {n.removeprefix(f"{key}.") for n in written if n.startswith(f"{key}.")}
     saved = {name: path for path, name in naming.resolve(theirs, own).items()}
     own = {saved.get(name, name): tensor for name, tensor in own.items()}
-    _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, clock)
-    state = {name: torch.empty_like(tensor) for name, tensor in own.items()} | {"_extra_state": dict(clock)}
-    try:
-        dcp.load({key: state}, checkpoint_id=checkpoint_id, storage_reader=reader, **options)
-    except (CheckpointException, Exception) as error:  # CheckpointException is only a BaseException
-        raise ValueError(
-            f"the checkpoint in {str(checkpoint_id)!r} cannot be read ({_reason(error)}): one of its "
-            "files is missing or damaged; load the previous checkpoint"
-        ) from error
+    _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, fields)
+    state: dict[str, Any] = {name: torch.empty_like(tensor) for name, tensor in own.items()}
+    state["_extra_state"] = clock
+    read(state)
     teacher.load_state_dict(state)
 
 
+def _template(teacher: nn.Module, shared: Collection[str]) -> dict[str, Tensor]:
+    """Return the tensors that a state of a teacher has in which the given parameters are the student's."""
+    own = teacher.state_dict()
+    del own["_extra_state"]
+    module: nn.Module = teacher.module  # type: ignore[assignment]
+    tensors = pairing.tensors(module)
+    for path, name in pairing.state_names(module).items():
+        if name in shared:
+            own.pop(f"module.{path}", None)
+        elif f"module.{path}" not in own:  # shared now, and the teacher's own there
+            tensor = tensors[name].detach()
+            own[f"module.{path}"] = tensor.to(pairing.accumulator_dtype(tensor, "auto"))
+    return own
+
+
 def _check_names(
-    key: str, written: Mapping[str, Any], own: Mapping[str, Tensor], clock: Mapping[str, Any]
+    key: str, written: Mapping[str, Any], own: Mapping[str, Tensor], fields: Sequence[str]
 ) -> None:
-    """Check that a checkpoint has the teacher's names and shapes, before anything is read."""
+    """Check that a checkpoint has the teacher's names and shapes, before anything is read.
+
+    Args:
+        key: The key of the teacher's state in the checkpoint.
+        written: The metadata of everything in the checkpoint, by name.
+        own: The teacher's tensors, by their names in the checkpoint.
+        fields: The names of the clock's values in the checkpoint.
+
+    Raises:
+        ValueError: If a name is missing, unknown, or of another shape.
+    """
     if not any(name.startswith(f"{key}.") for name in written):
         raise ValueError(
             f"the checkpoint holds nothing under {key!r}, but "
             f"{', '.join(sorted({n.partition('.')[0] for n in written}))}: pass the key that the teacher was "
             "saved under as key="
         )
-    expected = {*own, *(f"{key}._extra_state.{field}" for field in clock)}
+    # A teacher's clock has a format; which other fields it has depends on it.
+    expected = {*own, *(f"{key}._extra_state.{field}" for field in {"format", *fields})}
     missing = sorted(expected - written.keys())
     extra = sorted(n for n in written if n.startswith(f"{key}.") and n not in expected)
     shapes = [n for n in own if n in written and tuple(written[n].size) != tuple(own[n].shape)]

@@ -20,6 +20,8 @@ pretrained `W^0`). All numbers are float64 on the host.
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -66,6 +68,10 @@ class Kernel(ABC):
     """
 
     name: ClassVar[str] = ""
+
+    stepwise: ClassVar[bool] = False
+    """Whether `retention` of a few steps costs only these steps. A clock then asks for each step when it is
+    due. Otherwise it asks once for all steps of the run, and holds 8 bytes for each."""
 
     @property
     def needs_horizon(self) -> bool:
@@ -288,13 +294,16 @@ class Density(Kernel):
             )
         mass = np.cumsum(alpha)
         if mass[-1] == 0:
-            raise ValueError(
-                f"kernel {str(self)!r} has no mass on any of the {horizon + 1} states of a run of "
-                f"total_steps={horizon}: widen it or lengthen the run"
-            )
+            raise self._no_mass(horizon)
         earlier = np.append(0.0, mass[:-1])
         # Before the density has any mass the retention is 0, so that the teacher is the latest student.
         return np.divide(earlier, mass, out=np.zeros_like(mass), where=mass > 0)[steps]
+
+    def _no_mass(self, horizon: int) -> ValueError:
+        return ValueError(
+            f"kernel {str(self)!r} has no mass on any of the {horizon + 1} states of a run of "
+            f"total_steps={horizon}: widen it or lengthen the run"
+        )
 
 
 def _set(obj: Any, **values: Any) -> None:
@@ -356,6 +365,8 @@ class Tail(Density):
         fraction: The fraction of the run, in (0, 1].
     """
 
+    stepwise: ClassVar[bool] = True
+
     fraction: float
 
     def __post_init__(self) -> None:
@@ -364,6 +375,16 @@ class Tail(Density):
 
     def density(self, tau: Array) -> Array:  # noqa: D102
         return (tau >= 1.0 - self.fraction).astype(np.float64)
+
+    def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:  # noqa: D102
+        horizon = self._require(total_steps)
+        # The first step of the tail. From it on this is a running mean, whose masses are whole numbers.
+        states = range(horizon + 1)
+        first = bisect.bisect_left(states, 1.0 - self.fraction, key=lambda i: (i + 0.5) / (horizon + 1))
+        if first > horizon:
+            raise self._no_mass(horizon)
+        mass = np.maximum(steps - first, 0.0)
+        return mass / (mass + 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -450,6 +471,8 @@ class Uniform(Kernel):
     It equals `beta(1,1)` and needs no horizon.
     """
 
+    stepwise: ClassVar[bool] = True
+
     @property
     def needs_horizon(self) -> bool:  # noqa: D102
         return False
@@ -478,6 +501,8 @@ class Power(Kernel):
             (gamma = 0); small values emphasise the end of the run.
     """
 
+    stepwise: ClassVar[bool] = True
+
     sigma_rel: float
 
     def __post_init__(self) -> None:
@@ -486,7 +511,7 @@ class Power(Kernel):
         checked = checks.number("power", "sigma_rel", self.sigma_rel, lambda x: 0 < x <= limit, rule)
         _set(self, sigma_rel=checked)
 
-    @property
+    @functools.cached_property
     def gamma(self) -> float:
         """The exponent of the profile, `w(t) ~ t^gamma`."""
         precision = self.sigma_rel**-2
@@ -504,6 +529,8 @@ class Power(Kernel):
 @dataclass(frozen=True)
 class Static(Kernel):
     """The kernel of a teacher that stays at `W^0`, written `static`."""
+
+    stepwise: ClassVar[bool] = True
 
     @property
     def needs_horizon(self) -> bool:  # noqa: D102
@@ -534,6 +561,8 @@ class Ema(Kernel):
         schedule: `linear` or `cosine`, required with `final_decay`.
         warmup: The fraction of the run, in (0, 1], that the schedule takes from `decay` to `final_decay`.
     """
+
+    stepwise: ClassVar[bool] = True
 
     decay: float
     final_decay: float | None = None

@@ -49,6 +49,7 @@ class PeerEMA(Kernel):
     """
 
     name: ClassVar[str] = "peer_ema"
+    stepwise: ClassVar[bool] = True
 
     decay: float
     rule: Literal["constant", "inverse_gamma", "ratio"] = "constant"

@@ -6,9 +6,9 @@ Names do not include what wrappers add (`wmateacher.naming`), and tied tensors c
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter, getitem, is_
 from typing import Any, Literal
 
@@ -30,7 +30,6 @@ __all__ = [
     "Roles",
     "accumulator_dtype",
     "assign",
-    "check_frozen",
     "check_precision",
     "clone",
     "computed",
@@ -39,6 +38,7 @@ __all__ = [
     "hidden",
     "match",
     "materialise",
+    "put",
     "share",
     "state_names",
     "tensors",
@@ -52,6 +52,8 @@ Precision = torch.dtype | Literal["auto", "split"]
 BUFFERS: tuple[Buffers, ...] = ("copy", "average", "keep")
 FROZEN: tuple[Frozen, ...] = ("share", "copy")
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -62,20 +64,43 @@ class Roles:
         copied: Tensors that are set to the student's value at each snapshot.
         kept: Tensors that stay as they were when the teacher was built.
         shared: Frozen parameters, for which the teacher uses the student's own tensors.
-        trained: Parameters that must keep requiring grad, because the teacher would have shared them if they
-            had been frozen.
+        excluded: Those of them that are to be copied, not averaged, if they are unfrozen.
     """
 
     averaged: tuple[str, ...]
     copied: tuple[str, ...]
     kept: tuple[str, ...]
     shared: tuple[str, ...]
-    trained: tuple[str, ...]
+    excluded: tuple[str, ...]
 
     @property
     def owned(self) -> tuple[str, ...]:
         """The names for which the teacher has its own tensor."""
         return self.averaged + self.copied + self.kept
+
+    def unfreeze(self, parameters: Mapping[str, Tensor]) -> Roles:
+        """Return the roles after some shared parameters were unfrozen: they are averaged, or copied."""
+        averaged = {n for n, p in parameters.items() if _is_continuous(p) and n not in self.excluded}
+        return replace(
+            self,
+            averaged=(*self.averaged, *(n for n in parameters if n in averaged)),
+            copied=(*self.copied, *(n for n in parameters if n not in averaged)),
+            shared=tuple(n for n in self.shared if n not in parameters),
+        )
+
+    def share(self, names: Collection[str]) -> Roles:
+        """Return the roles in which parameters of the teacher's own are shared with the student instead."""
+
+        def others(role: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(name for name in role if name not in names)
+
+        return replace(
+            self,
+            averaged=others(self.averaged),
+            copied=others(self.copied),
+            kept=others(self.kept),
+            shared=(*self.shared, *names),
+        )
 
 
 class Binding:
@@ -101,7 +126,7 @@ class Binding:
         # Sparse tensors and wrappers around other tensors (such as quantised weights) have no data_ptr.
         wrapped = {n for n, t in self.local.items() if is_traceable_wrapper_subclass(t)}
         self._plain = [t for n, t in self.local.items() if t.layout == torch.strided and n not in wrapped]
-        self._opaque = any(self.tensors[n].requires_grad for n in wrapped)
+        self._opaque = [self.tensors[n] for n in wrapped]
         self._fingerprint = self._take_fingerprint()
 
     def is_current(self) -> bool:
@@ -115,27 +140,25 @@ class Binding:
         # - that every slot of every module holds the same object; a KeyError means that one was removed;
         # - that each DTensor has the same local tensor, which FSDP2 may replace;
         # - that no slot was added, by counting them;
-        # - that memory, layout and requires_grad are unchanged, since `tensor.data = ...` changes these while
-        #   the tensor stays the same object.
+        # - that memory and layout are unchanged, since `tensor.data = ...` changes these while the tensor
+        #   stays the same object.
         try:
             same = all(map(is_, map(getitem, self._where, self._keys), self._objects))
         except KeyError:
             return False
         return (
             same
-            and not self._opaque
+            and not any(map(_REQUIRES_GRAD, self._opaque))
             and all(map(is_, map(sharding.shard, self._sharded), self._shards))
             and sum(map(len, self._tables)) == len(self._objects)
             and self._take_fingerprint() == self._fingerprint
         )
 
     def _take_fingerprint(self) -> list[object]:
-        named = self.tensors.values()
         return [
             *map(Tensor.data_ptr, self._plain),
             *map(Tensor.stride, self._plain),
-            *map(Tensor.size, named),
-            *map(attrgetter("requires_grad"), named),
+            *map(Tensor.size, self.tensors.values()),
         ]
 
 
@@ -168,14 +191,9 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
             )
     excluded = _matching(exclude, [*parameters, *others])
     shared = {n for n, p in parameters.items() if frozen == "share" and not p.requires_grad}
-    excluded -= shared
-    # Counters and indices have no average, and sparse and expanded tensors cannot hold one. The average of a
-    # buffer that is not saved could not be resumed.
-    continuous = {
-        n
-        for n, t in (parameters | others).items()
-        if (t.is_floating_point() or t.is_complex()) and t.layout == torch.strided and unexpanded(t) is t
-    }
+    once_unfrozen, excluded = excluded & shared, excluded - shared
+    # The average of a buffer that is not saved could not be resumed.
+    continuous = {n for n, t in (parameters | others).items() if _is_continuous(t)}
     persistent = set(naming.canonical(model, _persistent(model)).values())
     candidates = set(parameters) | (persistent if buffers == "average" else set())
     averaged = (candidates & continuous) - shared - excluded
@@ -185,8 +203,13 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     def ordered(names: set[str]) -> tuple[str, ...]:
         return tuple(n for n in (*parameters, *others) if n in names)
 
-    trained = set(parameters) - shared if frozen == "share" else set()
-    return Roles(*map(ordered, (averaged, copied, kept, shared, trained)))
+    return Roles(*map(ordered, (averaged, copied, kept, shared, once_unfrozen)))
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    """Whether a tensor has an average. Counters have none, and sparse and expanded tensors hold none."""
+    numbers = tensor.is_floating_point() or tensor.is_complex()
+    return numbers and tensor.layout == torch.strided and unexpanded(tensor) is tensor
 
 
 def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
@@ -213,37 +236,21 @@ def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_frozen(student: Mapping[str, Tensor], roles: Roles) -> None:
-    """Check that the same parameters are frozen as when the teacher was built, if it shares frozen ones.
-
-    Raises:
-        ValueError: If a parameter has been frozen or unfrozen since.
-    """
-    for name in roles.shared:
-        if student[name].requires_grad:
-            raise ValueError(
-                f"the student's {name!r} was frozen when the teacher was built and shared with it, but "
-                "it now requires grad: unfreeze before building the teacher, or build it with "
-                "frozen='copy'"
-            )
-    for name in roles.trained:
-        if not student[name].requires_grad:
-            raise ValueError(
-                f"the student's {name!r} was trained when the teacher was built and is now frozen, and "
-                "this teacher shares frozen parameters: freeze before building the teacher, or build it "
-                "with frozen='copy', which lets parameters be frozen and unfrozen at any time"
-            )
-
-
 def share(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
     """Put the student's own parameters into the teacher's module, wherever it uses them."""
-    wanted = set(names)
     source = tensors(unwrap(student))
-    paths = [path for path, _ in teacher.named_parameters(remove_duplicate=False)]
-    for path, name in naming.canonical(teacher, paths).items():
-        if name in wanted:
+    put(teacher, {name: source[name] for name in names})
+
+
+def put(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Put parameters into a module by canonical name, wherever it uses them."""
+    names = {id(tensor): name for name, tensor in tensors(model).items()}
+    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+        name = names[id(parameter)]  # tied ones have one name
+        if name in parameters:
             owner, _, leaf = path.rpartition(".")
-            teacher.get_submodule(owner)._parameters[leaf] = source[name]  # type: ignore[assignment]
+            # By setattr, with which recurrent networks renew their list of weights.
+            setattr(model.get_submodule(owner), leaf, parameters[name])
 
 
 def unexpanded(tensor: Tensor) -> Tensor:
@@ -279,18 +286,18 @@ def densify(model: nn.Module) -> None:
 @contextmanager
 def hidden(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Remove parameters from a model inside a `with` block."""
-    wanted = set(names)
-    paths = [path for path, _ in model.named_parameters(remove_duplicate=False)]
-    split = [p.rpartition(".") for p, name in naming.canonical(model, paths).items() if name in wanted]
-    slots = [(model.get_submodule(owner)._parameters, leaf) for owner, _, leaf in split]
-    kept = [table[leaf] for table, leaf in slots]
-    for table, leaf in slots:
-        table[leaf] = None
+    wanted = {id(tensor) for name, tensor in tensors(model).items() if name in set(names)}
+    split = [p.rpartition(".") for p, t in model.named_parameters(remove_duplicate=False) if id(t) in wanted]
+    slots = [(model.get_submodule(owner), leaf) for owner, _, leaf in split]
+    kept = [owner._parameters[leaf] for owner, leaf in slots]
+    # By setattr, with which recurrent networks renew their list of weights.
+    for owner, leaf in slots:
+        setattr(owner, leaf, None)
     try:
         yield
     finally:
-        for (table, leaf), parameter in zip(slots, kept, strict=True):
-            table[leaf] = parameter
+        for (owner, leaf), parameter in zip(slots, kept, strict=True):
+            setattr(owner, leaf, parameter)
 
 
 def state_names(model: nn.Module) -> dict[str, str]:

@@ -5,20 +5,26 @@ and T. The mass of each step goes to the nearest snapshot, and to the later one 
 
     omega = 1 - prod_j r_j   over the steps j that belong to the snapshot
 
+A snapshot that was skipped leaves its steps to the next one, and an average that was made elsewhere has the
+mass of all steps up to the one at which it joined the run.
+
 With n = 1 this is TRACER's recursion, an EMA at interval n has omega = 1 - rho^n, and for every n the window,
 measured in steps, stays the same. All numbers are float64 on the host.
 """
 
 from __future__ import annotations
 
+import itertools
 import warnings
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wmateacher.checks import positive_int
-from wmateacher.kernels import Array, Kernel, realised_weights
+from wmateacher.kernels import Array, Kernel, build, realised_weights
 
 __all__ = ["Clock"]
 
@@ -41,7 +47,12 @@ class Clock:
         self.update_every = positive_int("update_every", update_every)
         self.step = 0
         self.snapshot = 0
-        """The step of the last snapshot."""
+        """The step of the last snapshot in the average, or the last `jump`."""
+        self.joined = 0
+        """The step of the last `jump`: the states up to it came as one average."""
+        self.skipped: list[int] = []
+        """The steps of the skipped snapshots."""
+        self._previous: int | None = None  # `snapshot` before the last one, until that is skipped
         self._horizons: list[tuple[int, int | None]] = []  # (step since which it holds, horizon)
         self._warned = False
         self._set_horizon(None if total_steps is None else positive_int("total_steps", total_steps))
@@ -50,6 +61,11 @@ class Clock:
     def total_steps(self) -> int | None:
         """The current horizon T."""
         return self._horizons[-1][1]
+
+    @property
+    def covered(self) -> int:
+        """The last step whose mass is in the average, under the current horizon."""
+        return int(self._covered(self.snapshot, self.total_steps))
 
     def tick(self) -> float | None:
         """Count one optimizer step.
@@ -71,9 +87,28 @@ class Clock:
         self.step += 1
         if self.step % self.update_every and self.step != total:
             return None
-        omega = float(self._omegas(np.array([self.snapshot, self.step]), self._retention, total)[0])
-        self.snapshot = self.step
+        omega = float(self._omegas(np.array([self.snapshot, self.step]), total)[0])
+        self._previous, self.snapshot = self.snapshot, self.step
         return omega
+
+    def skip(self) -> None:
+        """Take back the last snapshot, which did not enter the average after all.
+
+        Its step stays counted and gets weight 0. Its mass goes to the next snapshot; after the last snapshot
+        of a run there is none, and the other states share it in their proportions. This may be called at any
+        time after the `tick` that returned the snapshot's omega, and before the `tick` that returns the next.
+
+        Raises:
+            RuntimeError: If no `tick` has returned an omega since the start, the last skip, the last jump, or
+                the state that was restored.
+        """
+        # A tick that failed is taken back by its caller, who sets `step` and `snapshot` to what they were.
+        if self._previous is None or self._previous >= self.snapshot:
+            raise RuntimeError(
+                "there is no snapshot to skip: call skip() after a tick() that returned a weight"
+            )
+        self.skipped.append(self.snapshot)
+        self.snapshot, self._previous = self._previous, None
 
     def trajectory_weights(self) -> Array:
         """Return the weight of every student state in the current average.
@@ -81,19 +116,22 @@ class Clock:
         Returns:
             A float64 array of shape `[step + 1]` that sums to 1. Steps without a snapshot have weight 0.
         """
-        snapshots, omegas = [np.array([0])], [np.array([1.0])]
+        # The states of an average that was made elsewhere share its mass as the kernel shares it.
+        kept = self._kept(np.arange(self.joined + 1), self._horizons[0][1])
+        start = realised_weights(1.0 - kept)
         # Replay the run: each horizon gave the weights of the snapshots that were taken while it held.
+        snapshots, omegas = [np.array([self.joined])], [np.array([1.0])]
         ends = [since for since, _ in self._horizons[1:]] + [self.step]
         for (since, total), end in zip(self._horizons, ends, strict=True):
-            due = np.arange(since + 1, end + 1)
+            due = np.arange(max(since, self.joined) + 1, end + 1)
             due = due[(due % self.update_every == 0) | (due == total)]
+            due = due[~np.isin(due, self.skipped)]
             if len(due):
-                chain = np.append(snapshots[-1][-1], due)
-                retention = self._retention if total == self.total_steps else self._whole_retention(total)
+                omegas.append(self._omegas(np.append(snapshots[-1][-1], due), total))
                 snapshots.append(due)
-                omegas.append(self._omegas(chain, retention, total))
         weights = np.zeros(self.step + 1)
         weights[np.concatenate(snapshots)] = realised_weights(np.concatenate(omegas))
+        weights[: self.joined + 1] = weights[self.joined] * start
         return weights
 
     def set_total_steps(self, total_steps: int) -> None:
@@ -110,7 +148,9 @@ class Clock:
         self._set_horizon(total_steps)
 
     def jump(self, step: int) -> None:
-        """Set the step count, as if all steps had been counted under the current horizon.
+        """Set the step count, for an average that covers all steps up to this one.
+
+        Whatever the interval, later steps get exactly their weights. At step 0 this is a new start.
 
         Raises:
             ValueError: If `step` is not a whole number in [0, total_steps].
@@ -120,8 +160,8 @@ class Clock:
             step = positive_int("step", step)
         if total is not None and step > total:
             raise ValueError(f"step must be at most total_steps={total}, got {step}")
-        self.step = step
-        self.snapshot = step if step == total else step - step % self.update_every
+        self.step = self.snapshot = self.joined = step
+        self.skipped, self._previous = [], None
         self._horizons, self._warned = [(0, total)], False
 
     def state(self) -> dict[str, Any]:
@@ -131,16 +171,32 @@ class Clock:
             "update_every": self.update_every,
             "step": self.step,
             "snapshot": self.snapshot,
+            "joined": self.joined,
+            "skipped": list(self.skipped),
             "horizons": [list(h) for h in self._horizons],
-            "mass": self._mass(self.snapshot),
+            "mass": None if self._table is None else self._mass(self.snapshot),
         }
 
-    def check(self, state: dict[str, Any]) -> None:
+    @classmethod
+    def resumed(cls, state: Mapping[str, Any]) -> Clock:
+        """Return the clock that wrote a state.
+
+        Raises:
+            ValueError: If the state is damaged, or is of a kernel that its name does not build.
+        """
+        _check_values(state)
+        clock = cls(build(state["kernel"]), state["horizons"][-1][1], state["update_every"])
+        clock.check(state)
+        clock.restore(state)
+        return clock
+
+    def check(self, state: Mapping[str, Any]) -> None:
         """Check that a state was written with this kernel, horizon and interval.
 
         Raises:
-            ValueError: If one of them differs; the message names both values.
+            ValueError: If one of them differs, and the message names both values; or if the state is damaged.
         """
+        _check_values(state)
         for name, theirs, ours in (
             ("kernel", state["kernel"], str(self.kernel)),
             ("total_steps", state["horizons"][-1][1], self.total_steps),
@@ -153,6 +209,9 @@ class Clock:
                     + (", then call set_total_steps to change its horizon" if name == "total_steps" else "")
                 )
         # A callable density has only its name in the state. Its running mass tells whether it has changed.
+        # States of version 0.1 have the mass of every kernel.
+        if state["mass"] is None:
+            return
         mass = self._mass(state["snapshot"])
         if not np.isclose(state["mass"], mass, rtol=1e-9, atol=0):
             raise ValueError(
@@ -160,51 +219,126 @@ class Clock:
                 f"teacher's kernel {str(self.kernel)!r} gives {mass!r}: its density has changed since"
             )
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned, after `check` has accepted it."""
         self.step, self.snapshot = state["step"], state["snapshot"]
+        # Version 0.1 counted as if an average that joined the run had been made by it, snapshots and all.
+        self.joined, self.skipped = state.get("joined", 0), list(state.get("skipped", []))
         self._horizons = [(since, total) for since, total in state["horizons"]]
-        self._warned = False
+        self._previous, self._warned = None, False
 
     def _set_horizon(self, total_steps: int | None) -> None:
-        if total_steps is None and self.kernel.needs_horizon:
-            self.kernel.retention(np.arange(1), None)  # raises the kernel's own error
-        # A density has to be summed over the whole run to give any of its retentions, so that is done once.
-        self._retention = self._whole_retention(total_steps)
+        self._table = self._make_table(total_steps)
+        if self._table is None:
+            self.kernel.retention(np.arange(1), total_steps)  # raises the kernel's own error
         # A horizon that was set at this same step has never been used.
         self._horizons = [h for h in self._horizons if h[0] < self.step]
         self._horizons.append((self.step, total_steps))
         self._warned = False
 
-    def _whole_retention(self, total_steps: int | None) -> Array | None:
-        """Return the retention of every step of the run, or None without a horizon."""
-        if total_steps is None:
+    def _make_table(self, total_steps: int | None) -> Array | None:
+        """Return the retention of every step of the run, or None where the kernel is asked step by step."""
+        if total_steps is None or self.kernel.stepwise:
             return None
+        # A density has to be summed over the whole run to give any of its retentions, so that is done once.
         return self.kernel.retention(np.arange(total_steps + 1), total_steps)
 
-    def _omegas(self, chain: NDArray[np.int64], retention: Array | None, total_steps: int | None) -> Array:
-        """Return the weights of the snapshots at steps `chain[1:]`; `chain[0]` is the snapshot before them.
+    def _kept(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:
+        """Return the retention of some steps under the current horizon or an earlier one."""
+        table = self._table if total_steps == self.total_steps else self._make_table(total_steps)
+        return self.kernel.retention(steps, total_steps) if table is None else table[steps]
 
-        A snapshot's steps are one interval: they begin halfway to the snapshot before it and end halfway to
-        the one that follows. The step exactly in the middle belongs to the later snapshot, hence the `- 1`
-        below. When the next snapshot is due is known beforehand, so that the weight can be applied at once.
+    def _last_steps(self, snapshots: Any, total_steps: int | None) -> Any:
+        """Return the last step that belongs to each snapshot.
+
+        A snapshot's steps are one interval, which ends halfway to the snapshot that follows. The step exactly
+        in the middle belongs to the later one, hence the `- 1` below. When the next snapshot is due is known
+        beforehand, so that the weight can be applied at once.
         """
-        following = (chain[1:] // self.update_every + 1) * self.update_every
+        following = (snapshots // self.update_every + 1) * self.update_every
         if total_steps is not None:
             following = np.minimum(following, total_steps)
         # At T no snapshot follows: `following` is T itself, and the maximum keeps the interval's end there.
-        last = np.maximum((chain[1:] + following - 1) // 2, chain[1:])
-        first = np.append((chain[0] + chain[1] - 1) // 2, last[:-1]) + 1
-        steps = np.arange(first[0], last[-1] + 1)
-        kept = self.kernel.retention(steps, None) if retention is None else retention[steps]
+        return np.maximum((snapshots + following - 1) // 2, snapshots)
+
+    def _covered(self, snapshot: int, total_steps: int | None) -> Any:
+        """Return the last step whose mass is in the average right after a snapshot or a jump."""
+        # A jump has the mass of no later step. A jump to the start is the snapshot that was taken there.
+        jumped = 0 < self.joined == snapshot
+        return snapshot if jumped else self._last_steps(snapshot, total_steps)
+
+    def _omegas(self, chain: NDArray[np.int64], total_steps: int | None) -> Array:
+        """Return the weights of the snapshots at steps `chain[1:]`; `chain[0]` is the one before them."""
+        last = self._last_steps(chain[1:], total_steps)
         # The intervals adjoin, so that reduceat multiplies from the start of each to the start of the next.
+        first = np.append(self._covered(chain[0], total_steps), last[:-1]) + 1
+        kept = self._kept(np.arange(first[0], last[-1] + 1), total_steps)
         return 1.0 - np.multiply.reduceat(kept, first - first[0])
 
     def _mass(self, snapshot: int) -> float:
         """Return the share that states up to `snapshot` will have in the average at the end of the run."""
-        if self._retention is None:
-            return 1.0
-        return float(np.prod(self._retention[snapshot + 1 :]))
+        if self._table is not None:
+            return float(np.prod(self._table[snapshot + 1 :]))
+        total = self.total_steps
+        return 1.0 if total is None else float(np.prod(self._kept(np.arange(snapshot + 1, total + 1), total)))
+
+
+def _check_values(state: Mapping[str, Any]) -> None:
+    """Check that a clock's state has values that a clock can have, whatever its kernel and horizon."""
+    found: dict[str, Any] = {"joined": 0, "skipped": [], **state}  # version 0.1 wrote neither
+    fields = ("kernel", "update_every", "horizons", "step", "snapshot", "joined", "skipped", "mass")
+    missing = [f for f in fields if f not in found]
+    if missing or ("joined" in state) != ("skipped" in state):
+        missing = missing or [f for f in ("joined", "skipped") if f not in state]
+        raise ValueError(f"the state of the teacher's clock lacks {', '.join(missing)}: it is damaged")
+    kernel, every, horizons, step, snapshot, joined, skipped, mass = (found[f] for f in fields)
+    sound = {
+        "kernel": isinstance(kernel, str),
+        "update_every": _whole(every, 1),
+        "horizons": _sound_horizons(horizons),
+    }
+    if all(sound.values()):
+        since, total = horizons[-1]
+        sound["step"] = _whole(step, since, total)
+        sound["snapshot"] = sound["step"] and _whole(snapshot, 0, step)
+        sound["joined"] = sound["snapshot"] and _whole(joined, 0, snapshot)
+        sound["skipped"] = sound["joined"] and _rising(skipped, joined + 1, step) and snapshot not in skipped
+        sound["mass"] = mass is None or (isinstance(mass, Real) and bool(np.isfinite(float(mass))))
+    for field, ok in sound.items():
+        if not ok:
+            raise ValueError(
+                f"the state of the teacher's clock has {field}={found[field]!r}, which no run leads to: it "
+                "is damaged, or not a teacher's; load another checkpoint"
+            )
+
+
+def _sound_horizons(horizons: Any) -> bool:
+    """Return whether these are pairs of the step since which a horizon held and the horizon."""
+    if not _sequence(horizons) or not horizons or not all(_sequence(h) and len(h) == 2 for h in horizons):
+        return False
+    starts, totals = zip(*horizons, strict=True)
+    if not (_rising(starts, 0) and all(total is None or _whole(total, 1) for total in totals)):
+        return False
+    # A horizon is set within itself and within the one before.
+    bounds = [*zip(starts, totals, strict=True), *zip(starts[1:], totals, strict=False)]
+    return starts[0] == 0 and all(total is None or start <= total for start, total in bounds)
+
+
+def _rising(values: Any, low: int, high: int | None = None) -> bool:
+    return (
+        _sequence(values)
+        and all(_whole(value, low, high) for value in values)
+        and all(a < b for a, b in itertools.pairwise(values))
+    )
+
+
+def _sequence(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _whole(value: Any, low: int, high: int | None = None) -> bool:
+    number = isinstance(value, Integral) and not isinstance(value, bool)
+    return number and low <= value and (high is None or value <= high)
 
 
 def __dir__() -> list[str]:

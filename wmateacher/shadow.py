@@ -7,9 +7,10 @@ module knows which tensors are involved and where their averages are held.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from wmateacher.averaging import Average
 from wmateacher.pairing import Binding, Roles
 
 __all__ = ["Plan", "Shadow"]
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Shadow:
         module: The averaged module, in eval mode.
         roles: The role of each tensor.
         fully_sharded: The submodules that `fully_shard` was applied to.
+        unfrozen: The step after which each parameter that was shared at first has been trained, by name.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class Shadow:
         *,
         dtype: pairing.Precision,
         device: torch.device | str | None,
+        frozen: pairing.Frozen,
         module_factory: Callable[[], nn.Module] | None,
     ):
         """Build the averaged module and start every average at the student.
@@ -79,10 +84,19 @@ class Shadow:
         self.roles = roles
         self.module = self._build(student, device, module_factory)
         self.fully_sharded = sharding.fully_sharded(self.module)
+        self.unfrozen: dict[str, int] = {}
+        self._shares = frozen == "share"
+        self._dtype = dtype
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
         self._plan: Plan | None = None
-        self._start_averages(Binding(student).local, dtype)
+        self._start_averages(Binding(student).local, self.roles.averaged)
+        if dtype == "split" and not self._beside:
+            raise ValueError(
+                "dtype='split' is for bfloat16 students, and no averaged tensor of this one is bfloat16: "
+                "use dtype='auto', which needs no memory beside the module here"
+            )
+        self._look_up_shared()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None}
@@ -160,34 +174,101 @@ class Shadow:
         averaging.copy_([targets[n] for n in owned], [sources[n] for n in owned])
         return module
 
-    def _start_averages(self, student: Mapping[str, Tensor], dtype: pairing.Precision) -> None:
-        """Start every average at the student's value."""
+    def _start_averages(self, values: Mapping[str, Tensor], names: Sequence[str]) -> None:
+        """Start the named averages at the values of these names."""
         own = Binding(self.module).local
-        for name in self.roles.averaged:
-            wanted = self._precisions[name] = pairing.accumulator_dtype(student[name], dtype)
-            split = dtype == "split" and wanted != own[name].dtype
+        for name in names:
+            wanted = self._precisions[name] = pairing.accumulator_dtype(values[name], self._dtype)
+            split = self._dtype == "split" and wanted != own[name].dtype
             if split and own[name].dtype != torch.bfloat16:
                 raise ValueError(
                     "dtype='split' is for bfloat16 students, whose values are the upper halves of float32, "
                     f"but {name!r} is {own[name].dtype}: use dtype='auto'"
                 )
-            average = Average.of(student[name].detach().to(wanted), own[name], split=split)
+            average = Average.of(values[name].detach().to(wanted), own[name], split=split)
             if average.beside is not None:
                 self._beside[name] = average.beside
-        if dtype == "split" and not self._beside:
-            raise ValueError(
-                "dtype='split' is for bfloat16 students, and no averaged tensor of this one is bfloat16: "
-                "use dtype='auto', which needs no memory beside the module here"
+
+    # --- frozen parameters --------------------------------------------------------------------------
+
+    def take_up(self, names: Collection[str], step: int) -> None:
+        """Average parameters that were shared until now, since `step`, from their present values on.
+
+        While a parameter was frozen it had one value, so that its average is that value for any kernel.
+        """
+        if not names:
+            return
+        sharding.reshard(self.fully_sharded)
+        shared = Binding(self.module).tensors
+        # In inference mode the copies would be tensors that cannot be written outside of it.
+        with torch.inference_mode(False):
+            own = {name: pairing.clone(shared[name], None) for name in names}
+            pairing.put(self.module, own)
+            if self.fully_sharded:
+                self.module._apply(lambda tensor: tensor)  # FSDP2 looks its parameters up anew
+            self.roles = self.roles.unfreeze(own)
+            self._start_averages(
+                Binding(self.module).local, [name for name in names if name in self.roles.averaged]
             )
+        self.unfrozen.update(dict.fromkeys(names, step))
+        self._look_up_shared()
+
+    def release(self, student: nn.Module, names: Collection[str]) -> None:
+        """Share parameters with the student that have been the teacher's own."""
+        if not names:
+            return
+        pairing.share(self.module, student, names)
+        if self.fully_sharded:
+            self.module._apply(lambda tensor: tensor)
+        self.roles = self.roles.share(names)
+        self._beside = {n: t for n, t in self._beside.items() if n not in names}
+        self._look_up_shared()
+
+    def take_up_unfrozen(self, step: int, *, trained: bool = False) -> None:
+        """Take up the shared parameters that now require grad.
+
+        This runs before every step of an optimizer and before every forward pass of the teacher.
+
+        Args:
+            step: The number of steps counted so far.
+            trained: Whether a step was taken since the parameters were last looked at, as in an update.
+
+        Raises:
+            RuntimeError: If such a parameter was written in that step, and its average is lost.
+        """
+        if not any(map(_REQUIRES_GRAD, self._shared)):
+            return
+        names = [n for n, t in zip(self.roles.shared, self._shared, strict=True) if t.requires_grad]
+        if trained:
+            for name, tensor, version in zip(self.roles.shared, self._shared, self._versions, strict=True):
+                if name in names and _version(tensor) != version:
+                    raise RuntimeError(
+                        f"the student's {name!r} was unfrozen and written before the teacher could keep the "
+                        "value that it had while it was frozen: its optimizer runs no hooks. Unfreeze it "
+                        "before building the teacher, build the teacher with frozen='copy', or call "
+                        "teacher.forward or teacher.update between unfreezing and the first step"
+                    )
+        self.take_up(names, step)
+
+    def note_shared(self) -> None:
+        """Note which values the shared parameters have now; `take_up_unfrozen` compares them."""
+        self._versions = list(map(_version, self._shared))
+
+    def _look_up_shared(self) -> None:
+        own = pairing.tensors(self.module)
+        self._shared = [own[name] for name in self.roles.shared]
+        self._plan = None
+        self.note_shared()
 
     # --- updates ------------------------------------------------------------------------------------
 
-    def plan(self, student: nn.Module, is_original: bool) -> Plan:
+    def plan(self, student: nn.Module, is_original: bool, step: int) -> Plan:
         """Return the plan for averaging a student in.
 
         Args:
             student: The unwrapped student.
             is_original: Whether it is the one that frozen parameters are shared with.
+            step: The number of steps counted so far.
 
         Raises:
             ValueError: If the student's tensors do not match the averaged module's.
@@ -199,25 +280,46 @@ class Shadow:
         sharding.reshard(sharding.fully_sharded(student))
         own = self.bind()
         if self._plan is None or not self._plan.fits(student):
-            self._plan = self._new_plan(student, is_original, own)
+            self._plan = self._new_plan(student, is_original, step, own)
         return self._plan
 
-    def _new_plan(self, student: nn.Module, is_original: bool, own: Binding) -> Plan:
-        theirs, roles = Binding(student), self.roles
+    def _new_plan(self, student: nn.Module, is_original: bool, step: int, own: Binding) -> Plan:
+        theirs = Binding(student)
         pairing.match(own.tensors, theirs.tensors)
         sharding.match(own.tensors, theirs.tensors)
-        if is_original:
-            pairing.check_frozen(theirs.tensors, roles)
-            if any(own.tensors[n] is not theirs.tensors[n] for n in roles.shared):
-                # The student got new frozen parameters: share those.
-                pairing.share(self.module, student, roles.shared)
-                own = Binding(self.module)
+        replaced = [n for n in self.roles.shared if own.tensors[n] is not theirs.tensors[n]]
+        if replaced:
+            self._follow_replaced(student, replaced, own, theirs, is_original, step)
+            own = Binding(self.module)
+        roles = self.roles
         averages = [self._average(own, n) for n in roles.averaged]
         # Scratch tensors that were made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged])
         targets, sources = ([b.local[n] for n in roles.copied] for b in (own, theirs))
         return Plan(theirs, own, update, (targets, sources))
+
+    def _follow_replaced(
+        self,
+        student: nn.Module,
+        replaced: Sequence[str],
+        own: Binding,
+        theirs: Binding,
+        is_original: bool,
+        step: int,
+    ) -> None:
+        """Treat shared parameters in whose place the student has other tensors.
+
+        Other values are averaged with those that were shared until now. Equal ones, also if they were moved
+        or cast, are shared anew if the student is the original one.
+        """
+        changed = [
+            n for n in replaced if theirs.tensors[n].requires_grad or _differ(own.local[n], theirs.local[n])
+        ]
+        self.take_up(changed, step)
+        if is_original:
+            pairing.share(self.module, student, [n for n in replaced if n not in changed])
+            self._look_up_shared()
 
     # --- reading and writing --------------------------------------------------------------------------
 
@@ -353,7 +455,15 @@ class Shadow:
                 written[key] = full[name]
         state.update({prefix + key: value for key, value in written.items()})
 
-    def load_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    def load_state(
+        self,
+        module: nn.Module,
+        state: dict[str, Any],
+        prefix: str,
+        student: nn.Module,
+        shared: Collection[str] | None,
+        unfrozen: Mapping[str, int],
+    ) -> None:
         """Check a teacher's state completely, then read the averages from it.
 
         Args:
@@ -361,24 +471,40 @@ class Shadow:
             state: The state to load. Its tensors are replaced by the module's own, so that `nn.Module` has
                 nothing left to write.
             prefix: The prefix of the teacher's keys in it.
+            student: The unwrapped student.
+            shared: The names of the parameters that were shared with the student when the state was written;
+                None stands for those that are shared now and missing in the state.
+            unfrozen: The steps after which parameters that had been shared were trained, by name.
 
         Raises:
             ValueError: If the state is of another architecture or is sharded differently.
         """
-        own, shared, home = self.bind(), self.roles.shared, f"{prefix}module."
+        own, home = self.bind(), f"{prefix}module."
         names = pairing.state_names(module)
         known = {**names, **dict.fromkeys(naming.canonical(module, module.state_dict()).values())}
         given = {k.removeprefix(home): k for k in state if k.startswith(home)}
         pairs = naming.resolve(given, known)
         found = {key: state[given[k]] for k, key in pairs.items()}
-        ours = {f"{prefix}_extra_state", *(given[k] for k in pairs)}
-        values = {k: found[k] for k in names if k in found and names[k] not in shared}
+        if shared is None:
+            shared = {n for k, n in names.items() if n in self.roles.shared and k not in found}
+        elif not self._shares:
+            shared = ()  # they are missing, then
+        held = {k: n for k, n in names.items() if n not in shared}
+        ours = {given[k] for k, key in pairs.items() if names.get(key) not in shared}
         _check_values(
             "the state was written for another architecture",
             missing=[home + k for k in known if k not in found and names.get(k) not in shared],
-            unexpected=[k for k in state if k.startswith(prefix) and k not in ours],
-            pairs=[(home + k, value, own.tensors[names[k]]) for k, value in values.items()],
+            unexpected=[
+                k for k in state if k.startswith(prefix) and k not in {*ours, f"{prefix}_extra_state"}
+            ],
+            pairs=[(home + k, found[k], own.tensors[n]) for k, n in held.items() if k in found],
         )
+        values = {name: found[key] for key, name in held.items()}
+        # What is frozen here and was trained there, or the reverse, takes the role that it had there.
+        self.take_up([n for n in self.roles.shared if n in values], 0)
+        self.release(student, [n for n in self.roles.owned if n in shared])
+        self.unfrozen = dict(unfrozen)
+        own = self.bind()
         # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
         # tensors stay tied and every tensor keeps its dtype.
         for key in given.values():
@@ -386,7 +512,7 @@ class Shadow:
         for key in {**found, **names}:
             value = own.tensors[names[key]] if key in names else found[key]
             state.update({home + path: value for path in naming.load_keys(module, key)})
-        self.write({names[k]: value for k, value in values.items()})
+        self.write(values)
 
     def match_average(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Check an average of the student's architecture and return it by canonical name, for `write`.
@@ -413,6 +539,21 @@ class Shadow:
             pairs=[(k, value, own.tensors[names[k]]) for k, value in found.items()],
         )
         return {names[k]: value for k, value in found.items()}
+
+
+# --- frozen tensors -----------------------------------------------------------------------------------
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return how often a tensor was written; None for those of inference mode, which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors of one dtype and device have different values, which are read from the device."""
+    alike = one.dtype == other.dtype and one.device == other.device
+    plain = type(one.detach()) is Tensor and type(other.detach()) is Tensor
+    return alike and plain and not torch.equal(one, other)
 
 
 # --- checking -----------------------------------------------------------------------------------------

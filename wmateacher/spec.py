@@ -17,6 +17,9 @@ __all__ = ["Call", "Value", "canonical", "parse_call", "parse_sum"]
 Value = float | int | bool | str | None
 _T = TypeVar("_T")
 
+# Python's parser needs memory and recursion in proportion to the text. No kernel or sum of losses is longer.
+_LONGEST = 10_000
+
 
 @dataclass(frozen=True)
 class Call:
@@ -54,7 +57,7 @@ def parse_call(text: str) -> Call:
     Raises:
         ValueError: If the text is not in the grammar.
     """
-    return _call(_parse(text), text)
+    return _read(text, _call)
 
 
 def parse_sum(text: str) -> list[tuple[float, Call]]:
@@ -63,7 +66,7 @@ def parse_sum(text: str) -> list[tuple[float, Call]]:
     Raises:
         ValueError: If the text is not in the grammar.
     """
-    return _terms(_parse(text), text)
+    return _read(text, _terms)
 
 
 def canonical(obj: Any, name: str) -> Call:
@@ -99,20 +102,39 @@ def _is_name(value: str) -> bool:
     return value.isidentifier() and value not in ("True", "False", "None")
 
 
-def _parse(text: str) -> ast.expr:
+def _read(text: str, read: Callable[[ast.expr, str], _T]) -> _T:
+    """Parse a text and read its syntax tree with a function of the tree and the text."""
     if not isinstance(text, str):
         raise TypeError(f"expected a string such as 'beta(0.5,0.5)', got {text!r}")
+    if len(text) > _LONGEST:
+        raise _refuse(text, f"it has {len(text)} characters, more than {_LONGEST}")
+    try:
+        return read(_parse(text), text)
+    except (RecursionError, MemoryError):
+        raise _refuse(text, "it has too many levels or terms") from None
+
+
+def _parse(text: str) -> ast.expr:
     try:
         return ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError):
         raise _refuse(text, "it does not parse") from None
 
 
 def _refuse(text: str, why: str) -> ValueError:
     return ValueError(
-        f"cannot read {text!r}: {why}; write name, name(1.0, key=value) "
+        f"cannot read {_short(text)!r}: {why}; write name, name(1.0, key=value) "
         "or, where a sum is meant, 0.5*name + name(1.0)"
     )
+
+
+def _source(node: ast.expr) -> str:
+    """Return a part of the text for an error message."""
+    return repr(_short(ast.unparse(node)))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _call(node: ast.expr, text: str) -> Call:
@@ -131,7 +153,7 @@ def _dotted(node: ast.expr, text: str) -> str:
         return node.id
     if isinstance(node, ast.Attribute):
         return f"{_dotted(node.value, text)}.{node.attr}"
-    raise _refuse(text, f"{ast.unparse(node)!r} is not a name")
+    raise _refuse(text, f"{_source(node)} is not a name")
 
 
 def _number(node: ast.expr) -> float | int | None:
@@ -153,7 +175,7 @@ def _value(node: ast.expr, text: str) -> Value:
         return node.value
     if isinstance(node, ast.Name):
         return node.id
-    raise _refuse(text, f"{ast.unparse(node)!r} is not a number or a name")
+    raise _refuse(text, f"{_source(node)} is not a number or a name")
 
 
 def _terms(node: ast.expr, text: str) -> list[tuple[float, Call]]:
@@ -162,8 +184,9 @@ def _terms(node: ast.expr, text: str) -> list[tuple[float, Call]]:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         coefficient = _number(node.left)
         if coefficient is None:
-            raise _refuse(text, f"{ast.unparse(node.left)!r} is not a number")
-        return [(float(coefficient), _call(node.right, text))]
+            raise _refuse(text, f"{_source(node.left)} is not a number")
+        # By way of its text, a whole number beyond every float becomes infinity, as 1e999 does.
+        return [(float(str(coefficient)), _call(node.right, text))]
     return [(1.0, _call(node, text))]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmateacher import kernels, naming, pairing, sharding, swapping
+from wmateacher import kernels, naming, pairing, sharding, swapping, unfreezing
 from wmateacher.attachment import Attachment
 from wmateacher.kernels import Array, Kernel, KernelLike
 from wmateacher.schedule import Clock
@@ -18,7 +18,9 @@ from wmateacher.shadow import Shadow
 
 __all__ = ["WMATeacher"]
 
-_FORMAT = 1
+_FORMAT = 2
+# Format 1 has a clock without joined averages and skipped snapshots, and does not say what is shared.
+_READ_FORMATS = (1, 2)
 
 
 class WMATeacher(nn.Module):
@@ -77,7 +79,8 @@ class WMATeacher(nn.Module):
             buffers: `"copy"` takes the student's buffers at every snapshot, `"average"` averages the
                 floating-point ones, and `"keep"` leaves them as they were at construction.
             frozen: `"share"` uses the student's own tensors for parameters that do not require grad, so
-                that they cost no memory and are not saved; `"copy"` gives the teacher its own.
+                that they cost no memory and are not saved. One that is unfrozen later is averaged from the
+                value that it had until then. `"copy"` gives the teacher its own.
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
             module_factory: A function that builds the averaged module, for students that cannot be
                 deep-copied or are sharded by `fully_shard`. It must shard its module like the student and
@@ -106,7 +109,9 @@ class WMATeacher(nn.Module):
         sharding.refuse_fsdp1(student)
         sharding.reshard(sharding.fully_sharded(student))
         roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
-        self._shadow = Shadow(student, roles, dtype=dtype, device=device, module_factory=module_factory)
+        self._shadow = Shadow(
+            student, roles, dtype=dtype, device=device, frozen=frozen, module_factory=module_factory
+        )
         self.module = self._shadow.module
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
         self._student = (model,)
@@ -115,6 +120,7 @@ class WMATeacher(nn.Module):
         self.register_state_dict_pre_hook(_prepare_state)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_load_state)
+        unfreezing.watch(self, _take_up_unfrozen)
 
     # --- properties ---------------------------------------------------------------------------------
 
@@ -157,7 +163,7 @@ class WMATeacher(nn.Module):
 
         Sharded tensors are DTensors. Meant for diagnostics.
         """
-        plan = self._shadow.plan(self.student, is_original=True)
+        plan = self._shadow.plan(self.student, is_original=True, step=self.step)
         for name in self.roles.averaged:
             yield name, plan.student.tensors[name].detach(), self._shadow.read(plan.own, name)
 
@@ -197,7 +203,8 @@ class WMATeacher(nn.Module):
         student = original if model is None else pairing.unwrap(model)
         self._refuse_swapped("update()")
         swapping.refuse(student, "update()")
-        plan = self._shadow.plan(student, is_original=student is original)
+        self._shadow.take_up_unfrozen(self.step, trained=True)
+        plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
         omega = self._clock.tick()
         try:
@@ -207,6 +214,7 @@ class WMATeacher(nn.Module):
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
         self.omega = omega or 0.0
+        self._shadow.note_shared()
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> Attachment:
         """Call `update` automatically after every step of one optimizer, or of several together.
@@ -254,9 +262,9 @@ class WMATeacher(nn.Module):
         """Continue an average of the first `step` optimizer steps that was made elsewhere.
 
         The average keeps its proportions. As a whole it gets the mass that the kernel gives to these steps,
-        and every later step gets exactly its weight. `trajectory_weights` then reports the weights that
-        this kernel would have given to all steps. For the checkpoints of other libraries, see
-        `wmateacher.migration`.
+        and every later step gets exactly its weight, also if `step` lies between two snapshots.
+        `trajectory_weights` then reports the weights that this kernel gives to all steps. For the
+        checkpoints of other libraries, see `wmateacher.migration`.
 
         Args:
             average: The averaged weights, under the keys of the student's `state_dict`. Buffers that are
@@ -281,6 +289,7 @@ class WMATeacher(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the averaged module in eval mode and without gradient."""
+        self._shadow.take_up_unfrozen(self.step)
         with torch.no_grad():
             output = self.module(*args, **kwargs)
         # FSDP2 leaves the root's parameters gathered for a backward pass, which never comes.
@@ -365,16 +374,26 @@ class WMATeacher(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the step count, kernel and horizon, which `state_dict` includes."""
-        return {"format": _FORMAT, "omega": self.omega, **self._clock.state()}
+        return {
+            "format": _FORMAT,
+            "omega": self.omega,
+            **self._clock.state(),
+            "shared": list(self.roles.shared),
+            "unfrozen": [[name, step] for name, step in self._shadow.unfrozen.items()],
+        }
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `get_extra_state` returned; `load_state_dict` calls it."""
-        self._clock.restore(dict(state))
+        self._clock.restore(state)
         self.omega = state["omega"]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the teacher is not attached to the optimizer of the original.
         return {**super().__getstate__(), "_attachment": None, "_swapped": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        unfreezing.watch(self, _take_up_unfrozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WMATeacher:
         """Move or cast the averaged module; the averages move along and keep their precision."""
@@ -385,6 +404,10 @@ class WMATeacher(nn.Module):
     def _refuse_swapped(self, action: str) -> None:
         for student in self._swapped:
             swapping.refuse(student, action)
+
+
+def _take_up_unfrozen(teacher: WMATeacher) -> None:
+    teacher._shadow.take_up_unfrozen(teacher.step)
 
 
 def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
@@ -414,16 +437,18 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
             + "To start an average from plain weights, load them into the student and build the teacher from "
             "it; to continue the average of another library, use wmateacher.migration.load"
         )
-    if clock["format"] != _FORMAT:
+    if clock["format"] not in _READ_FORMATS:
         raise ValueError(
-            f"the state has format {clock['format']!r}, but this version reads format {_FORMAT}: load it "
-            "with the version of wmateacher that wrote it"
+            f"the state has format {clock['format']!r}, but this version reads formats 1 to {_FORMAT}: load "
+            "it with the version of wmateacher that wrote it"
         )
+    teacher._clock.check(clock)
     omega = clock.get("omega")
-    if not isinstance(omega, float) or not 0 <= omega <= 1:
-        raise ValueError(f"the state is damaged: omega must be a weight in [0, 1], got {omega!r}")
-    teacher._clock.check(dict(clock))
-    teacher._shadow.load_state(teacher.module, state, prefix)
+    if not (isinstance(omega, int | float) and 0 <= omega <= 1):
+        raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
+    teacher._shadow.load_state(
+        teacher.module, state, prefix, teacher.student, clock.get("shared"), dict(clock.get("unfrozen", ()))
+    )
 
 
 def _is_clock(value: Any) -> bool:

@@ -192,11 +192,6 @@ class Method:
                 f"method {self.name!r} has probe={self.probe} and no linear head to probe with: set "
                 "head='linear'"
             )
-        if self.probe and self.kernel is not None:
-            raise ValueError(
-                f"method {self.name!r} has probe={self.probe} and kernel={self.kernel!r}: a teacher cannot "
-                "follow a student that is frozen for a while; set probe to 0, or kernel to None"
-            )
         if not 0 <= self.probe < 1:
             raise ValueError(f"probe must be a share of the steps in [0, 1), got {self.probe}")
         if self.anchors and self.head != "text":

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -65,6 +66,12 @@ def assert_equal(a, b):
     for key, value in b.items():
         equal = torch.equal(a[key], value.cpu()) if isinstance(value, torch.Tensor) else a[key] == value
         assert equal, key
+
+
+def shard_each(model):
+    for layer in model:
+        fully_shard(layer)
+    return fully_shard(model)
 
 
 def _wrapped(function):
@@ -228,6 +235,52 @@ def test_what_does_not_fit_is_an_error_on_every_rank_and_changes_nothing(folder)
         load(teacher, f"{folder}/damaged")
     assert_equal(teacher.state_dict(), before)
     load(teacher, f"{folder}/whole")  # and the ranks are still in step
+
+
+class Even(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+@on_ranks(1, 2)
+def test_what_was_frozen_there_and_trained_here_or_the_reverse_is_read(folder):
+    def build(frozen):
+        def factory():
+            torch.manual_seed(0)
+            model = Even().to(device())
+            model[0].requires_grad_(not frozen)
+            return shard_each(model)
+
+        student = factory()
+        return student, WMATeacher(student, "uniform", STEPS, module_factory=factory)
+
+    for frozen in (True, False):
+        student, teacher = build(frozen)
+        drive(student, teacher, 0, 1)
+        dcp.save({"teacher": teacher.state_dict()}, checkpoint_id=f"{folder}/{frozen}")
+        torch.distributed.barrier()
+        other, resumed = build(not frozen)
+        load(resumed, f"{folder}/{frozen}")
+        assert_equal(resumed.state_dict(), teacher.state_dict())
+        assert (resumed.module[0].weight is other[0].weight) == frozen
+
+
+@on_ranks(2)
+def test_a_checkpoint_of_format_1_is_read_and_one_of_a_later_version_named(folder):
+    student, teacher = build()
+    drive(student, teacher, 0, 3)
+    state = teacher.state_dict()
+    clock = dict(state["_extra_state"])
+    del clock["joined"], clock["skipped"]
+    for version, extra in ((1, {}), (99, {"phase": "of the moon"})):
+        written = {**state, "_extra_state": {**clock, **extra, "format": version}}
+        dcp.save({"teacher": written}, checkpoint_id=f"{folder}/{version}")
+    torch.distributed.barrier()
+    _, resumed = build()
+    load(resumed, f"{folder}/1")
+    assert_equal(resumed.state_dict(), state)
+    with pytest.raises(ValueError, match="has format 99, but this version reads formats 1 to 2"):
+        load(resumed, f"{folder}/99")
 
 
 class Killed(dcp.FileSystemWriter):

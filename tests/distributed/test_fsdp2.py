@@ -285,6 +285,35 @@ def test_frozen_parameters_are_shared_where_shards_are_even(folder):
     assert torch.equal(teacher(tokens()), student(tokens()))
 
 
+@on_ranks(1, 2)
+def test_unfrozen_parameters_are_averaged_from_the_value_that_they_had(folder):
+    def build():
+        torch.manual_seed(0)
+        model = Even().to(device())
+        model.layers.requires_grad_(False)
+        return shard(model)
+
+    student = build().eval()
+    teacher = WMATeacher(student, "uniform", module_factory=build)
+    before = teacher(tokens())
+    student.requires_grad_(True)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    starts = {name: p.full_tensor() for name, p in student.named_parameters()}
+    student(tokens()).sum().backward()
+    optimizer.step()
+    assert torch.equal(teacher(tokens()), before)
+    teacher.update()
+    assert teacher.roles.shared == ()
+    state = teacher.averaged_state_dict()
+    for name, parameter in student.named_parameters():
+        expected = (starts[name] + parameter.full_tensor()) / 2
+        torch.testing.assert_close(state[name].full_tensor(), expected)
+        assert not torch.equal(starts[name], expected), name
+    whole = Even().to(device())
+    whole.load_state_dict({k: getattr(v, "full_tensor", v.clone)() for k, v in state.items()})
+    torch.testing.assert_close(teacher(tokens()), whole.eval()(tokens()))
+
+
 @on_ranks(2, 4)
 def test_uneven_frozen_parameters_are_not_shared(folder):
     def build():

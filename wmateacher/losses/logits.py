@@ -2,6 +2,10 @@
 
 z_S and z_T are the student's and the teacher's logits of one shape `[..., C]`, and p = softmax(z) over the
 last dimension. Every loss is the mean over the leading dimensions.
+
+Entries that are masked, with logits of -inf on both sides, contribute 0 to every loss and get no gradient. If
+the teacher's logit alone is -inf, only `mse(space=logits)` is infinite. If the student's alone is -inf, where
+p_T is not 0, `kl`, `ce`, `dino` and `mse(space=logits)` are infinite.
 """
 
 from __future__ import annotations
@@ -104,7 +108,8 @@ class MSE(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Compute the loss of logits `[..., C]`, a 0-d tensor."""
         if self.space == "logits":
-            return F.mse_loss(student, teacher)
+            # The difference of equal logits is 0, also of infinite ones, whose subtraction gives NaN.
+            return (student - teacher).masked_fill(student == teacher, 0.0).square().mean()
         return F.mse_loss(student.softmax(-1), teacher.softmax(-1))
 
 
@@ -180,8 +185,11 @@ class DINO(nn.Module):
         teacher = teacher.to(working_dtype(teacher))
         if self.centering == "sinkhorn":
             return sinkhorn_knopp(teacher / self.teacher_temperature, self.gather_mode.logsumexp)
-        targets = ((teacher - self.center.to(teacher.dtype)) / self.teacher_temperature).softmax(-1)
+        center = self.center.to(teacher.dtype)
+        targets = ((teacher - center) / self.teacher_temperature).softmax(-1)
         if self.training:
-            batch_mean = self.gather_mode.mean(teacher.reshape(-1, self.dim))
+            # Masked entries have no value that could move the centre.
+            values = teacher.where(teacher != -torch.inf, center)
+            batch_mean = self.gather_mode.mean(values.reshape(-1, self.dim))
             self.center.lerp_(batch_mean.to(self.center.dtype), 1 - self.center_momentum)
         return targets

@@ -1,7 +1,9 @@
 """The numerics that several losses share: the working precision, and divergences written on log-softmax.
 
 Inputs have shape `[..., C]`, with a distribution over the last dimension. Divergences are averaged over the
-other dimensions.
+other dimensions. Where the teacher's probability is 0, the contribution is 0 whatever the student's is, also
+where both logits are -inf. Where the student's probability alone is exactly 0, the divergence is infinite. A
+row whose logits are all -inf is no distribution and gives NaN.
 """
 
 from __future__ import annotations
@@ -65,7 +67,9 @@ def first_tensor(value: Any) -> Tensor | None:
 
 def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
     """Compute -sum_c p_c log p_S for target probabilities p, averaged over the leading dimensions."""
-    return -(targets * student.log_softmax(-1)).sum(-1).mean()
+    # 0 times -inf would be NaN, and so would its gradient.
+    log_p = student.log_softmax(-1).masked_fill(targets == 0, 0.0)
+    return -(targets * log_p).sum(-1).mean()
 
 
 def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
@@ -92,8 +96,9 @@ def sinkhorn_knopp(
     over_rows = over_rows or (lambda rows: rows.logsumexp(0))
     # In the log domain, because exp(logits) overflows for a small temperature.
     flat = logits.reshape(-1, logits.shape[-1])
+    masked = flat == -torch.inf
     for _ in range(iterations):
-        flat = flat - over_rows(flat)
+        flat = (flat - over_rows(flat)).masked_fill(masked, -torch.inf)
         flat = flat.log_softmax(-1)
     return flat.exp().reshape(logits.shape)
 
@@ -101,8 +106,9 @@ def sinkhorn_knopp(
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Compute KL(p_T || p_S) = sum_c p_T (log p_T - log p_S), averaged over the leading dimensions."""
     log_p_teacher = teacher.log_softmax(-1)
-    log_ratio = log_p_teacher - student.log_softmax(-1)
-    return (log_p_teacher.exp() * log_ratio).sum(-1).mean()
+    p_teacher = log_p_teacher.exp()
+    log_ratio = (log_p_teacher - student.log_softmax(-1)).masked_fill(p_teacher == 0, 0.0)
+    return (p_teacher * log_ratio).sum(-1).mean()
 
 
 def diagonal_cross_entropy(logits: Tensor, first: int = 0) -> Tensor:

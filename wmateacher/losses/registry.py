@@ -12,6 +12,7 @@ import inspect
 import keyword
 import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, TypeVar, cast, overload
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from wmateacher import checks
 from wmateacher.losses.gathering import BatchLayout, Gather, GatherMode
-from wmateacher.losses.numerics import full_precision
+from wmateacher.losses.numerics import first_tensor, full_precision, working_dtype
 from wmateacher.spec import Call, parse_call, parse_sum
 
 __all__ = ["Criterion", "Family", "add_family", "available", "build", "register"]
@@ -221,7 +222,7 @@ class Criterion(nn.Module):
 
     Attributes:
         coefficients: The coefficient of each term by name, read at every call. A term with coefficient 0 is
-            still computed and reported.
+            not computed, except for the terms that `return_terms` reports, and never enters the total.
         terms: The loss of each term by name, as a module.
         family: The name of the losses' family; None if all of them take anything.
         gather_mode: The `GatherMode` that says which ranks' batches count as one.
@@ -307,7 +308,8 @@ class Criterion(nn.Module):
         Args:
             student: The student's output, of the kind that the family takes.
             teacher: The teacher's output, which receives no gradient.
-            return_terms: Whether to return the value of each term as well, for logging.
+            return_terms: Whether to return the value of each term as well, for logging. This computes terms
+                with coefficient 0 too, without gradient.
 
         Returns:
             The loss, a 0-d tensor with the student's gradient. With `return_terms`, a pair of the loss and
@@ -328,15 +330,18 @@ class Criterion(nn.Module):
                 inputs = _FAMILIES[self.family].inputs(student, teacher, self.gather_mode)
             *prepared, layout = inputs
             for name, term in self.terms.items():
-                value = term(*(prepared if name in self._with_family else (student, teacher)))
-                values[name] = _scalar(name, value)
-            if layout is not None:
+                counts = self.coefficients[name] != 0
+                if counts or return_terms:
+                    with nullcontext() if counts else torch.no_grad():
+                        value = term(*(prepared if name in self._with_family else (student, teacher)))
+                    values[name] = _scalar(name, value)
+            names = [name for name in values if name in self._with_family]
+            if layout is not None and names:
                 # One exchange for all terms: each is the mean over this rank's rows so far.
-                names = [name for name in values if name in self._with_family]
                 means = layout.mean(torch.stack([values[name] for name in names]))
                 values |= dict(zip(names, means, strict=True))
-            weighted = [self.coefficients[name] * value for name, value in values.items()]
-            total = torch.stack(weighted).sum()
+            weighted = [c * values[name] for name, c in self.coefficients.items() if c != 0]
+            total = torch.stack(weighted).sum() if weighted else _zero(student)
         if not return_terms:
             return total
         return total, {name: value.detach() for name, value in values.items()}
@@ -388,12 +393,13 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 def _coefficient(name: str, value: Any) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"the coefficient of {name!r} must be a number, got {value!r}")
-    if not math.isfinite(value) or value < 0:
+    number = checks.as_float(value)
+    if not 0 <= number < math.inf:
         raise ValueError(
             f"the coefficient of {name!r} must be finite and >= 0, got {value!r}; "
             "write for example 0.5*fd, or leave the term out"
         )
-    return float(value)
+    return number
 
 
 def _one_family(families: Mapping[str, Family | None]) -> Family | None:
@@ -408,6 +414,14 @@ def _one_family(families: Mapping[str, Family | None]) -> Family | None:
             "the losses"
         )
     return next(iter(found.values()), None)
+
+
+def _zero(student: Any) -> Tensor:
+    """Return 0 with a gradient of 0 for the student's first tensor, whatever its values are."""
+    tensor = first_tensor(student)
+    if tensor is None:
+        return torch.zeros(())
+    return tensor.flatten()[:0].sum().to(working_dtype(tensor))
 
 
 def _scalar(name: str, value: Any) -> Tensor:

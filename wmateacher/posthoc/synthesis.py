@@ -147,7 +147,7 @@ def synthesise(
             f"step must be between 0 and {latest} (total_steps={total_steps}, last snapshot at step "
             f"{clocks[last].step}), got {step}: pass step={latest}, or snapshots of later steps"
         )
-    target_clock.restore({"step": step, "snapshot": 0, "horizons": [(0, total_steps)]})
+    target_clock.restore({**target_clock.state(), "step": step})
 
     states = clocks[last].step + 1
     target = _padded(target_clock.trajectory_weights(), states)
