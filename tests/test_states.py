@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from wmateacher import WMATeacher, migration
+from wmateacher.posthoc import Recorder
 
 
 class Net(nn.Module):
@@ -147,3 +148,26 @@ def test_states_that_migration_cannot_read(state, message):
     with pytest.raises((ValueError, TypeError), match=message):
         migration.load(teacher, state, 3)
     assert_same(everything(teacher), before)
+
+
+def test_a_recorder_whose_second_state_does_not_fit_keeps_both(tmp_path):
+    def recorder(steps):
+        model = nn.Linear(2, 2)
+        made = Recorder(model, 10, folder=tmp_path / str(steps), every=20)
+        for _ in range(steps):
+            with torch.no_grad():
+                model.weight.add_(1)
+            made.update()
+        return made
+
+    one, state = recorder(2), recorder(5).state_dict()
+    before = [everything(teacher) for teacher in one.teachers]
+    spoilt = copy.deepcopy(state)
+    list(spoilt["teachers"].values())[1]["module.bias"] = torch.zeros(3)
+    for bad in (spoilt, {}, {"teachers": None}, [state]):
+        with pytest.raises(ValueError, match="has shape|was recorded with kernels none"):
+            one.load_state_dict(bad)
+        for teacher, own in zip(one.teachers, before, strict=True):
+            assert_same(everything(teacher), own)
+    one.load_state_dict(state)
+    assert one.step == 5

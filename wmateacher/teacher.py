@@ -61,7 +61,8 @@ class WMATeacher(nn.Module):
         """Build the teacher. Its average starts at the student's present weights.
 
         Args:
-            model: The student. DDP, DataParallel and torch.compile wrappers are unwrapped.
+            model: The student. DDP, DataParallel, torch.compile, activation checkpointing and Lightning Fabric
+                wrappers are unwrapped.
             kernel: The weighting of the student's states: a string, a `Kernel`, a frozen `scipy.stats`
                 distribution or a callable density; see `wmateacher.kernels`. The default, Beta(0.5, 0.5),
                 is TRACER's.
@@ -141,7 +142,7 @@ class WMATeacher(nn.Module):
 
     @property
     def student(self) -> nn.Module:
-        """The model that the teacher was built from, without DDP, DataParallel and torch.compile wrappers."""
+        """The model that the teacher was built from, without wrappers such as DDP and torch.compile."""
         return pairing.unwrap(self._student[0])
 
     @property
@@ -267,9 +268,9 @@ class WMATeacher(nn.Module):
         checkpoints of other libraries, see `wmateacher.migration`.
 
         Args:
-            average: The averaged weights, under the keys of the student's `state_dict`. Buffers that are
-                missing do not change. None keeps the present average and only sets the step count, for
-                example to make up for steps that were not counted.
+            average: The averaged weights, under the keys of the student's `state_dict`, with or without
+                those of wrappers. Buffers that are missing do not change. None keeps the present average and
+                only sets the step count, for example to make up for steps that were not counted.
             step: The number of optimizer steps that the average covers.
 
         Raises:
