@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from wmateacher import cli, files, kernels, posthoc, theory
+from wmateacher import WMATeacher, cli, files, kernels, posthoc, theory
 
 
 @pytest.fixture
@@ -202,3 +202,122 @@ def test_as_a_process(checkpoints, tmp_path):
     assert done.stderr == (
         f"wmateacher average: {checkpoints[0]} already exists: choose another name, or pass --force to replace it\n"
     )
+
+
+# --- what is read and written -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two checkpoints of runs, as the training loop of the integrations writes them, and the students in them."""
+    students = [nn.Linear(2, 2).state_dict() for _ in range(2)]
+    for i, student in enumerate(students):
+        teacher = WMATeacher(nn.Linear(2, 2), "uniform", 10)
+        content = {
+            "format": 3, "identity": {"kernel": "uniform"}, "random": torch.get_rng_state(),
+            "parts": {"student": student, "optimizer": {"state": {}, "param_groups": []}, "teacher": teacher.state_dict()},
+            "series": {"loss": torch.zeros(4, dtype=torch.float64)},
+        }  # fmt: skip
+        torch.save(content, tmp_path / f"run{i}.pt")
+    return sorted(tmp_path.glob("run*.pt")), students
+
+
+def test_the_student_of_a_run_is_merged(runs, tmp_path):
+    sources, students = runs
+    expected = posthoc.average_checkpoints(students)
+    for name, command in (("a.pt", ("average",)), ("b.pt", ("interpolate", "--alpha", 0.5))):
+        assert main(*command, *sources, "--output", tmp_path / name) == 0
+        made = files.load(tmp_path / name)
+        assert made.keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in made.items())
+
+
+def test_a_key_chooses_one_of_several_state_dicts(tmp_path, capsys):
+    for i in range(3):
+        torch.save(
+            {"model": {"student": {"w": torch.full((2,), float(i))}, "ema": {"w": torch.ones(2)}}},
+            tmp_path / f"{i}.pt",
+        )
+    sources = sorted(tmp_path.glob("*.pt"))
+    for command in (("average",), ("interpolate", "--alpha", 0.5), ("stock",)):
+        inputs = sources if command[0] == "stock" else sources[::2]
+        arguments = (*command, *inputs, "--output", tmp_path / f"{command[0]}.safetensors")
+        assert main(*arguments) == 2
+        message = f"'{sources[0]}' holds several state dicts, 'model.student', 'model.ema': pass one of them"
+        assert message in capsys.readouterr().err
+        assert main(*arguments, "--key", "model.studnt") == 2
+        assert "keys with a state dict: 'model.student', 'model.ema'" in capsys.readouterr().err
+        assert main(*arguments, "--key", "model.student") == 0
+        assert files.load(tmp_path / f"{command[0]}.safetensors")["w"].tolist() != [1.0, 0.0]
+
+
+def test_an_input_is_never_replaced(checkpoints, tmp_path, capsys, monkeypatch):
+    before = [file.read_bytes() for file in checkpoints]
+    link = tmp_path / "link.pt"
+    link.symlink_to(checkpoints[0])
+    monkeypatch.chdir(tmp_path)
+    for output in (checkpoints[0], link, checkpoints[0].name):
+        assert main("average", *checkpoints, "--output", output, "--force") == 2
+        assert f"--output {output} is one of the inputs" in capsys.readouterr().err
+    assert main("interpolate", *checkpoints[:2], "--alpha", 1, "--output", checkpoints[1], "--force") == 2
+    assert main("stock", *checkpoints, "--output", checkpoints[2], "--force") == 2
+    assert [file.read_bytes() for file in checkpoints] == before
+
+
+@pytest.mark.parametrize("command", ["average", "interpolate", "stock", "synthesise"])
+def test_a_bad_kernel_or_output_is_named_before_any_work(checkpoints, tmp_path, capsys, monkeypatch, command):
+    inputs = {
+        "average": checkpoints,
+        "interpolate": (*checkpoints[:2], "--alpha", 0.5),
+        "stock": checkpoints,
+        "synthesise": (tmp_path, "--kernel", "uniform"),
+    }[command]
+    if command in ("average", "synthesise"):
+        for spec in ("bata", "ema(7)", "beta(1"):
+            assert main(command, *inputs, "--kernel", spec, "--output", tmp_path / "out.pt") == 2
+            assert capsys.readouterr().err.startswith(f"wmateacher {command}: --kernel: ")
+    monkeypatch.setattr("wmateacher.posthoc.merging.combine", lambda *a: pytest.fail("worked"))
+    (tmp_path / "folder.pt").mkdir()
+    for output in ("out.npz", "out", "folder.pt"):
+        assert main(command, *inputs, "--output", tmp_path / output) == 2
+        assert "the output must be a file" in capsys.readouterr().err
+    assert main(command, *inputs, "--output", checkpoints[0] / "out.pt") == 2
+    assert "is not a folder that you may write to" in capsys.readouterr().err
+
+
+def test_pictures_are_of_a_known_format_and_checked_first(tmp_path, capsys):
+    for name in ("a.npz", "a", "a.jpg"):
+        assert main("kernel", "uniform", "--total-steps", 9, "--plot", tmp_path / name) == 2
+        out, error = capsys.readouterr()
+        assert (out, list(tmp_path.iterdir())) == ("", [])
+        assert "--plot must be a file that ends in .png, .pdf, .svg" in error
+    assert main("kernel", "uniform", "--total-steps", 9, "--plot", tmp_path / "new" / "a.svg") == 0
+    assert (tmp_path / "new" / "a.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("specs", [["uniform"], ["uniform", "beta(1,1)"], ["ema(0.9)", "static"]])
+@pytest.mark.parametrize("steps", [9, 99, 25030])
+def test_the_picture_has_labelled_ticks_and_equal_weights_are_flat(specs, steps):
+    figure = cli._figure([kernels.build(spec) for spec in specs], steps)
+    axes = figure.axes[0]
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert len(ticks) >= 2
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len({label for label in labels if label}) >= 2
+    for line in axes.lines:
+        weights = line.get_ydata()[line.get_ydata() > 0]
+        if "uniform" in specs:
+            heights = axes.transData.transform(np.stack([0 * weights, weights], axis=1))[:, 1]
+            assert np.ptp(heights) < 1
+        assert low < weights.min() or low == high * 1e-12
+        assert weights.max() < high
+
+
+def test_a_reader_that_stops_is_no_error():
+    """As `| head -0` does: the reading end of the pipe is closed before anything is written."""
+    command = [sys.executable, "-m", "wmateacher.cli", "kernel", "uniform", "--total-steps", "99"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -570,7 +570,6 @@ def test_state_dicts_inside_files(tmp_path):
     teacher = WMATeacher(nn.Linear(2, 2), "uniform")
     torch.save(teacher.state_dict(), tmp_path / "teacher.pt")
     assert "_extra_state" in load(tmp_path / "teacher.pt")
-    assert "_extra_state" in average_checkpoints([tmp_path / "teacher.pt"] * 2)
 
 
 # --- bad input ----------------------------------------------------------------------------------------
@@ -621,7 +620,7 @@ BAD = {
         torch.save({"a": {"w": torch.ones(1)}}, folder / "a.pt"),
         load(folder / "a.pt", key="b"),
     ),
-    "holds several state dicts, 'a', 'b': pass one of them, as load(file, key='a')": lambda folder: (
+    "holds several state dicts, 'a', 'b': pass one of them, as key='a' (on the command line, --key)": lambda folder: (
         torch.save({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, folder / "a.pt"),
         load(folder / "a.pt"),
     ),
@@ -655,13 +654,9 @@ BAD = {
     "a checkpoint must be a file that ends in .safetensors, .pt": lambda folder: load(folder / "a.npz"),
     "of a module, pass its state_dict()": lambda folder: interpolate(Net(), Net(), 0.5),
     "cannot read": lambda folder: ((folder / "a.pt").write_bytes(b"no"), load(folder / "a.pt")),
-    "it must be .safetensors, or tensors saved": lambda folder: (
+    "it is damaged, or neither .safetensors nor tensors saved by torch.save": lambda folder: (
         (folder / "a.safetensors").write_bytes(b"no"),
         load(folder / "a.safetensors"),
-    ),
-    "load it and save only its state dict": lambda folder: (
-        torch.save({"w": torch.ones(1)}, folder / "a.pt", _use_new_zipfile_serialization=False),
-        load(folder / "a.pt"),
     ),
     ".safetensors holds tensors only, and 'epoch' is not a tensor": lambda folder: save(
         {"epoch": 3}, folder / "a.safetensors"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from wmateacher import __version__, checks, kernels, posthoc, theory
+from wmateacher.files import write_atomically
 from wmateacher.kernels import Array, Kernel
 
 __all__ = ["main", "terminal_plot"]
@@ -23,6 +26,11 @@ def __dir__() -> list[str]:
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ASCII = " .:-=+*#@"
 _WIDTH, _HEIGHT = 64, 5
+_DECADES = 12
+"""The largest height of the picture; the weights of a short EMA fall without end."""
+_PICTURES = (".png", ".pdf", ".svg")
+_CLOSED_PIPE = 141
+"""The exit code that shells give a process which a closed pipe ends: 128 + SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,18 +40,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The arguments. Default: those of the process.
 
     Returns:
-        The exit code: 0, or 2 after an error, which is printed as one line on stderr.
+        The exit code: 0, or 2 after an error, which is printed as one line on stderr. If the reader of the
+            output has closed it, as `| head` does, it is 141 and nothing is printed.
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
-        _refuse_existing(arguments.output, arguments.force)
+        _check_output(arguments)
         arguments.run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Otherwise the interpreter reports the same error again when it flushes stdout at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _CLOSED_PIPE
     except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(f"wmateacher {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
+
+_READS = (
+    "A checkpoint is a .safetensors file, a file written by torch.save, a checkpoint of a run (its student), "
+    "or a model folder as save_pretrained writes it, also with shards. The names of DDP, torch.compile and "
+    "other wrappers do not matter."
+)
 
 # --- commands -----------------------------------------------------------------------------------------
 
@@ -51,18 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _kernel(arguments: argparse.Namespace) -> None:
     built = [kernels.build(spec) for spec in arguments.kernels]
     total = checks.positive_int("--total-steps", arguments.total_steps)
+    if arguments.output is not None:
+        with write_atomically(arguments.output) as stream:
+            picture = Path(arguments.output).suffix.removeprefix(".")
+            _figure(built, total).savefig(stream, dpi=150, format=picture)
     print(_table(built, total, arguments.distill_weight))
     for kernel in built:
         print(f"\n{kernel}\n{terminal_plot(kernel.profile(total))}")
     if arguments.output is not None:
-        _figure(built, total, arguments.output)
         print(f"\nwrote {arguments.output}")
 
 
 def _average(arguments: argparse.Namespace) -> None:
-    files, kernel = arguments.files, kernels.build(arguments.kernel)
+    files, kernel = arguments.files, _built(arguments.kernel)
     weights = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
-    posthoc.average_checkpoints(files, kernel, arguments.steps, arguments.total_steps, arguments.output)
+    posthoc.average_checkpoints(
+        files, kernel, arguments.steps, arguments.total_steps, arguments.output, key=arguments.key
+    )
     for file, weight in zip(files, weights, strict=True):
         print(f"{weight:9.6f}  {file}")
     print(f"wrote {arguments.output}: {len(files)} checkpoints, {kernel}")
@@ -71,7 +95,7 @@ def _average(arguments: argparse.Namespace) -> None:
 def _synthesise(arguments: argparse.Namespace) -> None:
     _, report = posthoc.synthesise(
         arguments.folder,
-        arguments.kernel,
+        _built(arguments.kernel),
         arguments.total_steps,
         step=arguments.step,
         ridge=arguments.ridge,
@@ -82,18 +106,37 @@ def _synthesise(arguments: argparse.Namespace) -> None:
 
 
 def _interpolate(arguments: argparse.Namespace) -> None:
-    posthoc.interpolate(arguments.start, arguments.end, arguments.alpha, output=arguments.output)
+    posthoc.interpolate(
+        arguments.start, arguments.end, arguments.alpha, output=arguments.output, key=arguments.key
+    )
     print(f"wrote {arguments.output}: {1 - arguments.alpha:g} start + {arguments.alpha:g} end")
 
 
 def _stock(arguments: argparse.Namespace) -> None:
-    posthoc.model_stock(arguments.pretrained, arguments.finetuned, output=arguments.output)
+    posthoc.model_stock(arguments.pretrained, arguments.finetuned, output=arguments.output, key=arguments.key)
     print(f"wrote {arguments.output}: Model Stock of {len(arguments.finetuned)} models")
 
 
-def _refuse_existing(file: str | None, force: bool) -> None:
-    if file is not None and Path(file).exists() and not force:
-        raise ValueError(f"{file} already exists: choose another name, or pass --force to replace it")
+def _built(spec: str) -> Kernel:
+    try:
+        return kernels.build(spec)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--kernel: {error}") from None
+
+
+def _check_output(arguments: argparse.Namespace) -> None:
+    """Check what can be known about the output before any work is done."""
+    if arguments.output is None:
+        return
+    output = Path(arguments.output)
+    if arguments.command == "kernel" and output.suffix not in _PICTURES:
+        raise ValueError(f"--plot must be a file that ends in {', '.join(_PICTURES)}, got {str(output)!r}")
+    # Of existing folders, an empty one may become a model folder, and that is checked later.
+    if output.exists() and not output.is_dir() and not arguments.force:
+        raise ValueError(f"{output} already exists: choose another name, or pass --force to replace it")
+    for file in arguments.inputs(arguments):
+        if output.exists() and Path(file).exists() and output.samefile(file):
+            raise ValueError(f"--output {output} is one of the inputs: choose another name")
 
 
 # --- arguments ----------------------------------------------------------------------------------------
@@ -143,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         _average,
         "average saved checkpoints",
         "Average checkpoints with any kernel. Each checkpoint represents the optimizer steps nearest to it. "
-        "Integer tensors are taken from the last one.",
+        f"Integer tensors are taken from the last one. {_READS}",
         "wmateacher average step-*.safetensors --kernel 'beta(0.5,0.5)' --output average.safetensors",
     )
     average.add_argument("files", nargs="+", metavar="FILE", help="checkpoints, in the order of training")
@@ -158,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument(
         "--total-steps", type=int, metavar="T", help="horizon of the kernel (default: the last of --steps)"
     )
-    _add_output(average)
+    _add_merge(average, lambda a: a.files)
 
     synthesise = _command(
         commands,
@@ -188,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "interpolate",
         _interpolate,
         "interpolate two checkpoints (WiSE-FT)",
-        "Write (1 - A) * START + A * END, computed for each tensor.",
+        f"Write (1 - A) * START + A * END, computed for each tensor. {_READS}",
         "wmateacher interpolate zeroshot.pt finetuned.pt --alpha 0.5 --output wise.pt",
     )
     interpolate.add_argument("start", metavar="START", help="the pretrained checkpoint")
@@ -196,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     interpolate.add_argument(
         "--alpha", type=float, required=True, metavar="A", help="share of END, in [0, 1]"
     )
-    _add_output(interpolate)
+    _add_merge(interpolate, lambda a: [a.start, a.end])
 
     stock = _command(
         commands,
@@ -204,12 +247,12 @@ def _parser() -> argparse.ArgumentParser:
         _stock,
         "merge fine-tuned checkpoints (Model Stock)",
         "Move each tensor from the pretrained weights towards the mean of two or more fine-tuned models, by "
-        "a ratio that depends on the angle between them (Jang et al. 2024).",
+        f"a ratio that depends on the angle between them (Jang et al. 2024). {_READS}",
         "wmateacher stock zeroshot.pt seed0.pt seed1.pt --output stock.pt",
     )
     stock.add_argument("pretrained", metavar="PRETRAINED", help="the pretrained checkpoint")
     stock.add_argument("finetuned", nargs="+", metavar="FINETUNED", help="two or more fine-tuned checkpoints")
-    _add_output(stock)
+    _add_merge(stock, lambda a: [a.pretrained, *a.finetuned])
     return parser
 
 
@@ -228,7 +271,7 @@ def _command(
         epilog=f"example: {example}",
         formatter_class=_formatter,
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, inputs=lambda arguments: [])
     return command
 
 
@@ -236,8 +279,22 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, max_help_position=28)
 
 
-def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", required=True, metavar="OUT", help="file to write (.safetensors or .pt)")
+def _add_merge(
+    command: argparse.ArgumentParser, inputs: Callable[[argparse.Namespace], Sequence[str]]
+) -> None:
+    command.add_argument(
+        "--key",
+        metavar="NAME",
+        help="entry of each file that is the state dict, as model or model.student (default: the only one)",
+    )
+    command.set_defaults(inputs=inputs)
+    _add_output(command, ", or a folder if the last checkpoint is one")
+
+
+def _add_output(command: argparse.ArgumentParser, more: str = "") -> None:
+    command.add_argument(
+        "--output", required=True, metavar="OUT", help=f"file to write (.safetensors or .pt){more}"
+    )
     _add_force(command)
 
 
@@ -300,18 +357,26 @@ def _prints(text: str) -> bool:
     return True
 
 
-def _figure(built: Sequence[Kernel], total_steps: int, file: str) -> None:
+def _figure(built: Sequence[Kernel], total_steps: int) -> Any:
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError:
         raise ImportError("--plot needs the package matplotlib: pip install matplotlib") from None
     figure = figures.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    for kernel in built:
-        axes.plot(np.arange(total_steps + 1), kernel.profile(total_steps), label=str(kernel))
+    profiles = [kernel.profile(total_steps) for kernel in built]
+    for kernel, profile in zip(built, profiles, strict=True):
+        axes.plot(np.arange(total_steps + 1), profile, label=str(kernel))
+    # Whole decades, so that ticks have labels and rounding errors of equal weights do not fill the picture.
+    decades = np.log10(
+        [weight for profile in profiles for weight in (profile[profile > 0].min(), profile.max())]
+    )
+    highest = np.ceil(decades.max() + 0.05)
+    lowest = max(np.floor(decades.min() - 0.05), highest - _DECADES)
     axes.set(xlabel="optimizer step", ylabel="weight in the final average", yscale="log")
+    axes.set_ylim(10**lowest, 10**highest)
     axes.legend()
-    figure.savefig(file, dpi=150)
+    return figure
 
 
 if __name__ == "__main__":

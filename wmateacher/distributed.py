@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from wmateacher import pairing, sharding
+from wmateacher import naming, pairing, sharding
 from wmateacher.collectives import world_size
 
 __all__ = ["check_ranks_agree", "load"]
@@ -137,6 +137,10 @@ def load(
         read({"_extra_state": first})
         shared = first["shared"]
     own = _template(teacher, shared)
+    # The state may have been saved under the names of other wrappers.
+    theirs = {n.removeprefix(f"{key}.") for n in written if n.startswith(f"{key}.")}
+    saved = {name: path for path, name in naming.resolve(theirs, own).items()}
+    own = {saved.get(name, name): tensor for name, tensor in own.items()}
     _check_names(key, written, {f"{key}.{n}": t for n, t in own.items()}, fields)
     state: dict[str, Any] = {name: torch.empty_like(tensor) for name, tensor in own.items()}
     state["_extra_state"] = clock

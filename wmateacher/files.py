@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import os
-import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from wmateacher import contents
 
 __all__ = [
     "Checkpoint",
@@ -66,8 +68,8 @@ def load(file: File, key: str | None = None) -> dict[str, Any]:
     Args:
         file: A `.safetensors` file, or a `.pt`, `.pth`, `.bin` or `.ckpt` file written by `torch.save`. The
             latter is memory-mapped, and its tensors are read when they are used.
-        key: The entry of the file that is the state dict. Default: the file itself, or its only entry that
-            holds tensors, such as `"state_dict"`.
+        key: The entry of the file that is the state dict, with dots between the keys of nested ones. Default:
+            a teacher's state if the file is one, the student of a run's checkpoint, or the only state dict.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -76,9 +78,11 @@ def load(file: File, key: str | None = None) -> dict[str, Any]:
     """
     path = _existing(file)
     if path.suffix == ".safetensors":
-        with open_checkpoint(path) as opened:
+        with open_checkpoint(path, key) as opened:
             return {name: opened.read(name) for name in opened.specs}
-    return dict(_state_in(_read(path), path, key))
+    content = _read(path)
+    own = isinstance(content, Mapping) and "_extra_state" in content
+    return dict(contents.find(content, repr(str(path)), "." if key is None and own else key))
 
 
 def read_metadata(file: File) -> Any:
@@ -134,27 +138,37 @@ class OpenCheckpoint:
 
 
 @contextmanager
-def open_checkpoint(source: Checkpoint) -> Iterator[OpenCheckpoint]:
-    """Open a state dict or a file to read it in parts."""
+def open_checkpoint(source: Checkpoint, key: str | None = None) -> Iterator[OpenCheckpoint]:
+    """Open a state dict or a file to read it in parts.
+
+    Args:
+        source: The state dict or file.
+        key: The entry that is the state dict, as for `contents.find`.
+    """
     if isinstance(source, Mapping):
-        yield _in_memory(source)
+        yield _in_memory(contents.find(source, "the state dict", key))
         return
     path = _existing(source)
     if path.suffix != ".safetensors":
-        yield _in_memory(_state_in(_read(path), path))
+        yield _in_memory(contents.find(_read(path), repr(str(path)), key))
         return
     with _open_safetensors(path) as file:
+        prefix = "" if key in (None, ".") else f"{key}."
 
         def read(name: str, first: int | None, end: int | None) -> Tensor:
             if specs[name].shape and first is not None:
-                return file.get_slice(name)[first:end]
-            return file.get_tensor(name)
+                return file.get_slice(prefix + name)[first:end]
+            return file.get_tensor(prefix + name)
 
         specs = {}
         for name in file.keys():  # noqa: SIM118 (not a mapping)
-            part = file.get_slice(name)
-            dtype = _SAFETENSORS_DTYPES.get(str(part.get_dtype()))
-            specs[name] = TensorSpec(tuple(part.get_shape()), dtype or file.get_tensor(name).dtype)
+            if name.startswith(prefix):
+                part = file.get_slice(name)
+                dtype = _SAFETENSORS_DTYPES.get(str(part.get_dtype()))
+                spec = TensorSpec(tuple(part.get_shape()), dtype or file.get_tensor(name).dtype)
+                specs[name.removeprefix(prefix)] = spec
+        if not specs:
+            raise ValueError(f"{str(path)!r} holds no tensors" + (f" under {key!r}" if prefix else ""))
         yield OpenCheckpoint(specs, {}, read)
 
 
@@ -169,6 +183,7 @@ def _in_memory(state: Mapping[str, Any]) -> OpenCheckpoint:
 
 def _open_safetensors(path: Path) -> Any:
     library = require_safetensors(f"{path.name!r}")
+    _refuse_stand_in(path)
     try:
         return library.safe_open(str(path), framework="pt")
     except library.SafetensorError as error:
@@ -211,44 +226,48 @@ def _endings() -> str:
 
 def _read(path: Path) -> Any:
     """Map a file that `torch.save` wrote, without running code in it."""
+    # Only the zip format can be mapped; before torch 1.6 there was another one.
+    mapped = _refuse_stand_in(path).startswith(b"PK")
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises many kinds, depending on which byte is wrong
         raise _unreadable(path, error) from None
 
 
+def _refuse_stand_in(path: Path) -> bytes:
+    """Return the first bytes of a file, after checking that it is not one that stands for another."""
+    with path.open("rb") as stream:
+        head = stream.read(256)
+    for condition, what in (
+        (not head, "it is empty: write or download it again"),
+        (
+            head.startswith(b"version https://git-lfs"),
+            "it is a Git LFS pointer: fetch the file with `git lfs pull`",
+        ),
+        (
+            head.lstrip().lower().startswith((b"<!doctype", b"<html")),
+            "it is a web page: download the file itself",
+        ),
+    ):
+        if condition:
+            raise ValueError(f"cannot read {str(path)!r}: {what}")
+    return head
+
+
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    why = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-    return ValueError(
-        f"cannot read {str(path)!r} ({why}): it must be .safetensors, or tensors saved by torch.save in its "
-        "zip format; if the file holds other objects, load it and save only its state dict"
-    )
-
-
-def _state_in(content: Any, path: Path, key: str | None = None) -> Mapping[str, Any]:
-    """Find the state dict in the content of a file."""
-    inner = [k for k, v in content.items() if _holds_tensors(v)] if isinstance(content, Mapping) else []
-    if key is not None:
-        if key not in inner:
-            raise ValueError(
-                f"{str(path)!r} has no state dict under {key!r}; keys with a state dict: "
-                f"{', '.join(map(repr, inner)) or 'none'}"
-            )
-        return content[key]
-    if len(inner) > 1:
-        raise ValueError(
-            f"{str(path)!r} holds several state dicts, {', '.join(map(repr, inner))}: pass one of them, as "
-            f"load(file, key={inner[0]!r})"
+    needed = re.search(r"GLOBAL (\S+)", str(error))
+    if needed:
+        return ValueError(
+            f"cannot read {str(path)!r}: it holds objects of {needed[1]}, and reading them would run code; "
+            "load it where it comes from, and save only the model's state_dict()"
         )
-    if inner:
-        return content[inner[0]]
-    if not _holds_tensors(content):
-        raise ValueError(f"{str(path)!r} holds no state dict: no tensors by name")
-    return content
-
-
-def _holds_tensors(content: Any) -> bool:
-    return isinstance(content, Mapping) and any(isinstance(v, Tensor) for v in content.values())
+    why = (str(error).splitlines() or [""])[0].split(". ")[0] or type(error).__name__
+    return ValueError(
+        f"cannot read {str(path)!r} ({why}): it is damaged, or neither .safetensors nor tensors saved by "
+        "torch.save; if it holds other objects, load it and save only its state dict"
+    )
 
 
 # --- writing ------------------------------------------------------------------------------------------

@@ -110,7 +110,8 @@ def describe(state: Mapping[str, Any]) -> Description:
         state: The state or checkpoint of another library, as for `load`.
 
     Raises:
-        ValueError: If the state belongs to none of the libraries that `load` knows.
+        ValueError: If the state belongs to none of the libraries that `load` knows, or is incomplete.
+        TypeError: If the state is not a mapping.
     """
     return _recognise(state)[0]
 
@@ -151,7 +152,12 @@ def load(teacher: WMATeacher, state: Mapping[str, Any], step: int | None = None)
             f"the state of {found.source} does not say how many steps it has averaged: pass step=..., the "
             "number of optimizer steps in the run so far"
         )
-    teacher.load_average(weights(teacher.student), step)
+    average = weights(teacher.student)
+    if not isinstance(average, Mapping):  # None would keep the teacher's own average
+        raise ValueError(
+            f"the state of {found.source} has no weights: a {type(average).__name__} is in their place"
+        )
+    teacher.load_average(average, step)
     return found
 
 
@@ -160,9 +166,22 @@ _Weights = Callable[[nn.Module], Mapping[str, Tensor]]
 
 
 def _recognise(state: Mapping[str, Any]) -> tuple[Description, _Weights]:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state must be a state dict, got {type(state).__name__}: pass what torch.load returns"
+        )
+    clock = state.get("_extra_state")
+    if isinstance(clock, Mapping) and "omega" in clock:
+        raise ValueError("this is a WMATeacher's own state: read it with teacher.load_state_dict")
     for source, (keys, reader) in _READERS.items():
         if keys <= state.keys():
-            step, kernel, weights = reader(state)
+            try:
+                step, kernel, weights = reader(state)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"the state of {source} is incomplete or damaged ({type(error).__name__}: {error}): pass "
+                    "all that its state_dict() returned"
+                ) from error
             return Description(source, step, kernel), weights
     if state and all(isinstance(value, Tensor) for value in state.values()):
         return Description("timm", None, None), lambda model: state
@@ -219,6 +238,10 @@ def _in_order(source: str, state: Mapping[str, Any], model: nn.Module) -> dict[s
     if source == "torch-ema" and len(shadows) < len(named):  # older versions leave out frozen parameters
         named = {name: p for name, p in named.items() if p.requires_grad}
     for (name, own), shadow in zip(named.items(), shadows, strict=False):
+        if not isinstance(shadow, Tensor):
+            raise ValueError(
+                f"the state of {source} is damaged: a {type(shadow).__name__} is among its weights"
+            )
         if own.shape != shadow.shape:
             raise ValueError(
                 f"the state of {source} is of another architecture: its weights have no names, and the one "

@@ -1,6 +1,6 @@
 """Pairing of student and teacher tensors by canonical name, never by order.
 
-Names do not include what DDP, DataParallel and torch.compile wrappers add, and tied tensors count once.
+Names do not include what wrappers add (`wmateacher.naming`), and tied tensors count once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import checks, sharding
+from wmateacher import checks, naming, sharding
+from wmateacher.naming import unwrap
 
 __all__ = [
     "BUFFERS",
@@ -30,7 +31,6 @@ __all__ = [
     "accumulator_dtype",
     "assign",
     "at_least_float32",
-    "canonical_name",
     "check_precision",
     "clone",
     "computed",
@@ -55,9 +55,6 @@ BUFFERS: tuple[Buffers, ...] = ("copy", "average", "keep")
 FROZEN: tuple[Frozen, ...] = ("share", "copy")
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-
-# Name components that wrappers inside a model add.
-_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True)
@@ -108,17 +105,6 @@ class Roles:
             kept=others(self.kept),
             shared=(*self.shared, *names),
         )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module inside DDP, DataParallel and torch.compile wrappers, in any nesting."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
 
 
 class Binding:
@@ -182,7 +168,8 @@ class Binding:
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of an unwrapped module by canonical name; tied ones once."""
-    return dict(_named(model.named_parameters()) | _named(model.named_buffers()))
+    parameters, buffers = _named(model)
+    return parameters | buffers
 
 
 def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Sequence[str] = ()) -> Roles:
@@ -194,7 +181,7 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     """
     checks.one_of("buffers policy", buffers, BUFFERS)
     checks.one_of("frozen policy", frozen, FROZEN)
-    parameters, others = _named(model.named_parameters()), _named(model.named_buffers())
+    parameters, others = _named(model)
     for name, tensor in (parameters | others).items():
         if is_lazy(tensor):
             raise ValueError(
@@ -211,7 +198,7 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     once_unfrozen, excluded = excluded & shared, excluded - shared
     # The average of a buffer that is not saved could not be resumed.
     continuous = {n for n, t in (parameters | others).items() if _is_continuous(t)}
-    persistent = set(map(canonical_name, _persistent(model)))
+    persistent = set(naming.canonical(model, _persistent(model)).values())
     candidates = set(parameters) | (persistent if buffers == "average" else set())
     averaged = (candidates & continuous) - shared - excluded
     kept = set(others) - excluded if buffers == "keep" else set()
@@ -325,13 +312,14 @@ def hidden(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
 
 
 def state_names(model: nn.Module) -> dict[str, str]:
-    """Return the keys of a module's `state_dict` that hold its tensors, with the tensors' canonical names."""
+    """Return the canonical names of a module's tensors by the canonical keys of its state."""
     names = {id(tensor): name for name, tensor in tensors(model).items()}
     # A tied tensor has one canonical name but a key for every place that uses it.
     persistent = _persistent(model)
     parameters = list(model.named_parameters(remove_duplicate=False))
     buffers = [(p, b) for p, b in model.named_buffers(remove_duplicate=False) if p in persistent]
-    return {path: names[id(tensor)] for path, tensor in [*parameters, *buffers]}
+    keys = naming.canonical(model, [path for path, _ in [*parameters, *buffers]])
+    return {keys[path]: names[id(tensor)] for path, tensor in [*parameters, *buffers]}
 
 
 def clone(tensor: Tensor, device: torch.device | None) -> Tensor:
@@ -354,13 +342,11 @@ def computed(model: nn.Module) -> dict[int, Tensor]:
     }
 
 
-def canonical_name(path: str) -> str:
-    """Return a tensor's name without what torch.compile and activation checkpointing add to it."""
-    return ".".join(part for part in path.split(".") if part not in _TRANSPARENT)
-
-
-def _named(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    return {canonical_name(path): tensor for path, tensor in named}
+def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters and the buffers of a module by canonical name; tied ones once."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    names = naming.canonical(model, [*parameters, *buffers])
+    return {names[p]: t for p, t in parameters.items()}, {names[p]: t for p, t in buffers.items()}
 
 
 def _persistent(model: nn.Module) -> set[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, buffers, pairing, sharding
+from wmateacher import averaging, buffers, naming, pairing, sharding
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
@@ -551,7 +551,7 @@ class Shadow:
         return sorted(n for n in now.keys() | self._built if now.get(n) != self._built.get(n))
 
     def complete_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-        """Put the averages in a state at full precision and take out what belongs to the student.
+        """Put the averages in a state at full precision under canonical keys, without the student's tensors.
 
         Args:
             module: The averaged module as the teacher registers it, possibly wrapped by torch.compile.
@@ -559,16 +559,19 @@ class Shadow:
             prefix: The prefix of the module's keys in it.
         """
         own, full = Binding(self.module), {}
-        for path, name in pairing.state_names(module).items():
+        keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
+        written = {key: state.pop(prefix + path) for path, key in naming.canonical(module, keys).items()}
+        for key, name in pairing.state_names(module).items():
             if name in self.roles.shared:
-                state.pop(prefix + path, None)
+                written.pop(key, None)
             elif name in self.roles.averaged:
                 if name not in full:  # tied keys get one tensor
                     value = self._average(own, name).read()
                     if value.untyped_storage().nbytes() > value.nbytes:
                         value = value.clone()  # a part of a buffer would be saved and copied with all of it
                     full[name] = sharding.spread(value, own.tensors[name])
-                state[prefix + path] = full[name]
+                written[key] = full[name]
+        state.update({prefix + key: value for key, value in written.items()})
 
     def load_state(
         self,
@@ -596,46 +599,55 @@ class Shadow:
         Raises:
             ValueError: If the state is of another architecture or is sharded differently.
         """
-        own = self.bind()
-        names = {f"{prefix}module.{path}": n for path, n in pairing.state_names(module).items()}
+        own, home = self.bind(), f"{prefix}module."
+        names = pairing.state_names(module)
+        modules = buffers.modules(self.module)
+        places = [n for n in changed if n.rpartition(".")[0] in modules and n not in self.roles.averaged]
+        known = {
+            **names,
+            **dict.fromkeys(naming.canonical(module, module.state_dict()).values()),
+            **dict.fromkeys(places),
+        }
+        given = {k.removeprefix(home): k for k in state if k.startswith(home)}
+        pairs = naming.resolve(given, known)
+        found = {key: state[given[k]] for k, key in pairs.items()}
         if shared is None:
-            shared = {n for k, n in names.items() if n in self.roles.shared and k not in state}
+            shared = {n for k, n in names.items() if n in self.roles.shared and k not in found}
         elif not self._shares:
             shared = ()  # they are missing, then
-        known = {f"{prefix}_extra_state", *module.state_dict(prefix=f"{prefix}module."), *names}
         held = {k: n for k, n in names.items() if n not in shared}
-        modules = {pairing.canonical_name(path) for path, _ in self.module.named_modules()}
-        places = {
-            f"{prefix}module.{name}": name
-            for name in changed
-            if name.rpartition(".")[0] in modules and name not in self.roles.averaged
-        }
-        known |= places.keys()
         fixed = {k: n for k, n in held.items() if k not in places}
-        _refuse_difference(
+        ours = {given[k] for k, key in pairs.items() if names.get(key) not in shared}
+        _check_values(
             "the state was written for another architecture",
-            missing=[k for k in fixed if k not in state],
-            unexpected=[
-                k for k in state if k.startswith(prefix) and (k not in known or names.get(k) in shared)
+            missing=[
+                home + k for k in known if k not in found and k not in places and names.get(k) not in shared
             ],
-            shapes=[(k, state[k], own.tensors[n]) for k, n in fixed.items() if k in state],
+            unexpected=[
+                k for k in state if k.startswith(prefix) and k not in {*ours, f"{prefix}_extra_state"}
+            ],
+            pairs=[
+                *((home + k, found[k], own.tensors[n]) for k, n in fixed.items() if k in found),
+                *((home + k, found[k], found[k]) for k in places if k in found),
+            ],
         )
-        for key, name in fixed.items():
-            _check_kind(key, state[key], own.tensors[name])
         # What is frozen here and was trained there, or the reverse, takes the role that it had there.
         self.take_up([n for n in self.roles.shared if n in held.values()], 0)
         self.release(student, [n for n in self.roles.owned if n in shared])
         self.unfrozen = dict(unfrozen)
-        for key, name in places.items():
-            if key in state or key in names:  # the others are not saved
-                buffers.resize(self.module, name, state.get(key))
+        for name in places:
+            if name in found or name in names:  # the others are not saved
+                buffers.resize(self.module, name, found.get(name))
         own = self.bind()
-        names = {f"{prefix}module.{path}": n for path, n in pairing.state_names(module).items()}
-        values = {name: state[key] for key, name in names.items() if name not in shared}
-        for key, name in names.items():
-            # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
-            # tensors stay tied and every tensor keeps its dtype.
-            state[key] = own.tensors[name]
+        names = pairing.state_names(module)
+        values = {name: found[key] for key, name in names.items() if name not in shared}
+        # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
+        # tensors stay tied and every tensor keeps its dtype.
+        for key in given.values():
+            del state[key]
+        for key in {**found, **names}:
+            value = own.tensors[names[key]] if key in names else found[key]
+            state.update({home + path: value for path in naming.load_keys(module, key)})
         self.write(values)
 
     def match_average(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -646,18 +658,23 @@ class Shadow:
 
         Raises:
             ValueError: If a weight is missing, unknown or of another shape.
+            TypeError: If `average` is not a mapping.
         """
+        if not isinstance(average, Mapping):
+            raise TypeError(f"average must be a state dict, got {type(average).__name__}")
         own = self.bind()
-        names = {p: n for p, n in pairing.state_names(self.module).items() if n not in self.roles.shared}
-        needed = {p for p, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
-        known = self.module.state_dict().keys()
-        _refuse_difference(
+        names = {k: n for k, n in pairing.state_names(self.module).items() if n not in self.roles.shared}
+        known = {*names, *naming.canonical(self.module, self.module.state_dict()).values()}
+        keys = naming.resolve(average, known)
+        found = {name: average[key] for key, name in keys.items() if name in names}
+        needed = {k for k, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
+        _check_values(
             "average is of another architecture",
-            missing=sorted(needed - average.keys()),
-            unexpected=[k for k in average if k not in known],
-            shapes=[(p, average[p], own.tensors[n]) for p, n in names.items() if p in average],
+            missing=sorted(needed - found.keys()),
+            unexpected=[k for k in average if k not in keys],
+            pairs=[(k, value, own.tensors[names[k]]) for k, value in found.items()],
         )
-        return {name: average[path] for path, name in names.items() if path in average}
+        return {names[k]: value for k, value in found.items()}
 
 
 # --- frozen tensors -----------------------------------------------------------------------------------
@@ -684,31 +701,37 @@ def _decides_on_device(averages: Sequence[Average], copied: Sequence[Tensor]) ->
     return plain and any(average.held.device.type != "cpu" for average in averages)
 
 
-def _refuse_difference(
+def _check_values(
     what: str,
     missing: Sequence[str],
     unexpected: Sequence[str],
-    shapes: Sequence[tuple[str, Tensor, Tensor]],
+    pairs: Sequence[tuple[str, Any, Tensor]],
 ) -> None:
-    """Raise a ValueError that names what differs between given tensors and the module's own."""
+    """Raise a ValueError that names what differs between given values and the module's own tensors."""
     if missing or unexpected:
         raise ValueError(f"{what}: {pairing.describe_difference(missing, unexpected)}")
-    for key, given, own in shapes:
+    for key, given, own in pairs:
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{what}: {key!r} is a {type(given).__name__} there and a tensor here")
         if given.shape != own.shape:
             raise ValueError(
                 f"{what}: {key!r} has shape {tuple(given.shape)} there and {tuple(own.shape)} here"
             )
+        if _kind(given) != _kind(own):
+            raise ValueError(f"{what}: {key!r} is {given.dtype} there and {own.dtype} here")
+        if given.is_meta:
+            raise ValueError(f"{key!r} is on the meta device and has no values: load the state to the CPU")
+        if not sharding.alike(given, own):
+            raise ValueError(
+                f"in the state {key!r} is {sharding.describe(given)}, the teacher's is "
+                f"{sharding.describe(own)}: read it with torch.distributed.checkpoint, which fits a saved "
+                "state to any sharding"
+            )
 
 
-def _check_kind(key: str, given: Tensor, own: Tensor) -> None:
-    if given.is_complex() != own.is_complex():
-        raise ValueError(f"the state was written for another architecture: {key!r} is {given.dtype}")
-    if not sharding.alike(given, own):
-        raise ValueError(
-            f"in the state {key!r} is {sharding.describe(given)}, the teacher's is "
-            f"{sharding.describe(own)}: read it with torch.distributed.checkpoint, which fits a saved "
-            "state to any sharding"
-        )
+def _kind(tensor: Tensor) -> tuple[bool, ...]:
+    """Return whether a tensor is floating point, complex or boolean."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def __dir__() -> list[str]:

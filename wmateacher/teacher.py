@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wmateacher import buffers as changing
-from wmateacher import checks, kernels, pairing, sharding, swapping, unfreezing
+from wmateacher import checks, kernels, naming, pairing, sharding, swapping, unfreezing
 from wmateacher.attachment import Attachment
 from wmateacher.finiteness import NONFINITE, Nonfinite, Verdict
 from wmateacher.kernels import Array, Kernel, KernelLike
@@ -64,7 +64,8 @@ class WMATeacher(nn.Module):
         """Build the teacher. Its average starts at the student's present weights.
 
         Args:
-            model: The student. DDP, DataParallel and torch.compile wrappers are unwrapped.
+            model: The student. Wrappers of DDP, DataParallel, torch.compile, activation checkpointing and
+                Lightning Fabric are unwrapped.
             kernel: The weighting of the student's states: a string, a `Kernel`, a frozen `scipy.stats`
                 distribution or a callable density; see `wmateacher.kernels`. The default, Beta(0.5, 0.5),
                 is TRACER's.
@@ -175,7 +176,7 @@ class WMATeacher(nn.Module):
 
     @property
     def student(self) -> nn.Module:
-        """The model that the teacher was built from, without DDP, DataParallel and torch.compile wrappers."""
+        """The model that the teacher was built from, without wrappers such as DDP and torch.compile."""
         return pairing.unwrap(self._student[0])
 
     @property
@@ -337,9 +338,9 @@ class WMATeacher(nn.Module):
         checkpoints of other libraries, see `wmateacher.migration`.
 
         Args:
-            average: The averaged weights, under the keys of the student's `state_dict`. Buffers that are
-                missing do not change. None keeps the present average and only sets the step count, for
-                example to make up for steps that were not counted.
+            average: The averaged weights, under the keys of the student's `state_dict`, with or without
+                those of wrappers. Buffers that are missing do not change. None keeps the present average and
+                only sets the step count, for example to make up for steps that were not counted.
             step: The number of optimizer steps that the average covers.
 
         Raises:
@@ -443,7 +444,8 @@ class WMATeacher(nn.Module):
                 False, sharded tensors stay DTensors.
         """
         self._report_nonfinite()
-        state = self._shadow.averaged_state(dtype)
+        names = naming.canonical(self.module, state := self._shadow.averaged_state(dtype))
+        state = {naming.saved_key(self.student, name): state[key] for key, name in names.items()}
         return sharding.consolidate(state) if full else state
 
     # --- state --------------------------------------------------------------------------------------
@@ -507,11 +509,17 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     """Check the whole state before any of it is written, then load the averages."""
     assert isinstance(teacher, WMATeacher)
     teacher._refuse_swapped("load_state_dict() of the teacher")
+    if f"{prefix}_orig_mod._extra_state" in state:  # the teacher that was saved had been compiled as a whole
+        for key in [k for k in state if k.startswith(f"{prefix}_orig_mod.")]:
+            state[prefix + key.removeprefix(f"{prefix}_orig_mod.")] = state.pop(key)
     clock = state.get(f"{prefix}_extra_state")
     if not isinstance(clock, Mapping) or "format" not in clock:
+        others = [str(k).removesuffix("_extra_state") for k, v in state.items() if _is_clock(v)]
         raise ValueError(
-            f"there is no teacher state under the prefix {prefix!r}: it holds no clock. To start an average "
-            "from plain weights, load them into the student and build the teacher from it"
+            f"there is no teacher state under the prefix {prefix!r}: it holds no clock. "
+            + (f"There is one under {others[0]!r}: load the entries below it. " if others else "")
+            + "To start an average from plain weights, load them into the student and build the teacher from "
+            "it; to continue the average of another library, use wmateacher.migration.load"
         )
     if clock["format"] not in _READ_FORMATS:
         raise ValueError(
@@ -531,6 +539,10 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
         dict(clock.get("unfrozen", ())),
         clock.get("changed_buffers", ()),
     )
+
+
+def _is_clock(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"format", "omega", "kernel"} <= value.keys()
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,6 @@ Sums are float64. Besides the result in CPU memory, this takes about a third of 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor
 
 from wmateacher import pairing
-from wmateacher.files import Checkpoint, TensorSpec, open_checkpoint
+from wmateacher.files import TensorSpec
 from wmateacher.kernels import Array
+from wmateacher.posthoc.sources import Source
 
-__all__ = ["combine", "label", "matched", "parts", "pieces", "refuse_nonfinite", "wide"]
+__all__ = ["combine", "matched", "parts", "pieces", "refuse_nonfinite", "wide"]
 
 
 def __dir__() -> list[str]:
@@ -37,7 +37,7 @@ _Rows = tuple[str, int, int]
 
 @torch.no_grad()
 def combine(
-    sources: Sequence[Checkpoint],
+    sources: Sequence[Source],
     coefficients: Callable[[str], Sequence[float] | Array],
     *,
     last: int = -1,
@@ -46,7 +46,7 @@ def combine(
     """Return `sum_i coefficients(name)[i] * source_i[name]` for every floating-point tensor.
 
     Args:
-        sources: The state dicts or files.
+        sources: The checkpoints.
         coefficients: The function that returns the coefficient of each source, given a tensor's name. Sources
             with coefficient 0 are not read.
         last: The index of the source whose dtypes the result has, and from which it takes everything that is
@@ -59,7 +59,7 @@ def combine(
     specs = matched(sources, last, only)
     names = [n for n, s in specs.items() if s.is_floating and (only is None or n in only)]
     averaged = set(names)
-    with open_checkpoint(sources[last]) as opened:
+    with sources[last].open() as opened:
         result: dict[str, Any] = {
             name: torch.empty(spec.shape, dtype=spec.dtype)
             if name in averaged
@@ -75,20 +75,20 @@ def combine(
         for i, source in enumerate(sources):
             needed = [rows for rows in part if factors[rows[0]][i]]
             if needed:
-                with open_checkpoint(source) as opened:
+                with source.open() as opened:
                     for rows in needed:
                         aligned = zip(pieces(sums[rows]), pieces(opened.read(*rows)), strict=True)
                         for total, piece in aligned:
                             total.add_(wide(piece), alpha=factors[rows[0]][i])
                             if not total.sum().isfinite():
-                                refuse_nonfinite(piece, rows[0], label(source, i))
+                                refuse_nonfinite(piece, rows[0], source.label)
         for rows in part:
             _select(result, rows).copy_(sums[rows])
     return result
 
 
 def matched(
-    sources: Sequence[Checkpoint], last: int, only: frozenset[str] | None = None
+    sources: Sequence[Source], last: int, only: frozenset[str] | None = None
 ) -> dict[str, TensorSpec]:
     """Return the tensors of the source with index `last`, after checking that all others have the same.
 
@@ -99,13 +99,13 @@ def matched(
     """
     found = []
     for source in sources:
-        with open_checkpoint(source) as opened:
+        with source.open() as opened:
             found.append(opened.specs)
-    labels = [label(s, i) for i, s in enumerate(sources)]
     whole = reference = found[last]
     if only is not None:
         found = [{n: spec for n, spec in specs.items() if n in only} for specs in found]
         reference = found[last]
+    labels = [source.label for source in sources]
     for this, specs in zip(labels, found, strict=True):
         missing = [n for n in reference if n not in specs]
         extra = [n for n in specs if n not in reference]
@@ -123,11 +123,6 @@ def matched(
                     "architecture can be averaged"
                 )
     return whole
-
-
-def label(source: Checkpoint, index: int) -> str:
-    """Return how error messages call a source."""
-    return f"state dict {index}" if isinstance(source, Mapping) else repr(os.fspath(source))
 
 
 def refuse_nonfinite(tensor: Tensor, name: str, source: str) -> None:

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from wmateacher import kernels
 from wmateacher.checks import increasing, positive_int
-from wmateacher.files import Checkpoint, File, check_output, open_checkpoint, save
+from wmateacher.files import Checkpoint, File
+from wmateacher.folders import SHARD_BYTES, check_target, write
 from wmateacher.kernels import Array, KernelLike
-from wmateacher.posthoc.combining import combine, label, matched, parts, pieces, refuse_nonfinite, wide
+from wmateacher.posthoc.combining import combine, matched, parts, pieces, refuse_nonfinite, wide
+from wmateacher.posthoc.sources import Source, align
 
 __all__ = [
     "average_checkpoints",
@@ -36,6 +38,9 @@ def average_checkpoints(
     steps: Sequence[int] | None = None,
     total_steps: int | None = None,
     output: File | None = None,
+    *,
+    key: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Average saved checkpoints with any kernel.
 
@@ -49,23 +54,27 @@ def average_checkpoints(
         {'w': tensor([1.5000])}
 
     Args:
-        checkpoints: The state dicts or files, in the order of training.
+        checkpoints: The state dicts, files or model folders, in the order of training.
         kernel: The kernel, in any form that `WMATeacher` accepts. Default: the plain mean.
         steps: The optimizer step of each checkpoint, in increasing order. Default: steps 0, 1, 2, ..., for
             equally spaced checkpoints.
         total_steps: The kernel's horizon. Default: the last of `steps`.
-        output: The file to write the average to with `files.save`. Default: none.
+        output: The file to write the average to; if the last checkpoint is a model folder, also a folder.
+            Default: none.
+        key: The entry of each checkpoint that is the state dict, with dots between the keys of nested ones,
+            as in `"model.student"`. Default: the student of a run's checkpoint, or the only state dict.
+        shard_bytes: The largest size of a shard in an output folder.
 
     Raises:
         ValueError: If there are no checkpoints, their tensors differ or are not finite, or the steps do not
             fit.
     """
-    check_output(output)
     _check_several("checkpoints", checkpoints, 1)
+    check_target(output, checkpoints[-1])
     counts = checkpoint_weights(kernel, len(checkpoints), steps, total_steps)
-    state = combine(checkpoints, lambda name: counts)
+    state = combine(align(checkpoints, key), lambda name: counts)
     if output is not None:
-        save(state, output)
+        write(state, output, checkpoints[-1], shard_bytes)
     return state
 
 
@@ -106,7 +115,13 @@ def checkpoint_weights(
 
 
 def interpolate(
-    start: Checkpoint, end: Checkpoint, alpha: float, *, output: File | None = None
+    start: Checkpoint,
+    end: Checkpoint,
+    alpha: float,
+    *,
+    output: File | None = None,
+    key: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     """Return `(1 - alpha) * start + alpha * end`: WiSE-FT (Wortsman et al. 2022), eq. 1.
 
@@ -115,27 +130,36 @@ def interpolate(
         {'w': tensor([0.2500, 0.2500])}
 
     Args:
-        start: The pretrained weights, a state dict or a file.
-        end: The fine-tuned weights, a state dict or a file.
+        start: The pretrained weights, a state dict, a file or a model folder.
+        end: The fine-tuned weights, a state dict, a file or a model folder.
         alpha: The share of the fine-tuned weights, in [0, 1].
-        output: The file to write the result to with `files.save`. Default: none.
+        output: The file to write the result to; if the last checkpoint is a model folder, also a folder.
+            Default: none.
+        key: The entry of each checkpoint that is the state dict, with dots between the keys of nested ones,
+            as in `"model.student"`. Default: the student of a run's checkpoint, or the only state dict.
+        shard_bytes: The largest size of a shard in an output folder.
 
     Raises:
         ValueError: If `alpha` is out of range, or the tensors differ or are not finite.
     """
-    check_output(output)
+    check_target(output, end)
     if not 0 <= alpha <= 1:
         raise ValueError(
             f"alpha must be in [0, 1], got {alpha!r}: 0 is the start (pretrained), 1 the end (fine-tuned)"
         )
-    state = combine([start, end], lambda name: (1.0 - alpha, alpha))
+    state = combine(align([start, end], key), lambda name: (1.0 - alpha, alpha))
     if output is not None:
-        save(state, output)
+        write(state, output, end, shard_bytes)
     return state
 
 
 def model_stock(
-    pretrained: Checkpoint, finetuned: Sequence[Checkpoint], *, output: File | None = None
+    pretrained: Checkpoint,
+    finetuned: Sequence[Checkpoint],
+    *,
+    output: File | None = None,
+    key: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
     r"""Merge fine-tuned models by Model Stock (Jang et al. 2024).
 
@@ -152,25 +176,30 @@ def model_stock(
         tensor([0.8284, 0.4142])
 
     Args:
-        pretrained: The pretrained weights `w_0`, a state dict or a file.
-        finetuned: Two or more models that were fine-tuned from it, state dicts or files.
-        output: The file to write the result to with `files.save`. Default: none.
+        pretrained: The pretrained weights `w_0`, a state dict, a file or a model folder.
+        finetuned: Two or more models that were fine-tuned from it, state dicts, files or model folders.
+        output: The file to write the result to; if the last checkpoint is a model folder, also a folder.
+            Default: none.
+        key: The entry of each checkpoint that is the state dict, with dots between the keys of nested ones,
+            as in `"model.student"`. Default: the student of a run's checkpoint, or the only state dict.
+        shard_bytes: The largest size of a shard in an output folder.
 
     Raises:
         ValueError: If there are fewer than two fine-tuned models, or the tensors differ or are not finite.
     """
-    check_output(output)
-    ratios = model_stock_ratios(pretrained, finetuned)
-    count = len(finetuned)
-    state = combine(
-        [pretrained, *finetuned], lambda name: (1.0 - ratios[name], *[ratios[name] / count] * count)
-    )
+    _check_several("finetuned", finetuned, 2)
+    check_target(output, finetuned[-1])
+    sources, count = align([pretrained, *finetuned], key), len(finetuned)
+    ratios = _stock_ratios(sources)
+    state = combine(sources, lambda name: (1.0 - ratios[name], *[ratios[name] / count] * count))
     if output is not None:
-        save(state, output)
+        write(state, output, finetuned[-1], shard_bytes)
     return state
 
 
-def model_stock_ratios(pretrained: Checkpoint, finetuned: Sequence[Checkpoint]) -> dict[str, float]:
+def model_stock_ratios(
+    pretrained: Checkpoint, finetuned: Sequence[Checkpoint], *, key: str | None = None
+) -> dict[str, float]:
     """Return the ratio `t` in [0, 1] of Model Stock for every floating-point tensor.
 
     The formula assumes that the fine-tuned weights are equally far from `w_0` and from their centre, with the
@@ -182,26 +211,30 @@ def model_stock_ratios(pretrained: Checkpoint, finetuned: Sequence[Checkpoint]) 
     - A negative mean, which no such centre explains, counts as 0: the tensor stays at `w_0`.
 
     Args:
-        pretrained: The pretrained weights `w_0`, a state dict or a file.
-        finetuned: Two or more models that were fine-tuned from it, state dicts or files.
+        pretrained: The pretrained weights `w_0`, as for `model_stock`.
+        finetuned: Two or more models that were fine-tuned from it.
+        key: The entry of each checkpoint that is the state dict, as for `model_stock`.
 
     Raises:
         ValueError: If there are fewer than two fine-tuned models, or the tensors differ or are not finite.
     """
     _check_several("finetuned", finetuned, 2)
-    sources, count = [pretrained, *finetuned], len(finetuned)
-    specs = matched(sources, -1)
+    return _stock_ratios(align([pretrained, *finetuned], key))
+
+
+def _stock_ratios(sources: Sequence[Source]) -> dict[str, float]:
+    specs, count = matched(sources, -1), len(sources) - 1
     names = [n for n, spec in specs.items() if spec.is_floating]
     grams = {name: np.zeros((count, count)) for name in names}
     for part in parts(specs, names, 1 / (4 * len(sources))):
         with ExitStack() as stack:
-            opened = [stack.enter_context(open_checkpoint(source)) for source in sources]
+            opened = [stack.enter_context(source.open()) for source in sources]
             for name, first, end in part:
                 values = [o.read(name, first, end) for o in opened]
                 grams[name] += _gram(values)
                 if not np.isfinite(grams[name]).all():
-                    for i, value in enumerate(values):
-                        refuse_nonfinite(value, name, label(sources[i], i))
+                    for source, value in zip(sources, values, strict=True):
+                        refuse_nonfinite(value, name, source.label)
     return {name: _stock_ratio(gram) for name, gram in grams.items()}
 
 

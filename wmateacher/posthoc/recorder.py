@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -180,16 +181,24 @@ class Recorder:
         state was saved, and the resumed run will write its own.
 
         Raises:
-            ValueError: If the state has other kernels, another horizon or another model.
+            ValueError: If the state has other kernels, another horizon or another model. The recorder then
+                does not change.
         """
-        theirs, ours = list(state.get("teachers", {})), [str(t.kernel) for t in self.teachers]
+        averages = state.get("teachers") if isinstance(state, Mapping) else None
+        theirs, ours = list(averages or {}), [str(t.kernel) for t in self.teachers]
         if theirs != ours:
             raise ValueError(
                 f"the state was recorded with kernels {', '.join(theirs) or 'none'}, this recorder has "
                 f"{', '.join(ours)}: build it with the same sigma_rels to resume that run"
             )
-        for teacher in self.teachers:
-            teacher.load_state_dict(state["teachers"][str(teacher.kernel)])
+        before = [copy.deepcopy(teacher.state_dict()) for teacher in self.teachers[:-1]]
+        try:
+            for teacher in self.teachers:
+                teacher.load_state_dict(state["teachers"][str(teacher.kernel)])
+        except Exception:  # a load that fails changes nothing, so the first averages go back
+            for teacher, own in zip(self.teachers, before, strict=False):
+                teacher.load_state_dict(own)
+            raise
         self._begun, self._resumed = False, True
 
     def _check_plan(self, total_steps: int | None) -> None:
@@ -234,9 +243,9 @@ class Recorder:
         averaged = [n for n in state if names.get(n) in teacher.roles.averaged]
         if not isinstance(self._dtype, torch.dtype):
             # Vectors are averaged in float64, so that no small update is lost. Rounding once loses nothing.
-            own = teacher.module.state_dict()
+            own = pairing.tensors(teacher.module)
             for name in averaged:
-                dtype = pairing.at_least_float32(own[name].dtype.to_real())
+                dtype = pairing.at_least_float32(own[names[name]].dtype.to_real())
                 state[name] = state[name].to(dtype.to_complex() if own[name].is_complex() else dtype)
         clock = {
             k: v

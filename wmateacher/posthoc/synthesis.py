@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from wmateacher import kernels
-from wmateacher.files import File, check_output, save
+from wmateacher.files import File, save
+from wmateacher.folders import check_target
 from wmateacher.kernels import Array, KernelLike
 from wmateacher.posthoc.combining import combine
 from wmateacher.posthoc.snapshots import read_header, snapshot_files
+from wmateacher.posthoc.sources import align
 from wmateacher.schedule import Clock
 
 __all__ = ["Synthesis", "solve", "synthesise"]
@@ -121,7 +123,7 @@ def synthesise(
     Raises:
         ValueError: If there are no snapshots, they come from different runs, or they end before `step`.
     """
-    check_output(output)
+    check_target(output, like={})
     if not np.isfinite(ridge) or ridge < 0:
         raise ValueError(f"ridge must be a finite number of at least 0, got {ridge!r}")
     files = _chosen_files(snapshots)
@@ -160,7 +162,9 @@ def synthesise(
         weights=profiles @ coefficients,
         target=target,
     )
-    state = combine(files, lambda name: coefficients, last=last, only=frozenset(headers[last].averaged))
+    state = combine(
+        align(files), lambda name: coefficients, last=last, only=frozenset(headers[last].averaged)
+    )
     if output is not None:
         save(state, output)
     return state, report

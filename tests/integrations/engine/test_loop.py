@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from wmateacher.integrations.engine import loop, signals, tracking
+from wmateacher.posthoc import average_checkpoints
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "clip_tracer.py"
 
@@ -66,6 +67,16 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(tmp_path):
     record = loop.train(resumed, checkpoint=tmp_path / "run.pt")
     assert torch.equal(resumed.model.weight, whole.model.weight)
     assert [step for step, _ in record.series["loss"]] == list(range(1, 61))
+
+
+def test_averages_of_a_runs_checkpoints_are_of_its_model_and_not_of_its_loss(tmp_path):
+    task = Line(steps=3)
+    loop.train(task, checkpoint=tmp_path / "run.pt")
+    loop.train(Line(steps=4), checkpoint=tmp_path / "longer.pt")
+    found = average_checkpoints([tmp_path / "longer.pt", tmp_path / "run.pt"], "static")
+    assert found.keys() == {"weight", "bias"}
+    found = average_checkpoints([tmp_path / "run.pt", tmp_path / "longer.pt"], "static")
+    assert torch.equal(found["weight"], task.model.weight)
 
 
 def test_a_second_sigterm_kills_at_once(tmp_path):

@@ -1,0 +1,68 @@
+"""The checkpoints of a merge: opened in parts, under names that they have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from wmateacher import naming
+from wmateacher.files import Checkpoint, OpenCheckpoint
+from wmateacher.folders import open_source
+
+__all__ = ["Source", "align"]
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and the names that its tensors have here.
+
+    Attributes:
+        checkpoint: The state dict, file or model folder.
+        key: The entry of it that is the state dict, or None.
+        label: The name for error messages.
+        names: The name of each tensor, by its key in the checkpoint.
+    """
+
+    checkpoint: Checkpoint
+    key: str | None
+    label: str
+    names: Mapping[str, str]
+
+    @contextmanager
+    def open(self) -> Iterator[OpenCheckpoint]:
+        """Open the checkpoint under the names of `names`."""
+        with open_source(self.checkpoint, self.key) as opened:
+            keys = {self.names[key]: key for key in opened.specs}
+            yield OpenCheckpoint(
+                {name: opened.specs[key] for name, key in keys.items()},
+                opened.rest,
+                lambda name, first, end: opened.read(keys[name], first, end),
+            )
+
+
+def align(checkpoints: Sequence[Checkpoint], key: str | None = None) -> list[Source]:
+    """Return the checkpoints with names that do not depend on the wrappers of the models that wrote them.
+
+    Args:
+        checkpoints: The state dicts, files or model folders.
+        key: The entry of each that is the state dict, as for `contents.find`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a checkpoint cannot be read, or holds no state dict or several.
+    """
+    keys = []
+    for checkpoint in checkpoints:
+        with open_source(checkpoint, key) as opened:
+            keys.append(list(opened.specs))
+    names = naming.align(keys)
+    labels = [
+        f"state dict {i}" if isinstance(c, Mapping) else repr(os.fspath(c)) for i, c in enumerate(checkpoints)
+    ]
+    return [Source(c, key, label, n) for c, label, n in zip(checkpoints, labels, names, strict=True)]
