@@ -219,9 +219,8 @@ def test_one_step_of_the_loop_counts_once(loop, first):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
-@pytest.mark.parametrize(
-    ("kind", "whole"), [pytest.param(torch.optim.SGD, False, marks=pytest.mark.slow), (Clearing, True)]
-)
+@pytest.mark.slow  # the first compilation of a process
+@pytest.mark.parametrize(("kind", "whole"), [(torch.optim.SGD, False), (Clearing, True)])
 def test_a_compiled_step_counts_once(kind, whole):
     student = Student()
     optimizer = kind(student.parameters(), lr=0.1)
