@@ -67,8 +67,14 @@ class ModelWma(WMATeacher):
                     f"step={step} was counted already, the last was {self.step}: step is the number of "
                     "optimizer steps so far, as timm's num_updates; build a new average for a new run"
                 )
+            resumed = self.step == 0
             # timm loads the average of a checkpoint into `module`, past the teacher's own state.
-            self.load_average(None if self.step else self.module.state_dict(), step - 1)
+            self.load_average(self.module.state_dict() if resumed else None, step - 1)
+            if resumed:
+                # The average has this teacher's snapshots, of which the last may stand for steps to come.
+                clock = self.get_extra_state()
+                snapshot = step - 1 - (step - 1) % clock["update_every"]
+                self.set_extra_state({**clock, "joined": 0, "snapshot": snapshot})
         super().update(model)
 
     def set(self, model: nn.Module) -> None:

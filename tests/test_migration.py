@@ -230,6 +230,8 @@ def test_buffers_may_be_missing():
         ),
         (lambda s: None, 21, "step must be at most total_steps=20, got 21"),
         (lambda s: None, -1, "step must be a whole number of at least 1, got -1"),
+        (lambda s: None, None, "step must be a whole number of at least 1, got None"),
+        (lambda s: None, 0.0, "step must be a whole number of at least 1, got 0.0"),
     ],
 )
 def test_what_does_not_fit_changes_nothing(change, step_, message):

@@ -156,8 +156,7 @@ class Clock:
             ValueError: If `step` is not a whole number in [0, total_steps].
         """
         total = self.total_steps
-        if step:
-            step = positive_int("step", step)
+        step = 0 if isinstance(step, Integral) and step == 0 else positive_int("step", step)
         if total is not None and step > total:
             raise ValueError(f"step must be at most total_steps={total}, got {step}")
         self.step = self.snapshot = self.joined = step

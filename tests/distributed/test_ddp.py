@@ -7,6 +7,7 @@ import torch
 from pool import device
 from ranks import on_ranks
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -122,3 +123,30 @@ def test_a_duplicated_teacher_stays_in_step(folder):
     teacher.update()
     resumed.load_state_dict(copy.deepcopy(teacher.state_dict()))
     check_ranks_agree(resumed)
+
+
+@on_ranks(2)
+def test_steps_of_an_optimizer_whose_state_is_sharded_count_once(folder):
+    """ZeRO stage 1: each rank steps its part of the parameters and sends it to the others."""
+    for kind, options in ((torch.optim.AdamW, {"lr": 0.01}), (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})):
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        student, alone = DistributedDataParallel(build()), build()
+        optimizer = ZeroRedundancyOptimizer(student.parameters(), optimizer_class=kind, **options)
+        whole = kind(alone.parameters(), **options)
+        teacher, by_hand = (WMATeacher(student, "beta(0.5,0.5)", STEPS) for _ in range(2))
+        reference = WMATeacher(alone, "beta(0.5,0.5)", STEPS)
+        teacher.attach(optimizer)
+        reference.attach(whole)
+        for step in range(STEPS):
+            loss(student, teacher, batch(step, rank)).backward()
+            for other in range(size):
+                (loss(alone, reference, batch(step, other)) / size).backward()
+            for own in (optimizer, whole):
+                own.step()
+                own.zero_grad()
+            by_hand.update()
+            assert teacher.step == reference.step == step + 1
+        check_ranks_agree(teacher)
+        for name, value in reference.module.state_dict().items():
+            torch.testing.assert_close(teacher.module.state_dict()[name], value)
+            assert torch.equal(teacher.module.state_dict()[name], by_hand.module.state_dict()[name])
