@@ -245,12 +245,13 @@ class Recorder:
             # Vectors are averaged in float64, so that no small update is lost. Rounding once loses nothing.
             own = pairing.tensors(teacher.module)
             for name in averaged:
-                dtype = pairing.at_least_float32(own[names[name]].dtype.to_real())
-                state[name] = state[name].to(dtype.to_complex() if own[name].is_complex() else dtype)
+                tensor = own[names[name]]
+                dtype = pairing.at_least_float32(tensor.dtype.to_real())
+                state[name] = state[name].to(dtype.to_complex() if tensor.is_complex() else dtype)
         clock = {
             k: v
             for k, v in teacher.get_extra_state().items()
-            if k not in ("format", "omega", "changed_buffers")
+            if k not in ("format", "omega", "shared", "unfrozen", "changed_buffers")
         }
         kernel = teacher.kernel
         assert isinstance(kernel, kernels.Power)
