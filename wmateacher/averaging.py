@@ -17,10 +17,13 @@ grow with the number of tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from wmateacher import caches
 
 __all__ = ["Average", "Update", "copy_"]
 
@@ -29,6 +32,17 @@ _Row = tuple[Tensor, ...]
 
 # Small enough for a CPU core's cache between a cast and its use. A GPU has more cache and costlier launches.
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Allow writing to any tensor, and afterwards drop what torch has cached of the values before."""
+    try:
+        # A buffer that a forward pass has made in inference mode can only be written to in inference mode.
+        with torch.inference_mode():
+            yield
+    finally:
+        caches.clear()
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class Average:
             return self.held
         return self.own.view(torch.int16).int().mul_(2**16).add_(self.held).view(torch.float32)
 
-    @torch.no_grad()
+    @_writing()
     def write(self, value: Tensor) -> None:
         """Set the average to a value of any dtype and device."""
         if self.split:
@@ -100,7 +114,7 @@ class Update:
             groups.setdefault(key, []).append((average, value.detach()))
         self._steps = [step for group in groups.values() for step in _prepare(group)]
 
-    @torch.no_grad()
+    @_writing()
     def __call__(self, omega: float) -> None:
         """Move every average towards its value by the share `omega` in (0, 1]; 1 copies exactly."""
         # The next batch is on its way from its device while this one moves.
@@ -112,7 +126,7 @@ class Update:
             step.move(omega)
 
 
-@torch.no_grad()
+@_writing()
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy every source into its target, converting dtype and device."""
     _copy_(list(targets), list(sources))

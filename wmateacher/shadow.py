@@ -224,6 +224,7 @@ class Shadow:
     def bind(self) -> Binding:
         """Return the averaged module's tensors, in shards where it is sharded."""
         sharding.reshard(self.fully_sharded)
+        pairing.densify(self.module)  # a forward pass may have made new buffers
         return Binding(self.module)
 
     def read(self, own: Binding, name: str) -> Tensor:
