@@ -110,6 +110,7 @@ def test_what_is_refused_inside():
         (teacher.state_dict, r"^state_dict\(\) of the teacher " + outside),
         (lambda: teacher.load_state_dict({}), r"^load_state_dict\(\) of the teacher " + outside),
         (lambda: teacher.load_average(None, step), r"^load_average\(\) " + outside),
+        (lambda: list(teacher.averaged_pairs()), r"^averaged_pairs\(\) " + outside),
         (lambda: other.copy_to(student), r"^copy_to\(\) " + outside),
         (lambda: other.swap().__enter__(), r"^swap\(\) " + outside),
         (lambda: teacher.swap(Net()).__enter__(), r"^swap\(\) of another model " + outside),
@@ -637,9 +638,11 @@ def test_a_copy_that_merges_itself_into_shared_weights_is_refused():
             return super().train(mode)
 
     student = nn.Sequential(InEvalMode())
+    weight = student[0].base.weight.clone()
     with pytest.raises(RuntimeError, match="'0' is merged into the teacher's weights but not"):
         WMATeacher(student, "ema(0.5)")
     assert not student[0].merged
+    torch.testing.assert_close(student[0].base.weight, weight, rtol=0, atol=1e-6)
 
 
 def test_peft_merges_nothing_inside_a_swap():

@@ -17,7 +17,7 @@ grow with the number of tensors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -32,17 +32,6 @@ _Row = tuple[Tensor, ...]
 
 # Small enough for a CPU core's cache between a cast and its use. A GPU has more cache and costlier launches.
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    """Allow writing to any tensor, and afterwards drop what torch has cached of the values before."""
-    try:
-        # A buffer that a forward pass has made in inference mode can only be written to in inference mode.
-        with torch.inference_mode():
-            yield
-    finally:
-        caches.clear()
 
 
 @dataclass(frozen=True)
@@ -84,7 +73,7 @@ class Average:
             return self.held
         return self.own.view(torch.int16).int().mul_(2**16).add_(self.held).view(torch.float32)
 
-    @_writing()
+    @torch.no_grad()
     def write(self, value: Tensor) -> None:
         """Set the average to a value of any dtype and device."""
         if self.split:
@@ -95,6 +84,7 @@ class Average:
             self.held.copy_(value)
             if self.beside is not None:
                 self.own.copy_(self.held)
+        caches.clear()
 
 
 class Update:
@@ -114,7 +104,7 @@ class Update:
             groups.setdefault(key, []).append((average, value.detach()))
         self._steps = [step for group in groups.values() for step in _prepare(group)]
 
-    @_writing()
+    @torch.no_grad()
     def __call__(self, omega: float) -> None:
         """Move every average towards its value by the share `omega` in (0, 1]; 1 copies exactly."""
         # The next batch is on its way from its device while this one moves.
@@ -124,12 +114,16 @@ class Update:
             if i + 1 < len(self._steps):
                 self._steps[i + 1].fetch()
             step.move(omega)
+        caches.clear()
 
 
-@_writing()
+@torch.no_grad()
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy every source into its target, converting dtype and device."""
-    _copy_(list(targets), list(sources))
+    # Buffers that a forward pass has made in inference mode can only be written to in inference mode.
+    with torch.inference_mode() if any(map(Tensor.is_inference, targets)) else nullcontext():
+        _copy_(list(targets), list(sources))
+    caches.clear()
 
 
 class _Step:

@@ -41,7 +41,8 @@ def refuse(pairs: Iterable[Pair], action: str) -> None:
             raise RuntimeError(
                 f"{action} while the adapter in {name!r} is merged into the {merged}'s weights but not into "
                 f"the {other}'s, so that it would count twice or not at all: unmerge the {merged}'s adapters "
-                "first (in peft, unmerge_adapter()). To use a merged model beside the teacher, merge a copy"
+                "first (in peft, unmerge_adapter(); in loralib, build the layers with merge_weights=False). "
+                "To use a merged model beside the teacher, merge a copy"
             )
 
 

@@ -90,8 +90,9 @@ class Watch:
 def memory(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the strided tensors that hold a tensor's values: the tensor, or those that it wraps."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from memory(getattr(tensor, name))
+        for value in map(tensor.__getattribute__, tensor.__tensor_flatten__()[0]):
+            if isinstance(value, Tensor):  # a DTensor also lists its device mesh
+                yield from memory(value)
     elif _is_plain(tensor):
         yield tensor
 
