@@ -84,7 +84,6 @@ class Average:
             self.held.copy_(value)
             if self.beside is not None:
                 self.own.copy_(self.held)
-        caches.clear()
 
 
 class Update:
@@ -114,12 +113,11 @@ class Update:
             if i + 1 < len(self._steps):
                 self._steps[i + 1].fetch()
             step.move(omega)
-        caches.clear()
 
 
 @torch.no_grad()
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy every source into its target, converting dtype and device."""
+    """Copy every source into its target, converting dtype and device, and clear torch's caches of weights."""
     # Buffers that a forward pass has made in inference mode can only be written to in inference mode.
     with torch.inference_mode() if any(map(Tensor.is_inference, targets)) else nullcontext():
         _copy_(list(targets), list(sources))
