@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
+from torch.testing._internal.two_tensor import TwoTensor
 
 from wmateacher import WMATeacher, averaging
 from wmateacher.pairing import tensors
@@ -191,6 +192,16 @@ def test_a_compiled_student_is_not_compiled_again():
             compiled(x)
             teacher.update()
     assert counter.frame_count == first
+
+
+def test_a_compiled_teacher_is_called_inside():
+    student, teacher = linear_pair()
+    compiled = torch.compile(teacher, backend="eager", fullgraph=True)
+    x = torch.randn(4, 4)
+    before = compiled(x)
+    with teacher.swap():
+        assert torch.equal(compiled(x), before)
+        assert torch.equal(student(x), before)
 
 
 def test_what_is_replaced_inside_is_put_back():
@@ -553,6 +564,16 @@ def test_every_kind_of_shared_weight_is_watched(weight):
         student.frozen.data.copy_(changed)
 
 
+def test_the_tensors_inside_a_wrapper_are_watched():
+    student = nn.Linear(3, 3)
+    student.frozen = nn.Parameter(TwoTensor(torch.randn(3, 3), torch.randn(3, 3)), requires_grad=False)
+    teacher = WMATeacher(student, "ema(0.5)")
+    with teacher.swap():
+        pass
+    with pytest.raises(RuntimeError, match="'frozen' changed inside swap"), teacher.swap():
+        student.frozen.b.data[1, 1] += 1
+
+
 def test_a_student_that_is_cast_inside_comes_back_in_its_own_dtype():
     student, teacher = adapted("copy")
     before, objects = bits(student), dict(student.named_parameters())
@@ -801,24 +822,30 @@ def test_another_thread_must_wait():
     assert in_a_thread(teacher.update) is None
 
 
-def test_of_many_threads_one_gets_the_student():
+def test_of_many_threads_one_gets_the_student(monkeypatch):
     student, teacher = trained()
-    before, ready = bits(student), threading.Barrier(8)
+    before, ready, find = bits(student), threading.Barrier(8), teacher._shadow.counterparts
+
+    def find_at_once(model):
+        ready.wait()
+        return find(model)
 
     def evaluate(_):
-        ready.wait()
         try:
             with teacher.swap():
                 ready.wait()
+                with teacher.swap():
+                    return None
         except RuntimeError as error:
             ready.wait()
             return str(error)
 
-    with ThreadPoolExecutor(8) as pool:
+    with monkeypatch.context() as patch, ThreadPoolExecutor(8) as pool:
+        patch.setattr(teacher._shadow, "counterparts", find_at_once)
         errors = list(pool.map(evaluate, range(8)))
     assert errors.count(None) == 1
-    assert same(bits(student), before)
-    teacher.update()
+    assert all("while another thread is inside swap()" in error for error in errors if error)
+    is_its_own(student, teacher, before)
 
 
 def is_its_own(student, teacher, before):
@@ -933,6 +960,25 @@ def test_a_model_with_methods_of_its_own_instance_keeps_them():
     with teacher.swap(), pytest.raises(RuntimeError, match="copying"):
         copy.deepcopy(student)
     assert copy.deepcopy(student) == "mine"
+
+
+@pytest.fixture
+def process_group():
+    """A process group of this process alone."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_model_in_ddp_is_lent_and_copied_to():
+    student, teacher = linear_pair()
+    wrapped, x = nn.parallel.DistributedDataParallel(student), torch.randn(4, 4)
+    with teacher.swap(wrapped), teacher.swap(), torch.no_grad():
+        assert torch.equal(wrapped(x), teacher(x))
+    teacher.copy_to(wrapped)
+    assert torch.equal(wrapped(x), teacher(x))
 
 
 WRAPPERS = {
