@@ -824,7 +824,7 @@ def test_another_thread_must_wait():
 
 def test_of_many_threads_one_gets_the_student(monkeypatch):
     student, teacher = trained()
-    before, ready, find = bits(student), threading.Barrier(8), teacher._shadow.counterparts
+    before, ready, find = bits(student), threading.Barrier(8, timeout=10), teacher._shadow.counterparts
 
     def find_at_once(model):
         ready.wait()
