@@ -25,6 +25,9 @@ class ModelWma(WMATeacher):
     use_ema=True)` reads them, as it reads those of `ModelEmaV3`. The step count is timm's, the number in
     `update(model, step=num_updates)`, so a resumed run continues the average where it was.
 
+    timm's checkpoints hold the average in the model's dtype, so that vectors, which are averaged in float64,
+    are rounded once when a run is resumed. `dtype=torch.float32` makes resuming float32 runs bit-exact.
+
     Unlike `WMATeacher`, it averages floating-point buffers by default, as `ModelEmaV3` does.
     """
 

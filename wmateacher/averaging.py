@@ -18,10 +18,13 @@ to move, so that wide averages of vectors are held end to end (`side_by_side`) a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from wmateacher import caches
 
 __all__ = ["Average", "Update", "copy_", "side_by_side"]
 
@@ -147,8 +150,11 @@ def side_by_side(averages: Mapping[str, Average]) -> dict[str, Average]:
 
 @torch.no_grad()
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy every source into its target, converting dtype and device."""
-    _copy_(list(targets), list(sources))
+    """Copy every source into its target, converting dtype and device, and clear torch's caches of weights."""
+    # Buffers that a forward pass has made in inference mode can only be written to in inference mode.
+    with torch.inference_mode() if any(map(Tensor.is_inference, targets)) else nullcontext():
+        _copy_(list(targets), list(sources))
+    caches.clear()
 
 
 class _Step:

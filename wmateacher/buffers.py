@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wmateacher import naming, pairing
 
-__all__ = ["differing", "follow", "lent", "modules", "resize", "structure"]
+__all__ = ["differing", "follow", "lent", "resize", "structure"]
 
 
 def differing(one: nn.Module, other: nn.Module) -> list[str]:
@@ -25,7 +25,7 @@ def differing(one: nn.Module, other: nn.Module) -> list[str]:
     one model has are left out.
     """
     mine, theirs = _buffers(one), _buffers(other)
-    shared = modules(one).keys() & modules(other).keys()
+    shared = naming.modules(one).keys() & naming.modules(other).keys()
     tied = pairing.tensors(one).keys() ^ pairing.tensors(other).keys()  # a tied tensor has one name
     return [
         name
@@ -50,7 +50,7 @@ def follow(target: nn.Module, source: nn.Module, names: Iterable[str]) -> None:
 
     The numbers among the attributes of their modules come along: a cache and its length belong together.
     """
-    to, since = modules(target), modules(source)
+    to, since = naming.modules(target), naming.modules(source)
     device = next((t.device for t in pairing.tensors(target).values()), None)
     copies: dict[int, Tensor] = {}
     for name in names:
@@ -76,7 +76,7 @@ def follow(target: nn.Module, source: nn.Module, names: Iterable[str]) -> None:
 def resize(model: nn.Module, name: str, like: Tensor | None) -> None:
     """Make room in a model for a buffer of another shape; None takes the buffer away."""
     path, _, leaf = name.rpartition(".")
-    module = modules(model)[path]
+    module = naming.modules(model)[path]
     old = module._buffers.get(leaf)
     device = next((t.device for t in pairing.tensors(model).values()), None) if old is None else old.device
     if like is None:
@@ -105,18 +105,11 @@ def lent(target: nn.Module, source: nn.Module, names: Iterable[str]) -> Iterator
                 vars(module).update(numbers)
 
 
-def modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return a model's modules by canonical name."""
-    paths = dict(model.named_modules(remove_duplicate=False))
-    # A wrapper's name is also that of the module inside it, which comes later.
-    return {name: paths[path] for path, name in naming.canonical(model, paths).items()}
-
-
 def _buffers(model: nn.Module) -> dict[str, Tensor | None]:
     """Return the buffers by canonical name; tied ones under each name, and those that are None."""
     return {
         f"{path}.{leaf}" if path else leaf: buffer
-        for path, module in modules(model).items()
+        for path, module in naming.modules(model).items()
         for leaf, buffer in module._buffers.items()
     }
 

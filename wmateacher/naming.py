@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["align", "canonical", "is_wrapped", "load_keys", "resolve", "saved_key", "unwrap"]
+__all__ = ["align", "canonical", "is_wrapped", "load_keys", "modules", "resolve", "saved_key", "unwrap"]
 
 # The module and the name of each wrapper, the attributes that hold the wrapped module, and whether the keys
 # of `state_dict` have them.
@@ -57,6 +57,13 @@ def canonical(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     if not is_wrapped(model):
         return {key: key for key in keys}
     return {key: ".".join(_canonical(model, key.split("."))) for key in keys}
+
+
+def modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a module's submodules by canonical name."""
+    paths = dict(model.named_modules(remove_duplicate=False))
+    # A wrapper's name is also that of the module inside it, which comes later.
+    return {name: paths[path] for path, name in canonical(model, paths).items()}
 
 
 def saved_key(model: nn.Module, name: str) -> str:

@@ -287,11 +287,12 @@ def materialise(model: nn.Module, device: torch.device) -> None:
 
 
 def densify(model: nn.Module) -> None:
-    """Give expanded buffers memory for all of their entries, so that they can be written to."""
+    """Replace buffers that cannot be written to: expanded ones, and those made in inference mode."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
-            if buffer is not None and unexpanded(buffer) is not buffer:
-                module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
+            if buffer is not None and (unexpanded(buffer) is not buffer or buffer.is_inference()):
+                with torch.inference_mode(False):
+                    module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager

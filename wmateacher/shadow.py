@@ -431,6 +431,7 @@ class Shadow:
     def bind(self) -> Binding:
         """Return the averaged module's tensors, in shards where it is sharded."""
         sharding.reshard(self.fully_sharded)
+        pairing.densify(self.module)  # a forward pass may have made new buffers
         return Binding(self.module)
 
     def read(self, own: Binding, name: str) -> Tensor:
@@ -601,7 +602,7 @@ class Shadow:
         """
         own, home = self.bind(), f"{prefix}module."
         names = pairing.state_names(module)
-        modules = buffers.modules(self.module)
+        modules = naming.modules(self.module)
         places = [n for n in changed if n.rpartition(".")[0] in modules and n not in self.roles.averaged]
         known = {
             **names,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from wmateacher import adapters, caches, checks, kernels, naming, pairing, sharding, swapping, unfreezing
 from wmateacher import buffers as changing
-from wmateacher import checks, kernels, naming, pairing, sharding, swapping, unfreezing
 from wmateacher.attachment import Attachment
 from wmateacher.finiteness import NONFINITE, Nonfinite, Verdict
 from wmateacher.kernels import Array, Kernel, KernelLike
@@ -126,20 +126,28 @@ class WMATeacher(nn.Module):
         sharding.refuse_fsdp1(student)
         sharding.reshard(sharding.fully_sharded(student))
         roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
-        self._shadow = Shadow(
-            student,
-            roles,
-            dtype=dtype,
-            device=device,
-            frozen=frozen,
-            module_factory=module_factory,
-            nonfinite=nonfinite,
-        )
+        # Tensors that are made in inference mode could not be averaged outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._shadow = Shadow(
+                student,
+                roles,
+                dtype=dtype,
+                device=device,
+                frozen=frozen,
+                module_factory=module_factory,
+                nonfinite=nonfinite,
+            )
         self.module = self._shadow.module
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
         self._student = (model,)
-        self._swapped: tuple[nn.Module, ...] = ()
+        self._adapters = adapters.pairs(student, self.module)
+        self._lending: swapping.Lending | None = None
         self._attachment: Attachment | None = None
+        try:
+            self._refuse_merged("building a teacher")
+        except RuntimeError:
+            self.module.train()  # layers that merge themselves in eval mode have done so in shared weights
+            raise
         self.register_state_dict_pre_hook(_prepare_state)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_load_state)
@@ -198,7 +206,11 @@ class WMATeacher(nn.Module):
         """Yield the name, the student's tensor and the full-precision average of every averaged tensor.
 
         Sharded tensors are DTensors. Meant for diagnostics.
+
+        Raises:
+            RuntimeError: If called inside `swap`.
         """
+        self._refuse_lent("averaged_pairs()")
         plan = self._shadow.plan(self.student, is_original=True, step=self.step)
         for name in self.roles.averaged:
             yield name, plan.student.tensors[name].detach(), self._shadow.read(plan.own, name)
@@ -222,9 +234,9 @@ class WMATeacher(nn.Module):
 
         Raises:
             ValueError: If the student no longer has the tensors that the teacher was built from.
-            RuntimeError: If called inside `swap`, or while the teacher is attached to an optimizer, which
-                counts its steps already. With `nonfinite="raise"` also if this student or the one before is
-                not finite.
+            RuntimeError: If called inside `swap`, while adapters are merged into the student's weights, or
+                while the teacher is attached to an optimizer, which counts its steps already. With
+                `nonfinite="raise"` also if this student or the one before is not finite.
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
@@ -238,8 +250,9 @@ class WMATeacher(nn.Module):
         """Do the work of `update`, without its check for an attached optimizer."""
         original = self.student
         student = original if model is None else pairing.unwrap(model)
-        self._refuse_swapped("update()")
+        self._refuse_lent("update()")
         swapping.refuse(student, "update()")
+        adapters.refuse(self._adapters_of(student), "update()")
         self._settle()
         self._shadow.take_up_unfrozen(self.step, trained=True)
         plan = self._shadow.plan(student, is_original=student is original, step=self.step)
@@ -348,7 +361,7 @@ class WMATeacher(nn.Module):
                 within the run.
             RuntimeError: If called inside `swap`.
         """
-        self._refuse_swapped("load_average()")
+        self._refuse_lent("load_average()")
         self._settle()
         if average is None:
             self._clock.jump(step)
@@ -360,9 +373,16 @@ class WMATeacher(nn.Module):
     # --- using the average --------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the averaged module in eval mode and without gradient."""
+        """Run the averaged module in eval mode and without gradient.
+
+        Raises:
+            RuntimeError: If the student's adapters are merged into frozen weights that the teacher shares, or
+                the teacher's tensors hold lent weights.
+        """
+        swapping.refuse(self.module, "the teacher's forward pass")
+        self._refuse_merged("the teacher's forward pass")
         self._shadow.take_up_unfrozen(self.step)
-        with torch.no_grad():
+        with torch.no_grad(), caches.apart():
             output = self.module(*args, **kwargs)
         # FSDP2 leaves the root's parameters gathered for a backward pass, which never comes.
         sharding.reshard(self._shadow.fully_sharded)
@@ -379,8 +399,12 @@ class WMATeacher(nn.Module):
         """Give the student the averaged weights and buffers inside a `with` block.
 
         The student's own tensors are kept in a copy, which takes the memory of one student. They are restored
-        bit for bit at the end, even after an exception. The mode (train or eval) does not change. Blocks for
-        the same model may be nested, and the teacher may be called inside.
+        bit for bit at the end, even after an exception. The mode (train or eval) does not change. The teacher
+        may be called inside. Blocks for the same model may be nested; the student's own weights return when
+        the last of them ends.
+
+        Frozen parameters that the teacher shares are neither copied nor written. To notice writing to them
+        inside, a checksum is taken at both ends of the block, which takes about 0.3 s per GB on one CPU core.
 
         Args:
             model: The model that gets the averaged weights; None stands for the model that the teacher was
@@ -390,31 +414,30 @@ class WMATeacher(nn.Module):
             The model.
 
         Raises:
-            RuntimeError: If another model is swapped inside the block, or one of these is called there:
-                `update`, or `state_dict` of the teacher or the student (a checkpoint would mix the two).
-                Also raised at the end of the block if the student's parameters were written inside.
+            RuntimeError: If any of the model's tensors holds lent weights already, in this thread or another,
+                or its adapters are merged. Inside the block, `update`, saving, pickling or copying the
+                student, saving the teacher, merging adapters and swapping an overlapping model raise it, for
+                every teacher and in every thread. It is also raised at the end of the block if the student's
+                parameters were written inside.
         """
         model = self._student[0] if model is None else model
-        student = pairing.unwrap(model)
-        if student in self._swapped:
-            yield model
-            return
-        if self._swapped or swapping.owner(student) is not None:
-            raise RuntimeError(
-                "swap() inside swap(): another model already holds this teacher's weights, or this model "
-                "holds another teacher's; leave that with block first"
-            )
-        self._report_nonfinite()
-        targets, sources, differing = self._shadow.counterparts(student)
-        self._swapped = (student,)
+        student, lending = pairing.unwrap(model), self._lending
+        if lending is None or not lending.covers(student):
+            swapping.refuse(student, "swap()")
+            if lending is not None:
+                lending.refuse("swap() of another model")
+            adapters.refuse(self._adapters_of(student), "swap()")
+            self._report_nonfinite()
+            targets, sources, differing = self._shadow.counterparts(student)
+            replaced = changing.lent(student, self.module, differing)
+            lending = swapping.Lending(student, targets, sources, replaced)
         try:
-            with (
-                swapping.lend(student, self, targets, sources),
-                changing.lent(student, self.module, differing),
-            ):
+            with lending:
+                self._lending = lending
                 yield model
         finally:
-            self._swapped = ()
+            if self._lending is lending and not lending.depth:
+                self._lending = None
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights and buffers into a model of the student's architecture, by name.
@@ -423,10 +446,13 @@ class WMATeacher(nn.Module):
 
         Raises:
             ValueError: If the model's tensors are not the student's.
-            RuntimeError: If the model holds another teacher's weights inside `swap`.
+            RuntimeError: If any of the model's tensors holds lent weights inside `swap`, or adapters are
+                merged into its weights.
         """
         student = pairing.unwrap(model)
         swapping.refuse(student, "copy_to()")
+        swapping.refuse(self.module, "copy_to()")
+        adapters.refuse(self._adapters_of(student), "copy_to()")
         self._report_nonfinite()
         self._shadow.copy_to(student)
 
@@ -443,8 +469,11 @@ class WMATeacher(nn.Module):
                 CPU and the other ranks an empty one. This is a collective, which every rank must call. With
                 False, sharded tensors stay DTensors.
         """
+        swapping.refuse(self.module, "averaged_state_dict()")
+        self._refuse_merged("averaged_state_dict()")
         self._report_nonfinite()
-        names = naming.canonical(self.module, state := self._shadow.averaged_state(dtype))
+        with torch.inference_mode(False), torch.no_grad():
+            names = naming.canonical(self.module, state := self._shadow.averaged_state(dtype))
         state = {naming.saved_key(self.student, name): state[key] for key, name in names.items()}
         return sharding.consolidate(state) if full else state
 
@@ -471,7 +500,7 @@ class WMATeacher(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         # A copy of the teacher is not attached to the optimizer of the original.
-        return {**super().__getstate__(), "_attachment": None, "_swapped": ()}
+        return {**super().__getstate__(), "_attachment": None, "_lending": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -479,13 +508,24 @@ class WMATeacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WMATeacher:
         """Move or cast the averaged module; the averages move along and keep their precision."""
-        with self._shadow.moving():
+        with torch.inference_mode(False), torch.no_grad(), self._shadow.moving():
             super()._apply(fn, recurse)
         return self
 
-    def _refuse_swapped(self, action: str) -> None:
-        for student in self._swapped:
-            swapping.refuse(student, action)
+    def _refuse_lent(self, action: str) -> None:
+        """Refuse `action` if this teacher lends its weights, or its student or its module has lent ones."""
+        if self._lending is not None:
+            self._lending.refuse(action)
+        swapping.refuse(self.student, action)
+        swapping.refuse(self.module, action)
+
+    def _refuse_merged(self, action: str) -> None:
+        """Refuse `action` if adapters are merged into the frozen weights that student and teacher share."""
+        if self.roles.shared:
+            adapters.refuse(self._adapters, action)
+
+    def _adapters_of(self, student: nn.Module) -> tuple[adapters.Pair, ...]:
+        return self._adapters if student is self.student else adapters.pairs(student, self.module)
 
 
 def _take_up_unfrozen(teacher: WMATeacher) -> None:
@@ -494,7 +534,7 @@ def _take_up_unfrozen(teacher: WMATeacher) -> None:
 
 def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
     assert isinstance(teacher, WMATeacher)
-    teacher._refuse_swapped("state_dict() of the teacher")
+    teacher._refuse_lent("state_dict() of the teacher")
     teacher._settle()
     teacher._report_nonfinite()
     sharding.reshard(teacher._shadow.fully_sharded)
@@ -508,7 +548,7 @@ def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, loca
 def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
     """Check the whole state before any of it is written, then load the averages."""
     assert isinstance(teacher, WMATeacher)
-    teacher._refuse_swapped("load_state_dict() of the teacher")
+    teacher._refuse_lent("load_state_dict() of the teacher")
     if f"{prefix}_orig_mod._extra_state" in state:  # the teacher that was saved had been compiled as a whole
         for key in [k for k in state if k.startswith(f"{prefix}_orig_mod.")]:
             state[prefix + key.removeprefix(f"{prefix}_orig_mod.")] = state.pop(key)

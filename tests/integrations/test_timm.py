@@ -75,7 +75,7 @@ def test_it_averages_as_model_ema_v3_does(tmp_path, theirs, kernel):
 @pytest.mark.parametrize("every", [1, 2, 4, 5])
 def test_a_run_that_stopped_ends_with_the_same_bits(tmp_path, kernel, every):
     def average(model):
-        return ModelWma(model, kernel, EPOCHS * UPDATES, update_every=every)
+        return ModelWma(model, kernel, EPOCHS * UPDATES, update_every=every, dtype=torch.float32)
 
     model, whole = train(average, tmp_path / "whole")
     train(average, tmp_path / "stopped", epochs=2)
