@@ -61,8 +61,8 @@ class WMATeacher(nn.Module):
         """Build the teacher. Its average starts at the student's present weights.
 
         Args:
-            model: The student. DDP, DataParallel, torch.compile, activation checkpointing and Lightning Fabric
-                wrappers are unwrapped.
+            model: The student. Wrappers of DDP, DataParallel, torch.compile, activation checkpointing and
+                Lightning Fabric are taken off.
             kernel: The weighting of the student's states: a string, a `Kernel`, a frozen `scipy.stats`
                 distribution or a callable density; see `wmateacher.kernels`. The default, Beta(0.5, 0.5),
                 is TRACER's.
