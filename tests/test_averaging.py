@@ -131,6 +131,58 @@ def test_values_that_arrive_through_a_relay(dtypes):
         torch.testing.assert_close(h, e.float())
 
 
+VECTORS = [(3,), (), (1, 5), (0,), (4, 1, 1), (2**17,), (7,)]
+
+
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_vectors_that_are_held_end_to_end_move_like_single_ones(value_dtype):
+    owns = [torch.randn(shape) for shape in VECTORS]
+    starts = [own.double() + 1e-9 for own in owns]
+    values = [torch.randn(shape).to(value_dtype) for shape in VECTORS]
+    values[0] = torch.randn(6).to(value_dtype)[::2]
+    averages = averaging.side_by_side(
+        {str(i): Average.of(s, o) for i, (s, o) in enumerate(zip(starts, owns, strict=True))}
+    )
+    update = Update([*averages.values()], values)
+    for omega in (0.3, 1e-4, 1.0):
+        update(omega)
+        starts = [lerp_oracle(s, v, omega) for s, v in zip(starts, values, strict=True)]
+        for average, own, start in zip(averages.values(), owns, starts, strict=True):
+            assert average.own is own
+            torch.testing.assert_close(average.read(), start, rtol=1e-15, atol=1e-15)
+            assert torch.equal(own, average.read().float())
+
+
+def test_vectors_that_are_held_end_to_end_move_in_one_call(monkeypatch):
+    calls = []
+    monkeypatch.setattr(averaging, "_lerp_", lambda held, values, omega: calls.append(len(held)))
+    owns = {str(i): torch.randn(8) for i in range(50)}
+    averages = averaging.side_by_side({n: Average.of(o.double(), o) for n, o in owns.items()})
+    values = [torch.randn(8) for _ in owns]
+    Update([*averages.values()], values)(0.5)
+    assert calls == [1]
+    # In another order they no longer lie end to end: every one moves by itself, in one call for all.
+    Update([*averages.values()][::-1], values)(0.5)
+    assert calls == [1, 50]
+
+
+def test_joined_vectors_that_arrive_through_a_relay():
+    owns = {str(i): torch.randn(5) for i in range(9)}
+    averages = averaging.side_by_side({n: Average.of(o.double(), o) for n, o in owns.items()})
+    values = [torch.randn(5) for _ in owns]
+    expected = [lerp_oracle(o, v, 0.3) for o, v in zip(owns.values(), values, strict=True)]
+    rows = [(a.held, v, a.own) for a, v in zip(averages.values(), values, strict=True)]
+    relays, scratch = [torch.empty(20) for _ in range(2)], torch.empty(20, dtype=torch.float64)
+    update = Update([], [])
+    batches = list(averaging._batches(rows, 20))
+    update._steps = [averaging._JoinedStep(b, relays[i % 2], scratch) for i, b in enumerate(batches)]
+    assert len(batches) == 3
+    update(0.3)
+    for average, e in zip(averages.values(), expected, strict=True):
+        torch.testing.assert_close(average.read(), e)
+        assert torch.equal(average.own, e.float())
+
+
 def test_batches_fill_the_scratch_and_lose_nothing():
     rows = [(torch.arange(n).view(shape),) for n, shape in [(7, (7,)), (1, ()), (60, (3, 20)), (36, (6, 6))]]
     rows.append((torch.arange(64).view(8, 8).t(),))
@@ -149,11 +201,13 @@ def test_nothing_to_do():
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_on_a_gpu_and_offloaded_from_it(device, value_dtype):
-    values = [t.cuda() for t in tensors(value_dtype)]
+    values = [t.cuda() for t in [*tensors(value_dtype), *(torch.randn(9).to(value_dtype) for _ in range(9))]]
     owns = [v.to(device, copy=True) for v in values]
-    starts = [torch.randn(o.shape, device=device) for o in owns]
-    averages = [Average.of(s, o) for s, o in zip(starts, owns, strict=True)]
-    expected = [lerp_oracle(s, v.to(device), 0.3).float() for s, v in zip(starts, values, strict=True)]
+    starts = [torch.randn(o.shape, device=device) for o in owns[:-9]]
+    starts += [torch.randn(o.shape, device=device, dtype=torch.float64) for o in owns[-9:]]
+    averages = {str(i): Average.of(s, o) for i, (s, o) in enumerate(zip(starts, owns, strict=True))}
+    averages = list(averaging.side_by_side(averages).values())
+    expected = [lerp_oracle(s, v.to(device), 0.3).to(s.dtype) for s, v in zip(starts, values, strict=True)]
     update = Update(averages, values)
     if device == "cuda":
         torch.cuda.set_sync_debug_mode("error")

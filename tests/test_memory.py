@@ -26,7 +26,9 @@ def test_the_guide_has_the_table():
 
 @pytest.mark.parametrize(("student", "dtype", "held", "moved", "saved"), ROWS)
 def test_bytes_per_parameter(student, dtype, held, moved, saved):
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(getattr(torch, student))
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).to(
+        getattr(torch, student)
+    )
     count = sum(p.numel() for p in model.parameters())
     teacher = WMATeacher(model, "uniform", dtype=dtype)
     module = sum(p.nbytes for p in teacher.module.parameters())

@@ -188,17 +188,26 @@ def test_long_differences_are_shortened():
 
 
 @pytest.mark.parametrize(
-    ("own", "asked", "expected"),
+    ("own", "asked", "matrix", "vector"),
     [
-        (torch.bfloat16, "auto", torch.float32),
-        (torch.float16, "auto", torch.float32),
-        (torch.float32, "auto", torch.float32),
-        (torch.float64, "auto", torch.float64),
-        (torch.float32, torch.float64, torch.float64),
-        (torch.bfloat16, "split", torch.float32),
-        (torch.complex64, "auto", torch.complex64),
-        (torch.complex64, torch.float64, torch.complex128),
+        (torch.bfloat16, "auto", torch.float32, torch.float64),
+        (torch.float16, "auto", torch.float32, torch.float64),
+        (torch.float32, "auto", torch.float32, torch.float64),
+        (torch.float64, "auto", torch.float64, torch.float64),
+        (torch.float32, torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, "split", torch.float32, torch.float64),
+        (torch.complex64, "auto", torch.complex64, torch.complex128),
+        (torch.complex64, torch.float64, torch.complex128, torch.complex128),
     ],
 )
-def test_accumulator_dtypes(own, asked, expected):
-    assert pairing.accumulator_dtype(torch.zeros(1, dtype=own), asked) is expected
+def test_accumulator_dtypes(own, asked, matrix, vector):
+    assert pairing.accumulator_dtype(torch.zeros(2, 2, dtype=own), asked) is matrix
+    for shape in [(), (3,), (1, 3), (3, 1, 1), (1, 1)]:
+        assert pairing.accumulator_dtype(torch.zeros(shape, dtype=own), asked) is vector
+
+
+def test_a_device_without_float64_holds_vectors_in_float32():
+    vector = torch.zeros(3)
+    assert pairing.accumulator_dtype(vector, "auto", torch.device("mps")) is torch.float32
+    assert pairing.accumulator_dtype(vector.bfloat16(), "auto", torch.device("mps")) is torch.float32

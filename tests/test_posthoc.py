@@ -793,3 +793,37 @@ def test_averaging_needs_little_more_than_the_result(tmp_path, suffix, dtype, ho
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert int(result.stdout) < 1.5 * size + 4e6
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, complex(0, torch.nan)])
+@pytest.mark.parametrize("merge", ["average", "interpolate", "stock"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_checkpoint_that_is_not_finite_is_named(tmp_path, merge, value, place):
+    """Also in a tensor of several pieces, and wherever in it the value stands."""
+    dtype = torch.complex64 if isinstance(value, complex) else torch.bfloat16
+    states = [
+        {"a": torch.ones(2), "b.weight": torch.full((70_000, 2), 1.0, dtype=dtype) * i} for i in range(3)
+    ]
+    states[1]["b.weight"][place, place] = value
+    files = [tmp_path / f"{i}.pt" for i in range(3)]
+    for state, file in zip(states, files, strict=True):
+        torch.save(state, file)
+    merges = {
+        "average": lambda sources: average_checkpoints(sources, "uniform"),
+        "interpolate": lambda sources: interpolate(sources[0], sources[1], 0.5),
+        "stock": lambda sources: model_stock(sources[0], sources[1:]),
+    }
+    with pytest.raises(ValueError, match=r"'b.weight' has NaN or infinite values in '.*1.pt'.*leave this"):
+        merges[merge](files)
+    with pytest.raises(ValueError, match="'b.weight' has NaN or infinite values in state dict 1"):
+        merges[merge](states)
+
+
+def test_a_checkpoint_that_is_not_read_may_have_nan():
+    spoilt = {"a": torch.tensor([torch.nan, 1.0])}
+    assert interpolate({"a": torch.ones(2)}, spoilt, 0.0)["a"].tolist() == [1.0, 1.0]
+
+
+def test_large_values_are_not_mistaken_for_infinite_ones():
+    large = {"a": torch.full((9,), 1e308, dtype=torch.float64)}
+    assert torch.equal(interpolate(large, large, 0.5)["a"], large["a"])

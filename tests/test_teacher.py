@@ -29,12 +29,14 @@ class OneHot(nn.Module):
 
     def __init__(self, states, dtype):
         super().__init__()
-        self.state = nn.Parameter(torch.zeros(states, dtype=dtype))
+        self.state = nn.Parameter(torch.zeros(states, 2, dtype=dtype))
+        self.vector = nn.Parameter(torch.zeros(states, dtype=dtype))
         self.at(0)
 
     def at(self, k):
         with torch.no_grad():
-            self.state.zero_()[k] = 1.0
+            for parameter in self.parameters():
+                parameter.zero_()[k] = 1.0
 
     def forward(self):
         return self.state
@@ -84,7 +86,7 @@ def test_realised_weights_equal_the_kernels(kernel, every, precision):
     teacher = WMATeacher(student, kernel, total, update_every=every, dtype=asked)
     double = torch.float64 in (dtype, asked)
     assert held(teacher).dtype is (dtype if dtype.is_complex else torch.float64 if double else torch.float32)
-    eps = torch.finfo(held(teacher).dtype).eps
+    assert held(teacher, "vector").dtype is (torch.complex128 if dtype.is_complex else torch.float64)
     for step in range(1, total + 1):
         if step == resume_at:
             state = saved(teacher)
@@ -96,9 +98,11 @@ def test_realised_weights_equal_the_kernels(kernel, every, precision):
             continue  # the later averages hold what went wrong here
         expected = oracle.realised(kernel, total, every, step)
         np.testing.assert_allclose(teacher.trajectory_weights(), expected, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(
-            held(teacher)[: step + 1].real.double().numpy(), expected, rtol=1e-9 + step * eps, atol=eps
-        )
+        for average in (held(teacher)[:, 1], held(teacher, "vector")):
+            eps = torch.finfo(average.dtype).eps
+            np.testing.assert_allclose(
+                average[: step + 1].real.double().numpy(), expected, rtol=1e-9 + step * eps, atol=eps
+            )
     assert teacher().dtype is dtype
 
 
@@ -117,7 +121,8 @@ def test_the_weights_of_25_000_updates(kernel, precision):
         teacher.update()
     weights = teacher.trajectory_weights()
     expected = np.concatenate([weights[:1], weights[1:].reshape(25, 1000).sum(1)])
-    np.testing.assert_allclose(held(teacher).double().numpy(), expected, rtol=1e-3)
+    np.testing.assert_allclose(held(teacher)[:, 1].double().numpy(), expected, rtol=1e-3)
+    np.testing.assert_allclose(held(teacher, "vector").numpy(), expected, rtol=1e-9)
 
 
 @pytest.mark.slow
@@ -129,13 +134,55 @@ def test_25_000_small_updates_track_the_float64_average(precision):
     expected = student.state.detach().double().clone()
     walk = expected.clone()
     for _ in range(25_000):
-        walk += 0.01 * torch.randn(64, dtype=torch.float64)
+        walk += 0.01 * torch.randn(64, 2, dtype=torch.float64)
         student.state.data.copy_(walk)
         teacher.update()
         expected += teacher.omega * (student.state.detach().double() - expected)
     error = (held(teacher).double() - expected).norm() / expected.norm()
     assert error < 1e-4
     assert (student.state.detach().double() - expected).norm() / expected.norm() > 0.1  # they are apart
+
+
+class Gains(nn.Module):
+    """A student of norm gains, a logit scale and a class token, which the teacher averages in float64."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3, dtype=dtype))
+        self.scale = nn.Parameter(torch.ones((), dtype=dtype))
+        self.token = nn.Parameter(torch.ones(1, 1, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("total", "start"),
+    [
+        (300_000, 299_000),
+        pytest.param(25_000, 0, marks=pytest.mark.slow),
+        pytest.param(300_000, 0, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "split"])
+def test_gains_that_drift_by_a_hundredth_do_not_stall(total, start, precision):
+    """Float32 near 1 would lose the small updates of a long run: the error is measured against the drift."""
+    dtype, asked = PRECISIONS[precision]
+    student = Gains(dtype)
+    names = dict(student.named_parameters())
+    teacher = WMATeacher(student, "uniform", total, dtype=asked)
+    begun = mean = 1 + 0.01 * start / total / 2  # the mean so far of a drift from 1 to 1.01
+    if start:
+        teacher.load_average(
+            {n: torch.full(p.shape, mean, dtype=torch.float64) for n, p in names.items()}, start
+        )
+    for step in range(start + 1, total + 1):
+        if (step - start) % 500 == 1:
+            value = torch.tensor(1 + 0.01 * step / total).to(dtype)
+            for parameter in names.values():
+                parameter.data.fill_(value)
+        teacher.update()
+        mean += (value.item() - mean) / (step + 1)
+    for name in names:
+        error = (held(teacher, name) - mean).abs().max().item()
+        assert error < 1e-3 * abs(mean - begun), name
 
 
 def test_a_slow_average_of_a_bf16_student_does_not_stall():
@@ -362,13 +409,15 @@ def test_a_cast_changes_the_forward_and_never_the_average(precision, cast):
     teacher, uncast = (WMATeacher(student, "ema(0.9)", dtype=asked) for _ in range(2))
     for cast_now in (False, True, False):
         with torch.no_grad():
-            student.state.add_(torch.rand(5).to(dtype))
+            for parameter in student.parameters():
+                parameter.add_(torch.rand(parameter.shape).to(dtype))
         if cast_now and not dtype.is_complex:
             assert teacher.to(cast)().dtype is cast
         teacher.update()
         uncast.update()
-    assert held(teacher).dtype is held(uncast).dtype
-    assert torch.equal(held(teacher), held(uncast))
+    for name in ("state", "vector"):
+        assert held(teacher, name).dtype is held(uncast, name).dtype
+        assert torch.equal(held(teacher, name), held(uncast, name))
     assert torch.equal(teacher(), held(uncast).to(teacher().dtype))
 
 

@@ -11,24 +11,28 @@ No other module writes averaged tensors. An average is held in one of three ways
 An `Update` is prepared once and applied at every snapshot, for as long as the tensors stay the same. Values
 of another dtype or device pass through a scratch buffer that fits in the cache, several small tensors or one
 piece of a large tensor at a time. There is no temporary per tensor, and the number of Python calls does not
-grow with the number of tensors.
+grow with the number of tensors. Models have as many vectors as matrices, and a vector costs more to call than
+to move, so that wide averages of vectors are held end to end (`side_by_side`) and moved as one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Average", "Update", "copy_"]
+__all__ = ["Average", "Update", "copy_", "side_by_side"]
 
 # The tensor that holds an average, the value to move it to, and the module's own tensor if it is a third one.
 _Row = tuple[Tensor, ...]
 
 # Small enough for a CPU core's cache between a cast and its use. A GPU has more cache and costlier launches.
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
+
+# A longer vector is worth a call of its own.
+_SHORT = 2**16
 
 
 @dataclass(frozen=True)
@@ -86,30 +90,59 @@ class Average:
 class Update:
     """The step `average <- average + omega (value - average)`, prepared for a fixed set of tensors."""
 
-    def __init__(self, averages: Sequence[Average], values: Sequence[Tensor]):
+    def __init__(self, averages: Sequence[Average], values: Sequence[Tensor], *, masked: bool = False):
         """Group the tensors by dtype and device, cut them into batches and lay out the scratch buffers.
 
         Args:
             averages: The averages to move.
             values: The tensors to move them towards, of the same shapes and of any dtype and device.
+            masked: Whether calls have a mask, which needs room for a second value of each average.
         """
         groups: dict[tuple[object, ...], list[tuple[Average, Tensor]]] = {}
         for average, value in zip(averages, values, strict=True):
             held = average.held
             key = (average.own.dtype, held.dtype, held.device, value.dtype, value.device)
             groups.setdefault(key, []).append((average, value.detach()))
-        self._steps = [step for group in groups.values() for step in _prepare(group)]
+        self._steps = [step for group in groups.values() for step in _prepare(group, masked)]
 
     @torch.no_grad()
-    def __call__(self, omega: float) -> None:
-        """Move every average towards its value by the share `omega` in (0, 1]; 1 copies exactly."""
+    def __call__(self, omega: float, mask: Tensor | None = None) -> None:
+        """Move every average towards its value.
+
+        Args:
+            omega: The share in (0, 1] by which it moves; 1 copies exactly.
+            mask: A 0-d bool tensor on any device: with False, no average changes. The host does not wait for
+                it.
+        """
+        masks: dict[torch.device, Tensor] = {}
         # The next batch is on its way from its device while this one moves.
         for i, step in enumerate(self._steps):
             if i == 0:
                 step.fetch()
             if i + 1 < len(self._steps):
                 self._steps[i + 1].fetch()
-            step.move(omega)
+            if mask is not None:
+                device = step.held[0].device
+                if device not in masks:
+                    masks[device] = mask.to(device, non_blocking=True)
+            step.move(omega, None if mask is None else masks[device])
+
+
+@torch.no_grad()
+def side_by_side(averages: Mapping[str, Average]) -> dict[str, Average]:
+    """Return the same averages, with the short vectors among the wide ones held end to end in memory."""
+    result = dict(averages)
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, average in averages.items():
+        held = average.held
+        if average.beside is not None and not average.split and held.numel() <= _SHORT and _is_vector(held):
+            groups.setdefault((average.own.dtype, held.dtype, held.device), []).append(name)
+    for names in groups.values():
+        parts = [averages[name].held.reshape(-1) for name in names]
+        for name, part in zip(names, torch.cat(parts).split([p.numel() for p in parts]), strict=True):
+            own = averages[name].own
+            result[name] = Average(own, part.view(own.shape))
+    return result
 
 
 @torch.no_grad()
@@ -121,42 +154,88 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 class _Step:
     """One batch of averages, which moves after its values have been fetched."""
 
-    def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
+    def __init__(
+        self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None, spare: Tensor | None = None
+    ):
         """Give the batch its buffers.
 
         Args:
             batch: The batch's rows.
             relay: The buffer in which values from another device arrive; None if they are on this one.
             scratch: The buffer in which values are cast; None if they need no cast.
+            spare: A second buffer like `scratch`, for updates with a mask.
         """
         columns = [list(column) for column in zip(*batch, strict=True)]
         self.held, self.values, self.own = columns[0], columns[1], columns[2] if len(columns) > 2 else []
         self.here = self.values if relay is None else _views(relay, self.held)
         self.cast = self.here if scratch is None else _views(scratch, self.held)
+        self.scratch, self.spare = scratch, spare
+        self.before = [] if spare is None else _views(spare, self.held)
         self.arrived: torch.Event | None = None
 
     def fetch(self) -> None:
         """Start the transfer of values from another device."""
         if self.here is not self.values:
             torch._foreach_copy_(self.here, self.values, non_blocking=True)
-            if self.values[0].device.type != "cpu":
-                self.arrived = torch.Event(self.values[0].device)
-                self.arrived.record()
+            self._record_arrival()
 
-    def move(self, omega: float) -> None:
+    def _record_arrival(self) -> None:
+        if self.values[0].device.type != "cpu":
+            self.arrived = torch.Event(self.values[0].device)
+            self.arrived.record()
+
+    def move(self, omega: float, mask: Tensor | None) -> None:
         """Cast the values, move the averages and round them into the module."""
         if self.arrived is not None:
             self.arrived.synchronize()
         if self.cast is not self.here:
             _copy_(self.cast, self.here)
+        if mask is not None:
+            assert self.scratch is not None
+            assert self.spare is not None
+            _copy_(self.before, self.held)
+            _choose_(mask, self.scratch, self.spare)
         _lerp_(self.held, self.cast, omega)
+        _copy_(self.own, self.held)
+
+
+class _JoinedStep(_Step):
+    """One batch of vectors whose averages lie end to end, so that one call moves them all."""
+
+    def __init__(
+        self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None, spare: Tensor | None = None
+    ):
+        super().__init__(batch, None, None)
+        numel = sum(tensor.numel() for tensor in self.held)
+        self.average = self.held[0].as_strided((numel,), (1,))
+        self.flat_values = [value.view(-1) for value in self.values]
+        self.gathered = self.values[0].new_empty(numel)
+        self.flat_here = self.gathered if relay is None else relay[:numel]
+        self.flat_cast = self.flat_here if scratch is None else scratch[:numel]
+
+    def fetch(self) -> None:
+        torch.cat(self.flat_values, out=self.gathered)
+        if self.flat_here is not self.gathered:
+            self.flat_here.copy_(self.gathered, non_blocking=True)
+            self._record_arrival()
+
+    def move(self, omega: float, mask: Tensor | None) -> None:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        if self.flat_cast is not self.flat_here:
+            self.flat_cast.copy_(self.flat_here)
+        if mask is not None:
+            _choose_(mask, self.flat_cast, self.average)
+        _lerp_([self.average], [self.flat_cast], omega)
         _copy_(self.own, self.held)
 
 
 class _SplitStep(_Step):
     """One batch of split averages, which are joined in the scratch buffer, moved there and split again."""
 
-    def __init__(self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None):
+    def __init__(
+        self, batch: list[_Row], relay: Tensor | None, scratch: Tensor | None, spare: Tensor | None = None
+    ):
         assert scratch is not None
         numel = sum(row[0].numel() for row in batch)
         self.average, self.value = (half[:numel] for half in scratch.chunk(2))
@@ -168,7 +247,7 @@ class _SplitStep(_Step):
         self.lower = self.value.view(torch.int32)
         self.lower_views = _views(self.lower, self.held)
 
-    def move(self, omega: float) -> None:
+    def move(self, omega: float, mask: Tensor | None) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
         # Join: float32's bits are the upper half times 2^16 plus the lower half as a signed number, because
@@ -178,6 +257,8 @@ class _SplitStep(_Step):
         self.bits.mul_(2**16).add_(self.lower)
         # Move. From here on the values take the place of the lower halves.
         _copy_(self.cast, self.here)
+        if mask is not None:
+            _choose_(mask, self.value, self.average)
         _lerp_([self.average], [self.value], omega)
         # Split: the copy to int16 keeps the lower 16 bits. It must come first, as rounding to the upper half
         # overwrites the bits.
@@ -186,7 +267,7 @@ class _SplitStep(_Step):
         _copy_(self.upper, self.bits_views)
 
 
-def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
+def _prepare(group: list[tuple[Average, Tensor]], masked: bool) -> list[_Step]:
     """Return the steps for averages that differ only in shape."""
     average, value = group[0]
     held = average.held
@@ -197,19 +278,41 @@ def _prepare(group: list[tuple[Average, Tensor]]) -> list[_Step]:
     # for an accelerator, and values of another dtype, are copied into a scratch buffer beside the average.
     elsewhere = value.device != held.device
     needs_relay = elsewhere and held.device.type == "cpu"
-    needs_scratch = average.split or value.dtype != held.dtype or (elsewhere and not needs_relay)
-    if not rows or not (needs_relay or needs_scratch):
+    needs_scratch = masked or average.split or value.dtype != held.dtype or (elsewhere and not needs_relay)
+    joined = _are_joined(rows)
+    if not rows or not (needs_relay or needs_scratch or joined):
         return [_Step(rows, None, None)] if rows else []
     dtype = torch.float32 if average.split else held.dtype
-    halves = 2 if average.split else 1
+    halves = 2 if average.split or masked else 1
     room = _SCRATCH_BYTES["cpu" if held.device.type == "cpu" else "other"] // dtype.itemsize // halves
     batches = list(_batches(rows, room))
     room = max(sum(row[0].numel() for row in batch) for batch in batches)
     scratch = torch.empty(halves * room, dtype=dtype, device=held.device) if needs_scratch else None
     # Two relays alternate: one is filled while the other is read.
     relays = [_relay(value, room) for _ in range(2)] if needs_relay else [None]
-    make = _SplitStep if average.split else _Step
-    return [make(batch, relays[i % len(relays)], scratch) for i, batch in enumerate(batches)]
+    make = _SplitStep if average.split else _JoinedStep if joined else _Step
+    if average.split or not masked:
+        return [make(batch, relays[i % len(relays)], scratch) for i, batch in enumerate(batches)]
+    assert scratch is not None
+    halved = scratch.chunk(2)
+    return [make(batch, relays[i % len(relays)], *halved) for i, batch in enumerate(batches)]
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    return sum(length > 1 for length in tensor.shape) <= 1
+
+
+def _are_joined(rows: Sequence[_Row]) -> bool:
+    """Return whether these are vectors whose averages lie end to end, as `side_by_side` puts them."""
+    helds = [row[0] for row in rows]
+    ends = [held.storage_offset() + held.numel() for held in helds]
+    return (
+        len(rows) > 1
+        and all(map(_is_vector, helds))
+        and len({held.untyped_storage().data_ptr() for held in helds}) == 1
+        and all(held.storage_offset() == end for held, end in zip(helds[1:], ends[:-1], strict=True))
+        and all(type(row[1]) is Tensor for row in rows)  # other types may have no memory to gather
+    )
 
 
 def _relay(value: Tensor, numel: int) -> Tensor:
@@ -264,6 +367,11 @@ def _lerp_(averages: list[Tensor], values: list[Tensor], omega: float) -> None:
         _copy_(averages, values)  # lerp would give NaN from infinity
     else:
         torch._foreach_lerp_(averages, values, omega)
+
+
+def _choose_(mask: Tensor, values: Tensor, averages: Tensor) -> None:
+    """Where the mask is False, set the values to the averages, which then move towards themselves."""
+    torch.where(mask, values[: len(averages)], averages[: len(values)], out=values[: len(averages)])
 
 
 def _upper_half_(bits: Tensor) -> Tensor:

@@ -30,11 +30,13 @@ __all__ = [
     "Roles",
     "accumulator_dtype",
     "assign",
+    "at_least_float32",
     "check_precision",
     "clone",
     "computed",
     "densify",
     "describe_difference",
+    "few",
     "hidden",
     "match",
     "materialise",
@@ -65,6 +67,7 @@ class Roles:
         kept: Tensors that stay as they were when the teacher was built.
         shared: Frozen parameters, for which the teacher uses the student's own tensors.
         excluded: Those of them that are to be copied, not averaged, if they are unfrozen.
+        buffers: The policy for buffers, also for those that appear later.
     """
 
     averaged: tuple[str, ...]
@@ -72,6 +75,7 @@ class Roles:
     kept: tuple[str, ...]
     shared: tuple[str, ...]
     excluded: tuple[str, ...]
+    buffers: Buffers = "copy"
 
     @property
     def owned(self) -> tuple[str, ...]:
@@ -203,7 +207,14 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     def ordered(names: set[str]) -> tuple[str, ...]:
         return tuple(n for n in (*parameters, *others) if n in names)
 
-    return Roles(*map(ordered, (averaged, copied, kept, shared, once_unfrozen)))
+    return Roles(
+        averaged=ordered(averaged),
+        copied=ordered(copied),
+        kept=ordered(kept),
+        shared=ordered(shared),
+        excluded=ordered(once_unfrozen),
+        buffers=buffers,
+    )
 
 
 def _is_continuous(tensor: Tensor) -> bool:
@@ -364,10 +375,11 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
 def describe_difference(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     """Return a text such as `missing 'a', 'b'; unexpected 'c'`, without an empty part."""
     both = (("missing", missing), ("unexpected", unexpected))
-    return "; ".join(f"{what} {_few(names)}" for what, names in both if names)
+    return "; ".join(f"{what} {few(names)}" for what, names in both if names)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """Return the first five names as text, and how many more there are."""
     shown = ", ".join(map(repr, names[:5]))
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
@@ -382,17 +394,30 @@ def check_precision(dtype: object) -> None:
         )
 
 
-def accumulator_dtype(tensor: Tensor, dtype: Precision) -> torch.dtype:
+def accumulator_dtype(tensor: Tensor, dtype: Precision, device: torch.device | None = None) -> torch.dtype:
     """Return the dtype in which a tensor is averaged.
 
-    For `"auto"` and `"split"` it is float32 for bfloat16, float16 and narrower tensors, whose spacing
-    swallows small updates (at 1.0, bfloat16 cannot represent an update of 1e-3), and otherwise the tensor's
-    own dtype. Complex tensors get the complex dtype of that precision.
+    For `"auto"` and `"split"` it is float64 for scalars and vectors. These are cheap, and norm gains and
+    logit scales lie so far from 0 that float32 swallows the small updates of a long run. Other tensors are
+    averaged in float32 if they are bfloat16, float16 or narrower (at 1.0, bfloat16 cannot represent an update
+    of 1e-3), and otherwise in their own dtype. Complex tensors get the complex dtype of that precision.
+
+    Args:
+        tensor: The tensor.
+        dtype: The precision that the user asked for.
+        device: The device that holds the average; None stands for the tensor's.
     """
     if not isinstance(dtype, torch.dtype):
-        narrow = tensor.dtype.itemsize < torch.float32.itemsize * (2 if tensor.is_complex() else 1)
-        dtype = torch.float32 if narrow else tensor.real.dtype
+        is_vector = sum(length > 1 for length in tensor.shape) <= 1
+        has_double = (device or tensor.device).type != "mps"
+        own = tensor.dtype.to_real()
+        dtype = torch.float64 if is_vector and has_double else at_least_float32(own)
     return dtype.to_complex() if tensor.is_complex() else dtype
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return a real dtype, or float32 if that is wider."""
+    return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
 
 
 def __dir__() -> list[str]:

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, naming, pairing, sharding
+from wmateacher import averaging, buffers, naming, pairing, sharding
 from wmateacher.averaging import Average
+from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
 
 __all__ = ["Plan", "Shadow"]
@@ -34,21 +36,48 @@ class Plan:
         own: The averaged module's tensors.
         update: The function that moves the averaged tensors.
         copied: The tensors that are copied at every snapshot: targets and sources.
+        detector: What looks for NaN in a student before it is averaged; None if nothing does.
+        copy: The function that copies `copied` where the device decides whether a snapshot counts; None if
+            the host does.
+        changed: The names of buffers that changed their structure in the student, which the averaged module
+            takes over at a snapshot.
     """
 
     student: Binding
     own: Binding
     update: averaging.Update
     copied: tuple[Sequence[Tensor], Sequence[Tensor]]
+    detector: Detector | None = None
+    copy: averaging.Update | None = None
+    changed: Sequence[str] = ()
 
     def fits(self, student: nn.Module) -> bool:
         """Return whether the plan is for this student and both modules still have the same tensors."""
         return self.student.model is student and self.student.is_current() and self.own.is_current()
 
-    def apply(self, omega: float) -> None:
-        """Move the average towards the student by the share `omega` in (0, 1]."""
+    def apply(self, omega: float) -> Verdict | None:
+        """Move the average towards the student by the share `omega` in (0, 1].
+
+        Returns:
+            What the detector found, if there is one. A student that is not finite has changed nothing.
+        """
+        verdict = None
+        if self.detector is not None:
+            finite = self.detector()
+            verdict = Verdict(self.detector.names, finite)
+            if self.copy is not None and not self.changed:
+                # The host learns of the verdict later. Until then the device acts on it.
+                mask = finite.all()
+                self.update(omega, mask)
+                self.copy(1.0, mask)
+                return verdict
+            if verdict.nonfinite():
+                return verdict
         self.update(omega)
         averaging.copy_(*self.copied)
+        if self.changed:
+            buffers.follow(self.own.model, self.student.model, self.changed)
+        return verdict
 
 
 class Shadow:
@@ -73,25 +102,31 @@ class Shadow:
         device: torch.device | str | None,
         frozen: pairing.Frozen,
         module_factory: Callable[[], nn.Module] | None,
+        nonfinite: Nonfinite = "warn",
     ):
         """Build the averaged module and start every average at the student.
 
         The arguments after `roles` are those of `WMATeacher`.
 
         Raises:
-            ValueError: If the student cannot be copied, or the factory's module does not match it.
+            ValueError: If the student cannot be copied, the factory's module does not match it, or an average
+                that must stay finite would start at NaN.
         """
         self.roles = roles
+        self._detects = nonfinite != "warn"
+        self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
         self.module = self._build(student, device, module_factory)
         self.fully_sharded = sharding.fully_sharded(self.module)
         self.unfrozen: dict[str, int] = {}
         self._shares = frozen == "share"
         self._dtype = dtype
+        self._built = buffers.structure(self.module)
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
         self._plan: Plan | None = None
-        self._start_averages(Binding(student).local, self.roles.averaged)
-        if dtype == "split" and not self._beside:
+        self._start_averages(Binding(student), self.roles.averaged)
+        own = pairing.tensors(self.module)
+        if dtype == "split" and not any(own[n].dtype == torch.bfloat16 for n in self.roles.averaged):
             raise ValueError(
                 "dtype='split' is for bfloat16 students, and no averaged tensor of this one is bfloat16: "
                 "use dtype='auto', which needs no memory beside the module here"
@@ -174,20 +209,28 @@ class Shadow:
         averaging.copy_([targets[n] for n in owned], [sources[n] for n in owned])
         return module
 
-    def _start_averages(self, values: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    def _start_averages(self, values: Binding, names: Sequence[str]) -> None:
         """Start the named averages at the values of these names."""
         own = Binding(self.module).local
+        averages = {name: Average(own[name], beside) for name, beside in self._beside.items()}
         for name in names:
-            wanted = self._precisions[name] = pairing.accumulator_dtype(values[name], self._dtype)
-            split = self._dtype == "split" and wanted != own[name].dtype
-            if split and own[name].dtype != torch.bfloat16:
+            target = own[name]
+            # The shape of the whole tensor decides: all ranks must hold its shards alike.
+            wanted = pairing.accumulator_dtype(values.tensors[name], self._dtype, target.device)
+            split = self._dtype == "split" and wanted == torch.float32 != target.dtype
+            if split and target.dtype != torch.bfloat16:
                 raise ValueError(
                     "dtype='split' is for bfloat16 students, whose values are the upper halves of float32, "
-                    f"but {name!r} is {own[name].dtype}: use dtype='auto'"
+                    f"but {name!r} is {target.dtype}: use dtype='auto'"
                 )
-            average = Average.of(values[name].detach().to(wanted), own[name], split=split)
-            if average.beside is not None:
-                self._beside[name] = average.beside
+            self._precisions[name] = wanted
+            averages[name] = Average.of(values.local[name].detach().to(wanted), target, split=split)
+        self._hold(averages)
+
+    def _hold(self, averages: Mapping[str, Average]) -> None:
+        """Keep what the averages hold beside the module's tensors."""
+        held = averaging.side_by_side(averages)
+        self._beside = {name: a.beside for name, a in held.items() if a.beside is not None}
 
     # --- frozen parameters --------------------------------------------------------------------------
 
@@ -207,9 +250,7 @@ class Shadow:
             if self.fully_sharded:
                 self.module._apply(lambda tensor: tensor)  # FSDP2 looks its parameters up anew
             self.roles = self.roles.unfreeze(own)
-            self._start_averages(
-                Binding(self.module).local, [name for name in names if name in self.roles.averaged]
-            )
+            self._start_averages(Binding(self.module), [n for n in names if n in self.roles.averaged])
         self.unfrozen.update(dict.fromkeys(names, step))
         self._look_up_shared()
 
@@ -285,19 +326,76 @@ class Shadow:
 
     def _new_plan(self, student: nn.Module, is_original: bool, step: int, own: Binding) -> Plan:
         theirs = Binding(student)
-        pairing.match(own.tensors, theirs.tensors)
-        sharding.match(own.tensors, theirs.tensors)
+        differing = self._match(student, own, theirs.tensors)
         replaced = [n for n in self.roles.shared if own.tensors[n] is not theirs.tensors[n]]
         if replaced:
             self._follow_replaced(student, replaced, own, theirs, is_original, step)
             own = Binding(self.module)
         roles = self.roles
         averages = [self._average(own, n) for n in roles.averaged]
+        changed = [n for n in differing if self._role_of_buffer(n) == "copied"]
+        self._ignored |= frozenset(changed)  # such buffers are made for the forward pass, often with -inf
+        names = [n for n in own.tensors if n not in differing and self._role_of_buffer(n) == "copied"]
+        targets, sources = ([b.local[n] for n in names] for b in (own, theirs))
+        detector, masked = None, False
+        if self._detects:
+            detector, masked = self._detector(theirs), _decides_on_device(averages, targets)
         # Scratch tensors that were made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged])
-        targets, sources = ([b.local[n] for n in roles.copied] for b in (own, theirs))
-        return Plan(theirs, own, update, (targets, sources))
+            update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged], masked=masked)
+            copied = averaging.Update(list(map(Average, targets)), sources, masked=True) if masked else None
+        return Plan(theirs, own, update, (targets, sources), detector, copied, changed)
+
+    def _match(self, model: nn.Module, own: Binding, theirs: Mapping[str, Tensor]) -> Sequence[str]:
+        """Check that a model has the averaged module's tensors; return the buffers that may differ and do.
+
+        Raises:
+            ValueError: If other tensors differ.
+        """
+        differing = buffers.differing(self.module, model)
+        for name in differing:
+            owner = model if name in theirs else self.module
+            new = name not in self.roles.owned and name in pairing.state_names(owner).values()
+            floating = name in theirs and theirs[name].is_floating_point()
+            if name in self.roles.averaged or (self.roles.buffers == "average" and new and floating):
+                raise ValueError(
+                    f"the student's buffer {name!r} has appeared, vanished or changed its shape since the "
+                    "teacher was built, so that it has no average: leave it out with "
+                    f"exclude=[{name!r}], or build the teacher with buffers='copy', which follows the student"
+                )
+        ours = {n: t for n, t in own.tensors.items() if n not in differing}
+        theirs = {n: t for n, t in theirs.items() if n not in differing}
+        pairing.match(ours, theirs)
+        sharding.match(ours, theirs)
+        return differing
+
+    def _role_of_buffer(self, name: str) -> str:
+        """Return the role of a tensor, also of a buffer that was not there when the teacher was built."""
+        roles = self.roles
+        for role in ("averaged", "copied", "kept", "shared"):
+            if name in getattr(roles, role):
+                return role
+        return "kept" if roles.buffers == "keep" else "copied"
+
+    def _detector(self, student: Binding) -> Detector:
+        """Return what looks for NaN in the student's tensors that the teacher takes in."""
+        names = (*self.roles.averaged, *self.roles.copied)
+        watched = {n: student.local[n] for n in names if n in student.local and n not in self._ignored}
+        return Detector(watched, everywhere=any(map(sharding.is_sharded, student.tensors.values())))
+
+    def _infinite_from_the_start(self, student: Binding) -> frozenset[str]:
+        """Return the copied tensors that are not finite by design, such as attention masks with -inf."""
+        self._ignored = frozenset()
+        detector = self._detector(student)
+        found = Verdict(detector.names, detector()).nonfinite()
+        averaged = [n for n in found if n in self.roles.averaged]
+        if averaged:
+            raise ValueError(
+                f"the student has NaN or infinite values in {pairing.few(averaged)}, and every average would "
+                "begin with them: build the teacher from a finite student, or leave these tensors out with "
+                "exclude="
+            )
+        return frozenset(found)
 
     def _follow_replaced(
         self,
@@ -323,6 +421,13 @@ class Shadow:
 
     # --- reading and writing --------------------------------------------------------------------------
 
+    def nonfinite(self) -> list[str]:
+        """Return the names of the averages with NaN or infinite values. The host waits for the device."""
+        own = self.bind()
+        averages = {name: self._average(own, name) for name in self.roles.averaged}
+        detector = Detector({n: a.own if a.split else a.held for n, a in averages.items()})
+        return Verdict(detector.names, detector()).nonfinite()
+
     def bind(self) -> Binding:
         """Return the averaged module's tensors, in shards where it is sharded."""
         sharding.reshard(self.fully_sharded)
@@ -344,22 +449,24 @@ class Shadow:
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights and buffers into an unwrapped model, by name."""
-        targets, sources = self.counterparts(model)
+        targets, sources, differing = self.counterparts(model)
         averaging.copy_([sharding.local(t) for t in targets], sources)
+        buffers.follow(model, self.module, differing)
 
-    def counterparts(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    def counterparts(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], Sequence[str]]:
         """Return an unwrapped model's tensors and the local averages for them, leaving out shared tensors.
+
+        The names of the buffers whose structure differs come third.
 
         Raises:
             ValueError: If the model's tensors do not match the averaged module's.
         """
         sharding.reshard(sharding.fully_sharded(model))
         own, theirs = self.bind(), pairing.tensors(model)
-        pairing.match(own.tensors, theirs)
-        sharding.match(own.tensors, theirs)
+        differing = self._match(model, own, theirs)
         targets, sources = [], []
         for name, tensor in own.tensors.items():
-            if tensor is theirs[name]:
+            if name in differing or tensor is theirs[name]:
                 continue
             target = pairing.unexpanded(theirs[name])
             source = self._precise(own, name, target.dtype)
@@ -368,7 +475,7 @@ class Shadow:
                 source = source[tuple(map(slice, target.shape))]
             targets.append(target)
             sources.append(source)
-        return targets, sources
+        return targets, sources, differing
 
     def averaged_state(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Return a copy of the averaged module's state.
@@ -426,14 +533,22 @@ class Shadow:
         with pairing.hidden(self.module, shared):
             yield
         # A cast may change which averages need a tensor beside the module's own: hold each one anew.
-        own, self._beside, self._plan = Binding(self.module).local, {}, None
+        own, self._plan = Binding(self.module).local, None
         for name, average in averages.items():
-            if own[name].dtype != average.own.dtype:
-                average = Average.of(average.read().to(own[name].device), own[name])
-            if average.beside is not None:
-                self._beside[name] = average.beside.to(own[name].device)
+            target = own[name]
+            if target.dtype != average.own.dtype:
+                averages[name] = Average.of(average.read().to(target.device), target)
+            else:
+                beside = average.beside
+                averages[name] = Average(target, None if beside is None else beside.to(target.device))
+        self._hold(averages)
 
     # --- state --------------------------------------------------------------------------------------
+
+    def changed_buffers(self) -> list[str]:
+        """Return the names of the buffers whose structure is not what it was when the teacher was built."""
+        now = buffers.structure(self.module)
+        return sorted(n for n in now.keys() | self._built if now.get(n) != self._built.get(n))
 
     def complete_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Put the averages in a state at full precision under canonical keys, without the student's tensors.
@@ -451,7 +566,10 @@ class Shadow:
                 written.pop(key, None)
             elif name in self.roles.averaged:
                 if name not in full:  # tied keys get one tensor
-                    full[name] = self.read(own, name)
+                    value = self._average(own, name).read()
+                    if value.untyped_storage().nbytes() > value.nbytes:
+                        value = value.clone()  # a part of a buffer would be saved and copied with all of it
+                    full[name] = sharding.spread(value, own.tensors[name])
                 written[key] = full[name]
         state.update({prefix + key: value for key, value in written.items()})
 
@@ -463,6 +581,7 @@ class Shadow:
         student: nn.Module,
         shared: Collection[str] | None,
         unfrozen: Mapping[str, int],
+        changed: Sequence[str] = (),
     ) -> None:
         """Check a teacher's state completely, then read the averages from it.
 
@@ -475,6 +594,7 @@ class Shadow:
             shared: The names of the parameters that were shared with the student when the state was written;
                 None stands for those that are shared now and missing in the state.
             unfrozen: The steps after which parameters that had been shared were trained, by name.
+            changed: The names of the buffers that may differ from the averaged module's.
 
         Raises:
             ValueError: If the state is of another architecture or is sharded differently.
@@ -482,8 +602,11 @@ class Shadow:
         own, home = self.bind(), f"{prefix}module."
         names = pairing.state_names(module)
         known = {**names, **dict.fromkeys(naming.canonical(module, module.state_dict()).values())}
+        paths = [path for path, _ in self.module.named_modules()]
+        modules = set(naming.canonical(self.module, paths).values())
+        places = {n for n in changed if n.rpartition(".")[0] in modules and n not in self.roles.averaged}
         given = {k.removeprefix(home): k for k in state if k.startswith(home)}
-        pairs = naming.resolve(given, known)
+        pairs = naming.resolve(given, {*known, *places})
         found = {key: state[given[k]] for k, key in pairs.items()}
         if shared is None:
             shared = {n for k, n in names.items() if n in self.roles.shared and k not in found}
@@ -491,20 +614,25 @@ class Shadow:
             shared = ()  # they are missing, then
         held = {k: n for k, n in names.items() if n not in shared}
         ours = {given[k] for k, key in pairs.items() if names.get(key) not in shared}
+        fixed = {k: n for k, n in held.items() if k not in places}
         _check_values(
             "the state was written for another architecture",
-            missing=[home + k for k in known if k not in found and names.get(k) not in shared],
+            missing=[home + k for k in known if k not in {*found, *places} and names.get(k) not in shared],
             unexpected=[
                 k for k in state if k.startswith(prefix) and k not in {*ours, f"{prefix}_extra_state"}
             ],
-            pairs=[(home + k, found[k], own.tensors[n]) for k, n in held.items() if k in found],
+            pairs=[(home + k, found[k], own.tensors[n]) for k, n in fixed.items() if k in found],
         )
-        values = {name: found[key] for key, name in held.items()}
         # What is frozen here and was trained there, or the reverse, takes the role that it had there.
-        self.take_up([n for n in self.roles.shared if n in values], 0)
+        self.take_up([n for n in self.roles.shared if n in held.values()], 0)
         self.release(student, [n for n in self.roles.owned if n in shared])
         self.unfrozen = dict(unfrozen)
+        for name in places:
+            if name in found or name in names:  # the others are not saved
+                buffers.resize(self.module, name, found.get(name))
         own = self.bind()
+        names = pairing.state_names(module)
+        values = {name: found[key] for key, name in names.items() if name not in shared}
         # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
         # tensors stay tied and every tensor keeps its dtype.
         for key in given.values():
@@ -557,6 +685,12 @@ def _differ(one: Tensor, other: Tensor) -> bool:
 
 
 # --- checking -----------------------------------------------------------------------------------------
+
+
+def _decides_on_device(averages: Sequence[Average], copied: Sequence[Tensor]) -> bool:
+    """Return whether the device rather than the host decides if a snapshot counts, so that nothing waits."""
+    plain = all(t.layout == torch.strided and not is_traceable_wrapper_subclass(t) for t in copied)
+    return plain and any(average.held.device.type != "cpu" for average in averages)
 
 
 def _check_values(

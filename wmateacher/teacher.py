@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmateacher import kernels, naming, pairing, sharding, swapping, unfreezing
+from wmateacher import buffers as changing
+from wmateacher import checks, kernels, naming, pairing, sharding, swapping, unfreezing
 from wmateacher.attachment import Attachment
+from wmateacher.finiteness import NONFINITE, Nonfinite, Verdict
 from wmateacher.kernels import Array, Kernel, KernelLike
 from wmateacher.schedule import Clock
 from wmateacher.shadow import Shadow
@@ -41,7 +44,6 @@ class WMATeacher(nn.Module):
 
     Attributes:
         module: The averaged module, in eval mode and in the student's dtype.
-        omega: The weight that the last step gave to the student; 0.0 if no snapshot was due.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class WMATeacher(nn.Module):
         buffers: pairing.Buffers = "copy",
         frozen: pairing.Frozen = "share",
         exclude: Sequence[str] = (),
+        nonfinite: Nonfinite = "warn",
         module_factory: Callable[[], nn.Module] | None = None,
     ):
         """Build the teacher. Its average starts at the student's present weights.
@@ -77,12 +80,21 @@ class WMATeacher(nn.Module):
                 dtype.
             device: The teacher's device; None stands for the student's. `"cpu"` frees GPU memory, but
                 every update then copies the student through pinned memory and waits for the copy.
-            buffers: `"copy"` takes the student's buffers at every snapshot, `"average"` averages the
-                floating-point ones, and `"keep"` leaves them as they were at construction.
+            buffers: `"copy"` takes the student's buffers at every snapshot, whatever their shapes are by
+                then, `"average"` averages the floating-point ones, which must keep their shapes, and `"keep"`
+                leaves the teacher's own.
             frozen: `"share"` uses the student's own tensors for parameters that do not require grad, so
                 that they cost no memory and are not saved. One that is unfrozen later is averaged from the
                 value that it had until then. `"copy"` gives the teacher its own.
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
+            nonfinite: The policy for students with NaN or infinite values. `"warn"` averages them, and warns
+                when the average is saved, swapped in or copied. `"skip"` leaves such a snapshot out of the
+                average, warns once and lists its step in `skipped`. `"raise"` leaves it out too, and raises a
+                RuntimeError at the latest in the next `update` or when the teacher's state is read; the run
+                may go on from there. Both check every tensor that the teacher averages or copies, unless it
+                was infinite from the start, at about half the cost of the update itself. On an accelerator
+                the host never waits for the check of the current step, but for the one before. With sharded
+                students the check takes a collective, so that every rank decides alike.
             module_factory: A function that builds the averaged module, for students that cannot be
                 deep-copied or are sharded by `fully_shard`. It must shard its module like the student and
                 may leave it on the meta device. Each process then averages its own shards without
@@ -99,8 +111,12 @@ class WMATeacher(nn.Module):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         pairing.check_precision(dtype)
+        checks.one_of("nonfinite policy", nonfinite, NONFINITE)
         self._clock = Clock(kernels.build(kernel), total_steps, update_every)
-        self.omega = 0.0
+        self._omega = 0.0
+        self._nonfinite: Nonfinite = nonfinite
+        self._verdict: Verdict | None = None  # of the last snapshot, until the host knows it
+        self._reported: list[str] = []  # the averages that a warning has named
         student = pairing.unwrap(model)
         if isinstance(student, torch.jit.ScriptModule):
             raise TypeError(
@@ -111,7 +127,13 @@ class WMATeacher(nn.Module):
         sharding.reshard(sharding.fully_sharded(student))
         roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
         self._shadow = Shadow(
-            student, roles, dtype=dtype, device=device, frozen=frozen, module_factory=module_factory
+            student,
+            roles,
+            dtype=dtype,
+            device=device,
+            frozen=frozen,
+            module_factory=module_factory,
+            nonfinite=nonfinite,
         )
         self.module = self._shadow.module
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
@@ -136,6 +158,18 @@ class WMATeacher(nn.Module):
         return self._clock.step
 
     @property
+    def omega(self) -> float:
+        """The weight that the last step gave to the student; 0.0 if no snapshot was due or it was skipped."""
+        self._settle()
+        return self._omega
+
+    @property
+    def skipped(self) -> tuple[int, ...]:
+        """The steps whose snapshots `nonfinite` kept out of the average."""
+        self._settle()
+        return tuple(self._clock.skipped)
+
+    @property
     def total_steps(self) -> int | None:
         """The horizon in optimizer steps."""
         return self._clock.total_steps
@@ -157,6 +191,7 @@ class WMATeacher(nn.Module):
             A float64 array of shape `[step + 1]` that sums to 1. Entry 0 is the state at construction.
                 Steps that `update_every` skips have weight 0.
         """
+        self._settle()
         return self._clock.trajectory_weights()
 
     def averaged_pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -188,7 +223,8 @@ class WMATeacher(nn.Module):
         Raises:
             ValueError: If the student no longer has the tensors that the teacher was built from.
             RuntimeError: If called inside `swap`, or while the teacher is attached to an optimizer, which
-                counts its steps already.
+                counts its steps already. With `nonfinite="raise"` also if this student or the one before is
+                not finite.
         """
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
@@ -204,18 +240,51 @@ class WMATeacher(nn.Module):
         student = original if model is None else pairing.unwrap(model)
         self._refuse_swapped("update()")
         swapping.refuse(student, "update()")
+        self._settle()
         self._shadow.take_up_unfrozen(self.step, trained=True)
         plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
         omega = self._clock.tick()
         try:
             if omega:
-                plan.apply(omega)
+                self._verdict = plan.apply(omega)
         except BaseException:
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
-        self.omega = omega or 0.0
+        self._omega = omega or 0.0
         self._shadow.note_shared()
+        if self._verdict is not None and self._verdict.has_arrived():
+            self._settle()
+
+    def _settle(self) -> None:
+        """Act on what is known of the last snapshot: a student that was not finite is not in the average."""
+        verdict, self._verdict = self._verdict, None
+        names = [] if verdict is None else verdict.nonfinite()
+        if not names:
+            return
+        step, is_first = self._clock.snapshot, not self._clock.skipped
+        self._clock.skip()
+        self._omega = 0.0
+        message = (
+            f"the student has NaN or infinite values at step {step} in {pairing.few(names)}, and was not "
+            "averaged: its weight goes to the next snapshot"
+        )
+        if self._nonfinite == "raise":
+            raise RuntimeError(f"{message}. Restore the student or stop the run; the teacher is unharmed")
+        if is_first:
+            warnings.warn(f"{message}. Later ones are listed in teacher.skipped", stacklevel=2)
+
+    def _report_nonfinite(self) -> None:
+        """Warn about averages that are not finite, once for the same ones."""
+        names = self._shadow.nonfinite()
+        if names and names != self._reported:
+            warnings.warn(
+                f"the average has NaN or infinite values in {pairing.few(names)}: a student that had them "
+                "was averaged, and no later one makes up for it. Load an earlier state, and build the "
+                "teacher with nonfinite='skip'",
+                stacklevel=3,
+            )
+        self._reported = names
 
     def attach(self, optimizer: Optimizer | Sequence[Optimizer]) -> Attachment:
         """Call `update` automatically after every step of one optimizer, or of several together.
@@ -257,6 +326,7 @@ class WMATeacher(nn.Module):
         Raises:
             ValueError: If `total_steps` is not a whole number, or less than the number of steps taken.
         """
+        self._settle()
         self._clock.set_total_steps(total_steps)
 
     def load_average(self, average: Mapping[str, Tensor] | None, step: int) -> None:
@@ -279,6 +349,7 @@ class WMATeacher(nn.Module):
             RuntimeError: If called inside `swap`.
         """
         self._refuse_swapped("load_average()")
+        self._settle()
         if average is None:
             self._clock.jump(step)
             return
@@ -333,10 +404,14 @@ class WMATeacher(nn.Module):
                 "swap() inside swap(): another model already holds this teacher's weights, or this model "
                 "holds another teacher's; leave that with block first"
             )
-        targets, sources = self._shadow.counterparts(student)
+        self._report_nonfinite()
+        targets, sources, differing = self._shadow.counterparts(student)
         self._swapped = (student,)
         try:
-            with swapping.lend(student, self, targets, sources):
+            with (
+                swapping.lend(student, self, targets, sources),
+                changing.lent(student, self.module, differing),
+            ):
                 yield model
         finally:
             self._swapped = ()
@@ -352,6 +427,7 @@ class WMATeacher(nn.Module):
         """
         student = pairing.unwrap(model)
         swapping.refuse(student, "copy_to()")
+        self._report_nonfinite()
         self._shadow.copy_to(student)
 
     def averaged_state_dict(self, dtype: torch.dtype | None = None, *, full: bool = False) -> dict[str, Any]:
@@ -367,6 +443,7 @@ class WMATeacher(nn.Module):
                 CPU and the other ranks an empty one. This is a collective, which every rank must call. With
                 False, sharded tensors stay DTensors.
         """
+        self._report_nonfinite()
         names = naming.canonical(self.module, state := self._shadow.averaged_state(dtype))
         state = {naming.saved_key(self.student, name): state[key] for key, name in names.items()}
         return sharding.consolidate(state) if full else state
@@ -375,20 +452,24 @@ class WMATeacher(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the step count, kernel and horizon, which `state_dict` includes."""
-        return {
+        self._settle()
+        state = {
             "format": _FORMAT,
-            "omega": self.omega,
+            "omega": self._omega,
             **self._clock.state(),
             "shared": list(self.roles.shared),
             "unfrozen": [[name, step] for name, step in self._shadow.unfrozen.items()],
         }
+        changed = self._shadow.changed_buffers()
+        return {**state, "changed_buffers": changed} if changed else state
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `get_extra_state` returned; `load_state_dict` calls it."""
         self._clock.restore(state)
-        self.omega = state["omega"]
+        self._omega, self._verdict = state["omega"], None
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         # A copy of the teacher is not attached to the optimizer of the original.
         return {**super().__getstate__(), "_attachment": None, "_swapped": ()}
 
@@ -414,6 +495,8 @@ def _take_up_unfrozen(teacher: WMATeacher) -> None:
 def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
     assert isinstance(teacher, WMATeacher)
     teacher._refuse_swapped("state_dict() of the teacher")
+    teacher._settle()
+    teacher._report_nonfinite()
     sharding.reshard(teacher._shadow.fully_sharded)
 
 
@@ -448,7 +531,13 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     if not (isinstance(omega, int | float) and 0 <= omega <= 1):
         raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
     teacher._shadow.load_state(
-        teacher.module, state, prefix, teacher.student, clock.get("shared"), dict(clock.get("unfrozen", ()))
+        teacher.module,
+        state,
+        prefix,
+        teacher.student,
+        clock.get("shared"),
+        dict(clock.get("unfrozen", ())),
+        clock.get("changed_buffers", ()),
     )
 
 

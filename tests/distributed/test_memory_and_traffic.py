@@ -32,7 +32,9 @@ def test_memory_and_traffic_of_shards(folder):
     size = torch.distributed.get_world_size()
 
     def build():
-        model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(LAYERS))).to(device(), torch.bfloat16)
+        model = nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(LAYERS))).to(
+            device(), torch.bfloat16
+        )
         for layer in model:
             fully_shard(layer)
         return fully_shard(model)

@@ -17,7 +17,7 @@ from wmateacher.files import TensorSpec
 from wmateacher.kernels import Array
 from wmateacher.posthoc.sources import Source
 
-__all__ = ["combine", "matched", "parts", "pieces", "wide"]
+__all__ = ["combine", "matched", "parts", "pieces", "refuse_nonfinite", "wide"]
 
 
 def __dir__() -> list[str]:
@@ -54,9 +54,9 @@ def combine(
         only: The names of the tensors to average. Default: all floating-point tensors.
 
     Raises:
-        ValueError: If the sources have different tensors.
+        ValueError: If the sources have different tensors, or one that is averaged has NaN or infinite values.
     """
-    specs = matched(sources, last)
+    specs = matched(sources, last, only)
     names = [n for n, s in specs.items() if s.is_floating and (only is None or n in only)]
     averaged = set(names)
     with sources[last].open() as opened:
@@ -80,13 +80,19 @@ def combine(
                         aligned = zip(pieces(sums[rows]), pieces(opened.read(*rows)), strict=True)
                         for total, piece in aligned:
                             total.add_(wide(piece), alpha=factors[rows[0]][i])
+                            if not total.sum().isfinite():
+                                refuse_nonfinite(piece, rows[0], source.label)
         for rows in part:
             _select(result, rows).copy_(sums[rows])
     return result
 
 
-def matched(sources: Sequence[Source], last: int) -> dict[str, TensorSpec]:
+def matched(
+    sources: Sequence[Source], last: int, only: frozenset[str] | None = None
+) -> dict[str, TensorSpec]:
     """Return the tensors of the source with index `last`, after checking that all others have the same.
+
+    With `only`, the others need to have just these.
 
     Raises:
         ValueError: If a source lacks a tensor, has another one, or has one of another shape or kind.
@@ -96,24 +102,36 @@ def matched(sources: Sequence[Source], last: int) -> dict[str, TensorSpec]:
         with source.open() as opened:
             found.append(opened.specs)
     labels = [source.label for source in sources]
-    reference = found[last]
-    for label, specs in zip(labels, found, strict=True):
+    whole = reference = found[last]
+    if only is not None:
+        found = [{n: spec for n, spec in specs.items() if n in only} for specs in found]
+        reference = found[last]
+    for this, specs in zip(labels, found, strict=True):
         missing = [n for n in reference if n not in specs]
         extra = [n for n in specs if n not in reference]
         if missing or extra:
             raise ValueError(
-                f"{label} does not have the tensors of {labels[last]}: "
+                f"{this} does not have the tensors of {labels[last]}: "
                 f"{pairing.describe_difference(missing, extra)}; only checkpoints of one architecture can be "
                 "averaged"
             )
         for name, spec in reference.items():
             if specs[name].shape != spec.shape or specs[name].is_floating != spec.is_floating:
                 raise ValueError(
-                    f"{name!r} is {specs[name].dtype} of shape {specs[name].shape} in {label}, and "
+                    f"{name!r} is {specs[name].dtype} of shape {specs[name].shape} in {this}, and "
                     f"{spec.dtype} of shape {spec.shape} in {labels[last]}; only checkpoints of one "
                     "architecture can be averaged"
                 )
-    return reference
+    return whole
+
+
+def refuse_nonfinite(tensor: Tensor, name: str, source: str) -> None:
+    """Raise a ValueError if a tensor of a source has NaN or infinite values, which no average may contain."""
+    if not tensor.isfinite().all():
+        raise ValueError(
+            f"{name!r} has NaN or infinite values in {source}, and so would every average with it: leave "
+            "this checkpoint out"
+        )
 
 
 def parts(specs: Mapping[str, TensorSpec], names: Sequence[str], share: float) -> Iterator[list[_Rows]]:

@@ -16,7 +16,7 @@ from wmateacher.checks import increasing, positive_int
 from wmateacher.files import Checkpoint, File
 from wmateacher.folders import SHARD_BYTES, check_target, write
 from wmateacher.kernels import Array, KernelLike
-from wmateacher.posthoc.combining import combine, matched, parts, pieces, wide
+from wmateacher.posthoc.combining import combine, matched, parts, pieces, refuse_nonfinite, wide
 from wmateacher.posthoc.sources import Source, align
 
 __all__ = [
@@ -66,7 +66,8 @@ def average_checkpoints(
         shard_bytes: The largest size of a shard in an output folder.
 
     Raises:
-        ValueError: If there are no checkpoints, their tensors differ, or the steps do not fit.
+        ValueError: If there are no checkpoints, their tensors differ or are not finite, or the steps do not
+            fit.
     """
     _check_several("checkpoints", checkpoints, 1)
     check_target(output, checkpoints[-1])
@@ -139,7 +140,7 @@ def interpolate(
         shard_bytes: The largest size of a shard in an output folder.
 
     Raises:
-        ValueError: If `alpha` is out of range, or the tensors differ.
+        ValueError: If `alpha` is out of range, or the tensors differ or are not finite.
     """
     check_target(output, end)
     if not 0 <= alpha <= 1:
@@ -184,7 +185,7 @@ def model_stock(
         shard_bytes: The largest size of a shard in an output folder.
 
     Raises:
-        ValueError: If there are fewer than two fine-tuned models, or the tensors differ.
+        ValueError: If there are fewer than two fine-tuned models, or the tensors differ or are not finite.
     """
     _check_several("finetuned", finetuned, 2)
     check_target(output, finetuned[-1])
@@ -215,7 +216,7 @@ def model_stock_ratios(
         key: The entry of each checkpoint that is the state dict, as for `model_stock`.
 
     Raises:
-        ValueError: If there are fewer than two fine-tuned models, or the tensors differ.
+        ValueError: If there are fewer than two fine-tuned models, or the tensors differ or are not finite.
     """
     _check_several("finetuned", finetuned, 2)
     return _stock_ratios(align([pretrained, *finetuned], key))
@@ -229,7 +230,11 @@ def _stock_ratios(sources: Sequence[Source]) -> dict[str, float]:
         with ExitStack() as stack:
             opened = [stack.enter_context(source.open()) for source in sources]
             for name, first, end in part:
-                grams[name] += _gram([o.read(name, first, end) for o in opened])
+                values = [o.read(name, first, end) for o in opened]
+                grams[name] += _gram(values)
+                if not np.isfinite(grams[name]).all():
+                    for i, value in enumerate(values):
+                        refuse_nonfinite(value, name, sources[i].label)
     return {name: _stock_ratio(gram) for name, gram in grams.items()}
 
 

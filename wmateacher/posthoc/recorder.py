@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 
 from wmateacher import kernels, pairing
@@ -108,6 +109,7 @@ class Recorder:
         self.folder = Path(folder)
         self.keep = keep
         self._suffix = f".{format}"
+        self._dtype = options.get("dtype", "auto")
         self.teachers = tuple(
             WMATeacher(model, kernels.Power(sigma_rel=s), total_steps, **options) for s in sigma_rels
         )
@@ -239,7 +241,17 @@ class Recorder:
         }
         names = pairing.state_names(teacher.module)
         averaged = [n for n in state if names.get(n) in teacher.roles.averaged]
-        clock = {k: v for k, v in teacher.get_extra_state().items() if k not in ("format", "omega")}
+        if not isinstance(self._dtype, torch.dtype):
+            # Vectors are averaged in float64, so that no small update is lost. Rounding once loses nothing.
+            own = pairing.tensors(teacher.module)
+            for name in averaged:
+                dtype = pairing.at_least_float32(own[names[name]].dtype.to_real())
+                state[name] = state[name].to(dtype.to_complex() if own[names[name]].is_complex() else dtype)
+        clock = {
+            k: v
+            for k, v in teacher.get_extra_state().items()
+            if k not in ("format", "omega", "changed_buffers")
+        }
         kernel = teacher.kernel
         assert isinstance(kernel, kernels.Power)
         file = snapshot_file(self.folder, kernel, teacher.step, self._suffix)
