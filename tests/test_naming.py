@@ -247,6 +247,8 @@ def test_a_prefix_that_all_checkpoints_share_may_be_the_models_own():
     assert list(average_checkpoints(states)) == ["module.w"]
     states = [{"_orig_mod.w": torch.zeros(1)}, {"_orig_mod.w": torch.ones(1)}]
     assert list(average_checkpoints(states)) == ["w"]
+    states = [{"_orig_mod.w": torch.zeros(1), "_orig_mod._extra_state": {"seen": 3}}] * 2
+    assert average_checkpoints(states)["_extra_state"] == {"seen": 3}
 
 
 def test_a_recording_does_not_depend_on_the_wrapping(tmp_path):

@@ -154,6 +154,11 @@ def resolve(keys: Iterable[str], names: Collection[str]) -> dict[str, str]:
     return best
 
 
+def plain(key: str) -> str:
+    """Return a key without the components that only wrappers have, such as `_orig_mod`."""
+    return ".".join(part for part in key.split(".") if part not in _PRIVATE)
+
+
 def align(states: Sequence[Collection[str]]) -> list[dict[str, str]]:
     """Find common names for the keys of several state dicts.
 
@@ -172,8 +177,7 @@ def align(states: Sequence[Collection[str]]) -> list[dict[str, str]]:
         renamed = [_renamed(keys, way(keys)) for keys in states]
         ours = _renamed(plainest, way(plainest))
         if ours is not None and all(names is not None and names.keys() == ours.keys() for names in renamed):
-            private = _private(plainest)
-            return [{key: private(ours[n]) for n, key in names.items()} for names in renamed if names]
+            return [{key: plain(ours[n]) for n, key in names.items()} for names in renamed if names]
     return [
         {k: n for n, k in (_renamed(s, _private(s)) or dict(zip(s, s, strict=True))).items()} for s in states
     ]
@@ -184,18 +188,16 @@ def _nothing(keys: Collection[str]) -> _Renaming:
 
 
 def _private(keys: Collection[str]) -> _Renaming:
-    """Leave out the components that only wrappers have."""
-    return lambda key: ".".join(part for part in key.split(".") if part not in _PRIVATE)
+    return plain
 
 
 def _common(keys: Collection[str]) -> _Renaming:
     """Leave out a `module` in front of all keys too."""
-    private = _private(keys)
-    names = list(map(private, keys))
+    names = list(map(plain, keys))
     count = 0
     while names and all(name.startswith("module." * (count + 1)) for name in names):
         count += 1
-    return lambda key: private(key).removeprefix("module." * count)
+    return lambda key: plain(key).removeprefix("module." * count)
 
 
 def _every(keys: Collection[str]) -> _Renaming:

@@ -610,7 +610,7 @@ class Shadow:
             **dict.fromkeys(places),
         }
         given = {k.removeprefix(home): k for k in state if k.startswith(home)}
-        pairs = naming.resolve(given, known)
+        pairs = naming.resolve(given, {*known, *places})
         found = {key: state[given[k]] for k, key in pairs.items()}
         if shared is None:
             shared = {n for k, n in names.items() if n in self.roles.shared and k not in found}
@@ -619,6 +619,7 @@ class Shadow:
         held = {k: n for k, n in names.items() if n not in shared}
         fixed = {k: n for k, n in held.items() if k not in places}
         ours = {given[k] for k, key in pairs.items() if names.get(key) not in shared}
+        fixed = {k: n for k, n in held.items() if k not in places}
         _check_values(
             "the state was written for another architecture",
             missing=[

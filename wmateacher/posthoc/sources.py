@@ -41,7 +41,7 @@ class Source:
             keys = {self.names[key]: key for key in opened.specs}
             yield OpenCheckpoint(
                 {name: opened.specs[key] for name, key in keys.items()},
-                opened.rest,
+                {naming.plain(key) if isinstance(key, str) else key: v for key, v in opened.rest.items()},
                 lambda name, first, end: opened.read(keys[name], first, end),
             )
 
