@@ -619,7 +619,6 @@ class Shadow:
         held = {k: n for k, n in names.items() if n not in shared}
         fixed = {k: n for k, n in held.items() if k not in places}
         ours = {given[k] for k, key in pairs.items() if names.get(key) not in shared}
-        fixed = {k: n for k, n in held.items() if k not in places}
         _check_values(
             "the state was written for another architecture",
             missing=[
