@@ -20,6 +20,7 @@ CORE = {
     "collectives": set(),
     "averaging": set(),
     "buffers": {"pairing"},
+    "rewriting": {"pairing"},
     "finiteness": set(),
     "attachment": set(),
     "sharding": set(),
@@ -27,7 +28,7 @@ CORE = {
     "schedule": {"checks", "kernels"},
     "pairing": {"checks", "sharding"},
     "swapping": {"averaging", "sharding"},
-    "shadow": {"averaging", "buffers", "finiteness", "pairing", "sharding"},
+    "shadow": {"averaging", "buffers", "finiteness", "pairing", "rewriting", "sharding"},
     "teacher": {
         "attachment", "buffers", "checks", "finiteness", "kernels", "pairing", "schedule", "shadow", "sharding", "swapping"
     },

@@ -20,6 +20,7 @@ from wmateacher import averaging, buffers, pairing, sharding
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
+from wmateacher.rewriting import Watch, renormalised
 
 __all__ = ["Plan", "Shadow"]
 
@@ -115,11 +116,16 @@ class Shadow:
         self._built = buffers.structure(self.module)
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
+        self._renormalised = renormalised(self.module)
         self._plan: Plan | None = None
         self._start_averages(Binding(student), dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}
+        return {**self.__dict__, "_plan": None, "_watches": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch(Binding(self.module))
 
     # --- building -----------------------------------------------------------------------------------
 
@@ -202,14 +208,16 @@ class Shadow:
             target = own[name]
             # The shape of the whole tensor decides: all ranks must hold its shards alike.
             wanted = pairing.accumulator_dtype(student.tensors[name], dtype, target.device)
-            split = dtype == "split" and wanted == torch.float32 != target.dtype
+            apart = name in self._renormalised
+            split = dtype == "split" and wanted == torch.float32 != target.dtype and not apart
             if split and target.dtype != torch.bfloat16:
                 raise ValueError(
                     "dtype='split' is for bfloat16 students, whose values are the upper halves of float32, "
                     f"but {name!r} is {target.dtype}: use dtype='auto'"
                 )
             self._precisions[name] = wanted
-            averages[name] = Average.of(student.local[name].detach().to(wanted), target, split=split)
+            value = student.local[name].detach().to(wanted)
+            averages[name] = Average.of(value, target, split=split, apart=apart)
         if dtype == "split" and not any(own[n].dtype == torch.bfloat16 for n in averages):
             raise ValueError(
                 "dtype='split' is for bfloat16 students, and no averaged tensor of this one is bfloat16: "
@@ -221,6 +229,7 @@ class Shadow:
         """Keep what the averages hold beside the module's tensors."""
         held = averaging.side_by_side(averages)
         self._beside = {name: a.beside for name, a in held.items() if a.beside is not None}
+        self._watch(Binding(self.module))
 
     # --- updates ------------------------------------------------------------------------------------
 
@@ -234,6 +243,7 @@ class Shadow:
         Raises:
             ValueError: If the student's tensors do not match the averaged module's.
         """
+        self.check_untouched()
         if self._plan is not None and self._plan.fits(student):
             return self._plan
         # A forward pass may have left gathered parameters in place of the shards. Without them the plan
@@ -253,6 +263,8 @@ class Shadow:
                 # The student got new frozen parameters: share those.
                 pairing.share(self.module, student, roles.shared)
                 own = Binding(self.module)
+        self.check_untouched(thorough=True)
+        self._watch(own)
         averages = [self._average(own, n) for n in roles.averaged]
         changed = [n for n in differing if self._role_of_buffer(n) == "copied"]
         self._ignored |= frozenset(changed)  # such buffers are made for the forward pass, often with -inf
@@ -321,7 +333,7 @@ class Shadow:
     # --- reading and writing --------------------------------------------------------------------------
 
     def nonfinite(self) -> list[str]:
-        """Return the names of the averages that have NaN or infinite values. The host waits for the device."""
+        """Return the names of the averages that have NaN or infinite values, which waits for the device."""
         own = self.bind()
         averages = {name: self._average(own, name) for name in self.roles.averaged}
         detector = Detector({n: a.own if a.split else a.held for n, a in averages.items()})
@@ -331,6 +343,44 @@ class Shadow:
         """Return the averaged module's tensors, in shards where it is sharded."""
         sharding.reshard(self.fully_sharded)
         return Binding(self.module)
+
+    def _watch(self, own: Binding) -> None:
+        """Watch the tensors that hold averages, and the parameters that averages are rounded into."""
+        averages = {n: Average(own.local[n], self._beside.get(n)) for n in self.roles.averaged}
+        holding = {n: a.own for n, a in averages.items() if a.beside is None or a.split}
+        # Running statistics that are recalibrated for the average may stay until the next update.
+        rounded = {n for n in averages.keys() - holding.keys() if isinstance(own.tensors[n], nn.Parameter)}
+        self._watches = Watch(holding), Watch({n: own.local[n] for n in averages if n in rounded})
+
+    def settle(self) -> None:
+        """Accept the module's tensors as they are, after the teacher has written to them."""
+        for watch in self._watches:
+            watch.settle()
+
+    def check_untouched(self, *, thorough: bool = False) -> None:
+        """Undo what others have written to the module's tensors.
+
+        Args:
+            thorough: Whether to look for `tensor.data = ...` as well.
+
+        Raises:
+            RuntimeError: If a tensor was written that holds an average itself.
+        """
+        holding, rounded = self._watches
+        names = holding.written() or (holding.replaced() if thorough else [])
+        if names:
+            raise RuntimeError(
+                f"the averaged module's {pairing.few(names)} held the average itself and was written, by its "
+                "own forward pass or from outside, so that the average is lost. If a forward pass writes to "
+                "weights, build the teacher with dtype=torch.float64, which holds averages beside the "
+                "module (for float64 models leave them out with exclude=). Otherwise load a saved state"
+            )
+        names = rounded.written()
+        if names:
+            own = Binding(self.module)
+            for name in names:
+                self._average(own, name).restore()
+            rounded.settle()
 
     def read(self, own: Binding, name: str) -> Tensor:
         """Return an averaged tensor at full precision, as a DTensor where it is sharded."""
@@ -345,6 +395,7 @@ class Shadow:
                 self._average(own, name).write(local)
             else:
                 averaging.copy_([own.local[name]], [local])
+        self._watch(own)
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights and buffers into an unwrapped model, by name."""
@@ -361,6 +412,7 @@ class Shadow:
             ValueError: If the model's tensors do not match the averaged module's.
         """
         sharding.reshard(sharding.fully_sharded(model))
+        self.check_untouched(thorough=True)
         own, theirs = self.bind(), pairing.tensors(model)
         differing = self._match(model, own, theirs)
         targets, sources = [], []
@@ -382,6 +434,7 @@ class Shadow:
         Args:
             dtype: The dtype of floating-point tensors; None stands for the module's own.
         """
+        self.check_untouched(thorough=True)
         own = self.bind()
         names = {id(t): n for n, t in own.tensors.items()}
         # `keep_vars` keeps the tensor objects, by which entries are recognised under any key.
@@ -426,6 +479,7 @@ class Shadow:
                 "a teacher that is sharded by fully_shard and shares frozen parameters with its student "
                 "cannot be moved or cast: build it on its device in its dtype, or with frozen='copy'"
             )
+        self.check_untouched(thorough=True)
         before = self.bind()
         averages = {n: Average(before.local[n].detach(), self._beside.get(n)) for n in averaged}
         # Shared parameters are the student's and move with it.
@@ -436,7 +490,8 @@ class Shadow:
         for name, average in averages.items():
             target = own[name]
             if target.dtype != average.own.dtype:
-                averages[name] = Average.of(average.read().to(target.device), target)
+                value = average.read().to(target.device)
+                averages[name] = Average.of(value, target, apart=name in self._renormalised)
             else:
                 beside = average.beside
                 averages[name] = Average(target, None if beside is None else beside.to(target.device))
@@ -457,6 +512,7 @@ class Shadow:
             state: The teacher's state, which is changed in place.
             prefix: The prefix of the module's keys in it.
         """
+        self.check_untouched(thorough=True)
         own, full = Binding(self.module), {}
         for path, name in pairing.state_names(module).items():
             if name in self.roles.shared:

@@ -134,6 +134,7 @@ class WMATeacher(nn.Module):
         self.register_state_dict_pre_hook(_prepare_state)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_load_state)
+        self.register_load_state_dict_post_hook(_accept_state)
 
     # --- properties ---------------------------------------------------------------------------------
 
@@ -236,7 +237,10 @@ class WMATeacher(nn.Module):
         omega = self._clock.tick()
         try:
             if omega:
-                self._verdict = plan.apply(omega)
+                try:
+                    self._verdict = plan.apply(omega)
+                finally:
+                    self._shadow.settle()
         except BaseException:
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
@@ -267,9 +271,9 @@ class WMATeacher(nn.Module):
         names = self._shadow.nonfinite()
         if names and names != self._reported:
             warnings.warn(
-                f"the average has NaN or infinite values in {pairing.few(names)}: a student that had them was "
-                "averaged, and no later one makes up for it. Load an earlier state, and build the teacher "
-                "with nonfinite='skip'",
+                f"the average has NaN or infinite values in {pairing.few(names)}: a student that had them "
+                "was averaged, and no later one makes up for it. Load an earlier state, and build the "
+                "teacher with nonfinite='skip'",
                 stacklevel=3,
             )
         self._reported = names
@@ -348,11 +352,20 @@ class WMATeacher(nn.Module):
     # --- using the average --------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the averaged module in eval mode and without gradient."""
-        with torch.no_grad():
-            output = self.module(*args, **kwargs)
-        # FSDP2 leaves the root's parameters gathered for a backward pass, which never comes.
-        sharding.reshard(self._shadow.fully_sharded)
+        """Run the averaged module in eval mode and without gradient.
+
+        Raises:
+            RuntimeError: If the forward pass writes to weights that hold the average itself. Embeddings with
+                `max_norm`, and averages in higher precision than the module's, are kept apart from it.
+        """
+        try:
+            with torch.no_grad():
+                output = self.module(*args, **kwargs)
+        finally:
+            # FSDP2 leaves the root's parameters gathered for a backward pass, which never comes.
+            sharding.reshard(self._shadow.fully_sharded)
+            if not torch.compiler.is_compiling():
+                self._shadow.check_untouched()
         return output
 
     def train(self, mode: bool = True) -> WMATeacher:
@@ -497,6 +510,12 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     if not (isinstance(omega, int | float) and 0 <= omega <= 1):
         raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
     teacher._shadow.load_state(teacher.module, state, prefix, clock.get("changed_buffers", ()))
+
+
+def _accept_state(teacher: nn.Module, *unused: Any) -> None:
+    """Accept that `nn.Module` has written each tensor to itself."""
+    assert isinstance(teacher, WMATeacher)
+    teacher._shadow.settle()
 
 
 def __dir__() -> list[str]:
