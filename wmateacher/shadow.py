@@ -489,8 +489,12 @@ class Shadow:
         own, self._plan = Binding(self.module).local, None
         for name, average in averages.items():
             target = own[name]
-            if target.dtype != average.own.dtype:
-                value = average.read().to(target.device)
+            # MPS has no float64.
+            narrow = target.device.type == "mps" and self._precisions[name] == torch.float64
+            if narrow:
+                self._precisions[name] = torch.float32
+            if narrow or target.dtype != average.own.dtype:
+                value = average.read().to(self._precisions[name]).to(target.device)
                 averages[name] = Average.of(value, target, apart=name in self._renormalised)
             else:
                 beside = average.beside

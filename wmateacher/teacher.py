@@ -73,10 +73,10 @@ class WMATeacher(nn.Module):
                 steps, does not depend on it.
             dtype: The precision of the average. `"auto"` averages bf16 and fp16 students in float32 and
                 other students in their own dtype, but vectors and scalars, such as norm gains, in float64
-                where the device has it: float32 would swallow the small updates of a long run. `"split"` keeps
-                the same float32 average of a bf16 student in 2 extra bytes per parameter instead of 4, at about twice the time per update;
-                saving it allocates the float32 tensors. The forward pass always runs in the student's
-                dtype.
+                where the device has it: float32 would swallow the small updates of a long run. `"split"`
+                keeps the same float32 average of a bf16 student in 2 extra bytes per parameter instead of 4,
+                at about twice the time per update; saving it allocates the float32 tensors. The forward pass
+                always runs in the student's dtype.
             device: The teacher's device; None stands for the student's. `"cpu"` frees GPU memory, but
                 every update then copies the student through pinned memory and waits for the copy.
             buffers: `"copy"` takes the student's buffers at every snapshot, whatever their shapes are by
@@ -90,8 +90,8 @@ class WMATeacher(nn.Module):
                 average, warns once and lists its step in `skipped`. `"raise"` leaves it out too, and raises a
                 RuntimeError at the latest in the next `update` or when the teacher's state is read; the run
                 may go on from there. Both check every tensor that the teacher averages or copies, unless it
-                was infinite from the start, at about two thirds of the update's own cost. On an accelerator the
-                host never waits for the check of the current step, but for the one before. With sharded
+                was infinite from the start, at about two thirds of an update's own time. On an accelerator
+                the host never waits for the check of the current step, but for the one before. With sharded
                 students the check takes a collective, so that every rank decides alike.
             module_factory: A function that builds the averaged module, for students that cannot be
                 deep-copied or are sharded by `fully_shard`. It must shard its module like the student and
