@@ -23,7 +23,9 @@ class ModelWma(WMATeacher):
 
     `CheckpointSaver` writes its weights as `state_dict_ema`, and `load_checkpoint(model_ema.module, file,
     use_ema=True)` reads them, as it reads those of `ModelEmaV3`. The step count is timm's, the number in
-    `update(model, step=num_updates)`, so a resumed run continues the average where it was.
+    `update(model, step=num_updates)`, so a resumed run continues the average where it was. timm's file has
+    the model's dtypes, to which averages in higher precision are rounded once; `dtype=torch.float32` resumes
+    a float32 model to the last bit.
 
     timm's checkpoints hold the average in the model's dtype, so that vectors, which are averaged in float64,
     are rounded once when a run is resumed. `dtype=torch.float32` makes resuming float32 runs bit-exact.

@@ -21,6 +21,7 @@ CORE = {
     "caches": set(),
     "averaging": {"caches"},
     "buffers": {"naming", "pairing"},
+    "rewriting": {"naming"},
     "finiteness": set(),
     "attachment": set(),
     "naming": set(),
@@ -32,7 +33,7 @@ CORE = {
     "adapters": {"naming"},
     "watching": {"adapters"},
     "swapping": {"averaging", "adapters", "sharding", "watching"},
-    "shadow": {"averaging", "buffers", "finiteness", "naming", "pairing", "sharding"},
+    "shadow": {"averaging", "buffers", "finiteness", "naming", "pairing", "rewriting", "sharding"},
     "teacher": {
         *("attachment", "buffers", "caches", "checks", "finiteness", "kernels", "adapters", "naming", "pairing"),
         *("schedule", "shadow", "sharding", "swapping", "unfreezing"),

@@ -51,9 +51,16 @@ class Average:
     beside: Tensor | None = None
 
     @classmethod
-    def of(cls, value: Tensor, own: Tensor, *, split: bool = False) -> Average:
-        """Return an average that starts at `value` and has its dtype, on the device of `own`."""
-        if own.dtype == value.dtype:
+    def of(cls, value: Tensor, own: Tensor, *, split: bool = False, apart: bool = False) -> Average:
+        """Return an average that starts at `value` and has its dtype, on the device of `own`.
+
+        Args:
+            value: The value.
+            own: The averaged module's tensor.
+            split: Whether to hold only the lower half beside the module.
+            apart: Whether to hold the average beside the module even if the module has its dtype.
+        """
+        if own.dtype == value.dtype and not apart:
             average = cls(own)
         else:
             average = cls(own, torch.empty_like(own, dtype=torch.int16 if split else value.dtype))
@@ -86,8 +93,13 @@ class Average:
             self.own.view(torch.int16).copy_(_upper_half_(bits))
         else:
             self.held.copy_(value)
-            if self.beside is not None:
-                self.own.copy_(self.held)
+            self.restore()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Round the average into the module again, if it is held beside it and not split."""
+        if self.beside is not None and not self.split:
+            self.own.copy_(self.beside)
 
 
 class Update:
@@ -104,7 +116,8 @@ class Update:
         groups: dict[tuple[object, ...], list[tuple[Average, Tensor]]] = {}
         for average, value in zip(averages, values, strict=True):
             held = average.held
-            key = (average.own.dtype, held.dtype, held.device, value.dtype, value.device)
+            is_direct = average.beside is None
+            key = (is_direct, average.own.dtype, held.dtype, held.device, value.dtype, value.device)
             groups.setdefault(key, []).append((average, value.detach()))
         self._steps = [step for group in groups.values() for step in _prepare(group, masked)]
 

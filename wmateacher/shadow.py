@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,14 @@ from wmateacher import averaging, buffers, naming, pairing, sharding
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
+from wmateacher.rewriting import Watch, renormalised
 
 __all__ = ["Plan", "Shadow"]
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
+
+# The averaged modules of all teachers.
+_averaged: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ class Shadow:
         self._detects = nonfinite != "warn"
         self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
         self.module = self._build(student, device, module_factory)
+        _averaged.add(self.module)
         self.fully_sharded = sharding.fully_sharded(self.module)
         self.unfrozen: dict[str, int] = {}
         self._shares = frozen == "share"
@@ -123,6 +129,7 @@ class Shadow:
         self._built = buffers.structure(self.module)
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
+        self._renormalised = renormalised(self.module)
         self._plan: Plan | None = None
         self._start_averages(Binding(student), self.roles.averaged)
         own = pairing.tensors(self.module)
@@ -134,7 +141,12 @@ class Shadow:
         self._look_up_shared()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None}
+        return {**self.__dict__, "_plan": None, "_watches": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _averaged.add(self.module)
+        self._watch(Binding(self.module))
 
     # --- building -----------------------------------------------------------------------------------
 
@@ -217,20 +229,23 @@ class Shadow:
             target = own[name]
             # The shape of the whole tensor decides: all ranks must hold its shards alike.
             wanted = pairing.accumulator_dtype(values.tensors[name], self._dtype, target.device)
-            split = self._dtype == "split" and wanted == torch.float32 != target.dtype
+            apart = name in self._renormalised
+            split = self._dtype == "split" and wanted == torch.float32 != target.dtype and not apart
             if split and target.dtype != torch.bfloat16:
                 raise ValueError(
                     "dtype='split' is for bfloat16 students, whose values are the upper halves of float32, "
                     f"but {name!r} is {target.dtype}: use dtype='auto'"
                 )
             self._precisions[name] = wanted
-            averages[name] = Average.of(values.local[name].detach().to(wanted), target, split=split)
+            value = values.local[name].detach().to(wanted)
+            averages[name] = Average.of(value, target, split=split, apart=apart)
         self._hold(averages)
 
     def _hold(self, averages: Mapping[str, Average]) -> None:
         """Keep what the averages hold beside the module's tensors."""
         held = averaging.side_by_side(averages)
         self._beside = {name: a.beside for name, a in held.items() if a.beside is not None}
+        self._watch(Binding(self.module))
 
     # --- frozen parameters --------------------------------------------------------------------------
 
@@ -263,6 +278,7 @@ class Shadow:
             self.module._apply(lambda tensor: tensor)
         self.roles = self.roles.share(names)
         self._beside = {n: t for n, t in self._beside.items() if n not in names}
+        self._watch(Binding(self.module))
         self._look_up_shared()
 
     def take_up_unfrozen(self, step: int, *, trained: bool = False) -> None:
@@ -314,6 +330,7 @@ class Shadow:
         Raises:
             ValueError: If the student's tensors do not match the averaged module's.
         """
+        self.check_untouched()
         if self._plan is not None and self._plan.fits(student):
             return self._plan
         # A forward pass may have left gathered parameters in place of the shards. Without them the plan
@@ -332,6 +349,8 @@ class Shadow:
             self._follow_replaced(student, replaced, own, theirs, is_original, step)
             own = Binding(self.module)
         roles = self.roles
+        self.check_untouched(thorough=True)
+        self._watch(own)
         averages = [self._average(own, n) for n in roles.averaged]
         changed = [n for n in differing if self._role_of_buffer(n) == "copied"]
         self._ignored |= frozenset(changed)  # such buffers are made for the forward pass, often with -inf
@@ -422,7 +441,7 @@ class Shadow:
     # --- reading and writing --------------------------------------------------------------------------
 
     def nonfinite(self) -> list[str]:
-        """Return the names of the averages with NaN or infinite values. The host waits for the device."""
+        """Return the names of the averages that have NaN or infinite values, which waits for the device."""
         own = self.bind()
         averages = {name: self._average(own, name) for name in self.roles.averaged}
         detector = Detector({n: a.own if a.split else a.held for n, a in averages.items()})
@@ -433,6 +452,44 @@ class Shadow:
         sharding.reshard(self.fully_sharded)
         pairing.densify(self.module)  # a forward pass may have made new buffers
         return Binding(self.module)
+
+    def _watch(self, own: Binding) -> None:
+        """Watch the tensors that hold averages, and the parameters that averages are rounded into."""
+        averages = {n: Average(own.local[n], self._beside.get(n)) for n in self.roles.averaged}
+        holding = {n: a.own for n, a in averages.items() if a.beside is None or a.split}
+        # Running statistics that are recalibrated for the average may stay until the next update.
+        rounded = {n for n in averages.keys() - holding.keys() if isinstance(own.tensors[n], nn.Parameter)}
+        self._watches = Watch(holding), Watch({n: own.local[n] for n in averages if n in rounded})
+
+    def settle(self) -> None:
+        """Accept the module's tensors as they are, after the teacher has written to them."""
+        for watch in self._watches:
+            watch.settle()
+
+    def check_untouched(self, *, thorough: bool = False) -> None:
+        """Undo what others have written to the module's tensors.
+
+        Args:
+            thorough: Whether to look for `tensor.data = ...` as well.
+
+        Raises:
+            RuntimeError: If a tensor was written that holds an average itself.
+        """
+        holding, rounded = self._watches
+        names = holding.written() or (holding.replaced() if thorough else [])
+        if names:
+            raise RuntimeError(
+                f"the averaged module's {pairing.few(names)} held the average itself and was written, by its "
+                "own forward pass or from outside, so that the average is lost. If a forward pass writes to "
+                "weights, build the teacher with dtype=torch.float64, which holds averages beside the "
+                "module (for float64 models leave them out with exclude=). Otherwise load a saved state"
+            )
+        names = rounded.written()
+        if names:
+            own = Binding(self.module)
+            for name in names:
+                self._average(own, name).restore()
+            rounded.settle()
 
     def read(self, own: Binding, name: str) -> Tensor:
         """Return an averaged tensor at full precision, as a DTensor where it is sharded."""
@@ -447,6 +504,7 @@ class Shadow:
                 self._average(own, name).write(local)
             else:
                 averaging.copy_([own.local[name]], [local])
+        self._watch(own)
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights and buffers into an unwrapped model, by name."""
@@ -461,8 +519,15 @@ class Shadow:
 
         Raises:
             ValueError: If the model's tensors do not match the averaged module's.
+            RuntimeError: If they hold the average of another teacher.
         """
+        if any(module in _averaged and module is not self.module for module in model.modules()):
+            raise RuntimeError(
+                "the model holds the average of another teacher, which would be lost: pass a copy of it, "
+                "copy.deepcopy(teacher.module)"
+            )
         sharding.reshard(sharding.fully_sharded(model))
+        self.check_untouched(thorough=True)
         own, theirs = self.bind(), pairing.tensors(model)
         differing = self._match(model, own, theirs)
         targets, sources = [], []
@@ -484,6 +549,7 @@ class Shadow:
         Args:
             dtype: The dtype of floating-point tensors; None stands for the module's own.
         """
+        self.check_untouched(thorough=True)
         own = self.bind()
         names = {id(t): n for n, t in own.tensors.items()}
         # `keep_vars` keeps the tensor objects, by which entries are recognised under any key.
@@ -528,6 +594,7 @@ class Shadow:
                 "a teacher that is sharded by fully_shard and shares frozen parameters with its student "
                 "cannot be moved or cast: build it on its device in its dtype, or with frozen='copy'"
             )
+        self.check_untouched(thorough=True)
         before = self.bind()
         averages = {n: Average(before.local[n].detach(), self._beside.get(n)) for n in averaged}
         # Shared parameters are the student's and move with it.
@@ -537,8 +604,13 @@ class Shadow:
         own, self._plan = Binding(self.module).local, None
         for name, average in averages.items():
             target = own[name]
-            if target.dtype != average.own.dtype:
-                averages[name] = Average.of(average.read().to(target.device), target)
+            # MPS has no float64.
+            narrow = target.device.type == "mps" and self._precisions[name] == torch.float64
+            if narrow:
+                self._precisions[name] = torch.float32
+            if narrow or target.dtype != average.own.dtype:
+                value = average.read().to(self._precisions[name]).to(target.device)
+                averages[name] = Average.of(value, target, apart=name in self._renormalised)
             else:
                 beside = average.beside
                 averages[name] = Average(target, None if beside is None else beside.to(target.device))
@@ -559,6 +631,7 @@ class Shadow:
             state: The teacher's state, which is changed in place.
             prefix: The prefix of the module's keys in it.
         """
+        self.check_untouched(thorough=True)
         own, full = Binding(self.module), {}
         keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
         written = {key: state.pop(prefix + path) for path, key in naming.canonical(module, keys).items()}

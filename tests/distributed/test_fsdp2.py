@@ -425,3 +425,24 @@ def test_another_placement_is_another_sharding(folder):
     before = teacher.module.weight.full_tensor()
     teacher.update()
     assert torch.equal(teacher.module.weight.full_tensor(), before / 2)
+
+
+@on_ranks(1, 2)
+def test_a_shard_that_is_not_finite_counts_on_every_rank(folder):
+    for policy in ("skip", "raise"):
+        torch.manual_seed(0)
+        student = shard(Block().to(device()))
+        teacher = WMATeacher(
+            student, "uniform", 5, nonfinite=policy, module_factory=lambda: shard(Block().to(device()))
+        )
+        before = copy.deepcopy(teacher.averaged_state_dict(full=True))
+        name, parameter = next((n, p) for n, p in student.named_parameters() if p.to_local().dim() > 1)
+        if torch.distributed.get_rank() == 0:
+            parameter.to_local().detach().view(-1)[0] = torch.nan
+        kind = pytest.raises(RuntimeError, match=name) if policy == "raise" else pytest.warns(match=name)
+        with kind:
+            teacher.update()
+            assert teacher.skipped == (1,)
+        assert teacher.skipped == (1,)
+        after = teacher.averaged_state_dict(full=True)
+        assert all(torch.equal(after[key], before[key]) for key in before)
