@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import checks, sharding
+from wmateacher import checks, sharding, walking
 
 __all__ = [
     "BUFFERS",
@@ -33,7 +33,6 @@ __all__ = [
     "check_frozen",
     "check_precision",
     "clone",
-    "computed",
     "densify",
     "describe_difference",
     "hidden",
@@ -106,7 +105,9 @@ class Binding:
         self.model = model
         self.tensors = tensors(model)
         self.local = {name: sharding.local(tensor) for name, tensor in self.tensors.items()}
-        self._tables = [table for m in model.modules() for table in (m._parameters, m._buffers, m._modules)]
+        self._tables = [
+            table for m in walking.modules(model) for table in (m._parameters, m._buffers, m._modules)
+        ]
         slots = [(table, key) for table in self._tables for key in table]
         self._where, self._keys = [table for table, _ in slots], [key for _, key in slots]
         self._objects = [table[key] for table, key in slots]
@@ -155,7 +156,7 @@ class Binding:
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of an unwrapped module by canonical name; tied ones once."""
-    return dict(_named(model.named_parameters()) | _named(model.named_buffers()))
+    return dict(_named(walking.named_parameters(model)) | _named(walking.named_buffers(model)))
 
 
 def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Sequence[str] = ()) -> Roles:
@@ -167,7 +168,7 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     """
     checks.one_of("buffers policy", buffers, BUFFERS)
     checks.one_of("frozen policy", frozen, FROZEN)
-    parameters, others = _named(model.named_parameters()), _named(model.named_buffers())
+    parameters, others = _named(walking.named_parameters(model)), _named(walking.named_buffers(model))
     for name, tensor in (parameters | others).items():
         if is_lazy(tensor):
             raise ValueError(
@@ -252,7 +253,7 @@ def share(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
     """Put the student's own parameters into the teacher's module, wherever it uses them."""
     wanted = set(names)
     source = tensors(unwrap(student))
-    for path, _ in list(teacher.named_parameters(remove_duplicate=False)):
+    for path, _ in list(walking.named_parameters(teacher, remove_duplicate=False)):
         name = canonical_name(path)
         if name in wanted:
             owner, _, leaf = path.rpartition(".")
@@ -270,7 +271,7 @@ def unexpanded(tensor: Tensor) -> Tensor:
 def materialise(model: nn.Module, device: torch.device) -> None:
     """Allocate uninitialised memory for a model's tensors on the meta device; tied ones stay tied."""
     made: dict[Tensor, Tensor] = {}
-    for module in model.modules():
+    for module in walking.modules(model):
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
             for name, tensor in table.items():
@@ -283,7 +284,7 @@ def materialise(model: nn.Module, device: torch.device) -> None:
 
 def densify(model: nn.Module) -> None:
     """Give expanded buffers memory for all of their entries, so that they can be written to."""
-    for module in model.modules():
+    for module in walking.modules(model):
         for name, buffer in module._buffers.items():
             if buffer is not None and unexpanded(buffer) is not buffer:
                 module._buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
@@ -293,7 +294,9 @@ def densify(model: nn.Module) -> None:
 def hidden(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Remove parameters from a model inside a `with` block."""
     wanted = set(names)
-    paths = [p for p, _ in model.named_parameters(remove_duplicate=False) if canonical_name(p) in wanted]
+    paths = [
+        p for p, _ in walking.named_parameters(model, remove_duplicate=False) if canonical_name(p) in wanted
+    ]
     split = [path.rpartition(".") for path in paths]
     slots = [(model.get_submodule(owner)._parameters, leaf) for owner, _, leaf in split]
     kept = [table[leaf] for table, leaf in slots]
@@ -311,8 +314,8 @@ def state_names(model: nn.Module) -> dict[str, str]:
     names = {id(tensor): name for name, tensor in tensors(model).items()}
     # A tied tensor has one canonical name but a key for every place that uses it.
     persistent = _persistent(model)
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    buffers = [(p, b) for p, b in model.named_buffers(remove_duplicate=False) if p in persistent]
+    parameters = list(walking.named_parameters(model, remove_duplicate=False))
+    buffers = [(p, b) for p, b in walking.named_buffers(model, remove_duplicate=False) if p in persistent]
     return {path: names[id(tensor)] for path, tensor in [*parameters, *buffers]}
 
 
@@ -320,20 +323,6 @@ def clone(tensor: Tensor, device: torch.device | None) -> Tensor:
     """Return a frozen copy of a parameter or buffer on a device."""
     values = tensor.detach().to(device, copy=True)
     return nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
-
-
-def computed(model: nn.Module) -> dict[int, Tensor]:
-    """Return detached copies, by `id`, of tensors in plain attributes that are part of an autograd graph.
-
-    Such tensors cannot be deep-copied. Examples are cached activations and the `weight` that the hooks of the
-    old `weight_norm` and `spectral_norm` compute. The result is a `memo` for `copy.deepcopy`.
-    """
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
 
 
 def canonical_name(path: str) -> str:
@@ -349,7 +338,7 @@ def _persistent(model: nn.Module) -> set[str]:
     """Return the keys of the buffers that `state_dict` includes."""
     return {
         f"{path}.{leaf}" if path else leaf
-        for path, owner in model.named_modules(remove_duplicate=False)
+        for path, owner in walking.named_modules(model, remove_duplicate=False)
         for leaf in owner._buffers.keys() - owner._non_persistent_buffers_set
     }
 

@@ -6,7 +6,6 @@ module knows which tensors are involved and where their averages are held.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wmateacher import averaging, pairing, sharding
+from wmateacher import averaging, copying, pairing, sharding
 from wmateacher.averaging import Average
 from wmateacher.pairing import Binding, Roles
 
@@ -67,6 +66,7 @@ class Shadow:
         *,
         dtype: pairing.Precision,
         device: torch.device | str | None,
+        hooks: copying.Hooks,
         module_factory: Callable[[], nn.Module] | None,
     ):
         """Build the averaged module and start every average at the student.
@@ -77,7 +77,7 @@ class Shadow:
             ValueError: If the student cannot be copied, or the factory's module does not match it.
         """
         self.roles = roles
-        self.module = self._build(student, device, module_factory)
+        self.module = self._build(student, device, hooks, module_factory)
         self.fully_sharded = sharding.fully_sharded(self.module)
         self._precisions: dict[str, torch.dtype] = {}
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
@@ -93,6 +93,7 @@ class Shadow:
         self,
         student: nn.Module,
         device: torch.device | str | None,
+        hooks: copying.Hooks,
         factory: Callable[[], nn.Module] | None,
     ) -> nn.Module:
         named, shared = pairing.tensors(student), self.roles.shared
@@ -113,7 +114,7 @@ class Shadow:
                 "frozen='share' uses in place: pass frozen='copy' to give the teacher its own"
             )
         if factory is None:
-            module = self._deep_copy(student, named, target)
+            module = self._deep_copy(student, named, target, hooks)
         else:
             module = self._call_factory(factory, student, named, target)
         pairing.densify(module)
@@ -121,19 +122,17 @@ class Shadow:
         return (module if device is None else module.to(device)).eval()
 
     def _deep_copy(
-        self, student: nn.Module, named: Mapping[str, Tensor], device: torch.device | None
+        self,
+        student: nn.Module,
+        named: Mapping[str, Tensor],
+        device: torch.device | None,
+        hooks: copying.Hooks,
     ) -> nn.Module:
         """Copy the student, straight to `device` if given: its own may have no room for a copy."""
-        memo = {id(named[n]): named[n] for n in self.roles.shared} | pairing.computed(student)
+        memo = {id(named[n]): named[n] for n in self.roles.shared}
         if device is not None:
             memo |= {id(named[n]): pairing.clone(named[n], device) for n in self.roles.owned}
-        try:
-            return copy.deepcopy(student, memo)
-        except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-            raise ValueError(
-                f"the student ({type(student).__name__}) cannot be deep-copied ({error}): pass "
-                "module_factory=FACTORY, a function that builds a module of the same architecture"
-            ) from error
+        return copying.duplicate(student, memo, hooks)
 
     def _call_factory(
         self,

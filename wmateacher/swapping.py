@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from wmateacher import averaging, sharding
+from wmateacher import averaging, sharding, walking
 
 __all__ = ["lend", "owner", "refuse"]
 
@@ -56,7 +56,7 @@ def lend(
     watched = [
         t for pair in zip(targets, memory, strict=True) for t in pair if isinstance(pair[0], nn.Parameter)
     ]
-    modules, fully_sharded = list(model.modules()), sharding.fully_sharded(model)
+    modules, fully_sharded = walking.modules(model), sharding.fully_sharded(model)
     tables: list[dict[str, Any]] = [table for m in modules for table in (m._parameters, m._buffers)]
     slots = [(table, key, table[key]) for table in tables for key in table]
     guards = [module.register_state_dict_pre_hook(_refuse_state) for module in modules]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmateacher import kernels, pairing, sharding, swapping
+from wmateacher import checks, copying, kernels, pairing, sharding, swapping, walking
 from wmateacher.attachment import Attachment
 from wmateacher.kernels import Array, Kernel, KernelLike
 from wmateacher.schedule import Clock
@@ -42,6 +42,9 @@ class WMATeacher(nn.Module):
         omega: The weight that the last step gave to the student; 0.0 if no snapshot was due.
     """
 
+    # `walking` recognises teachers by it, so that a teacher may be a submodule of its own student.
+    _is_wmateacher = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -54,6 +57,7 @@ class WMATeacher(nn.Module):
         buffers: pairing.Buffers = "copy",
         frozen: pairing.Frozen = "share",
         exclude: Sequence[str] = (),
+        hooks: copying.Hooks = "drop",
         module_factory: Callable[[], nn.Module] | None = None,
     ):
         """Build the teacher. Its average starts at the student's present weights.
@@ -79,6 +83,11 @@ class WMATeacher(nn.Module):
             frozen: `"share"` uses the student's own tensors for parameters that do not require grad, so
                 that they cost no memory and are not saved; `"copy"` gives the teacher its own.
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
+            hooks: Whether the student's forward and backward hooks are left out of the teacher (`"drop"`) or
+                run there as well (`"copy"`), rebound to the teacher's modules. With `"copy"`, a hook that
+                records into a list outside of the model records the teacher's values, too.
+                Parametrisations, weight and spectral norm, pruning, tensor parallelism and the hooks of
+                `state_dict` are always kept. Modules from `module_factory` have the hooks that it gives them.
             module_factory: A function that builds the averaged module, for students that cannot be
                 deep-copied or are sharded by `fully_shard`. It must shard its module like the student and
                 may leave it on the meta device. Each process then averages its own shards without
@@ -87,9 +96,10 @@ class WMATeacher(nn.Module):
         Raises:
             ValueError: If an argument is out of range, the kernel needs `total_steps` and none is given, a
                 pattern in `exclude` matches nothing, the factory's module differs from the student in its
-                tensors or its sharding, or the student is wrapped in FSDP1 (`FullyShardedDataParallel`).
-            TypeError: If `model` is not a module or is a scripted one, or no kernel can be built from
-                `kernel`.
+                tensors or its sharding, the student is wrapped in FSDP1 (`FullyShardedDataParallel`), or it
+                holds itself in a way that a copy would compute with it (a patched `forward`, for example).
+            TypeError: If `model` is not a module, is a teacher or contains a scripted module, or no kernel
+                can be built from `kernel`.
         """
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -97,16 +107,18 @@ class WMATeacher(nn.Module):
         pairing.check_precision(dtype)
         self._clock = Clock(kernels.build(kernel), total_steps, update_every)
         self.omega = 0.0
+        checks.one_of("hooks policy", hooks, copying.HOOKS)
         student = pairing.unwrap(model)
-        if isinstance(student, torch.jit.ScriptModule):
-            raise TypeError(
-                "model must not be a ScriptModule: build the teacher before scripting the student"
-            )
+        if walking.is_teacher(student):
+            raise TypeError("model must be the student, got a WMATeacher: pass its module, teacher.module")
+        copying.refuse_scripted(student)
         swapping.refuse(student, "building a teacher")
         sharding.refuse_fsdp1(student)
         sharding.reshard(sharding.fully_sharded(student))
         roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
-        self._shadow = Shadow(student, roles, dtype=dtype, device=device, module_factory=module_factory)
+        self._shadow = Shadow(
+            student, roles, dtype=dtype, device=device, hooks=hooks, module_factory=module_factory
+        )
         self.module = self._shadow.module
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
         self._student = (model,)
@@ -235,7 +247,8 @@ class WMATeacher(nn.Module):
                 f"this teacher is already attached to {self._attachment}: if several optimizers train the "
                 "student, attach it to a list of them, or remove() the other attachment first"
             )
-        self._attachment = Attachment(optimizer, self._student[0].parameters(), self._advance)
+        parameters = [p for _, p in walking.named_parameters(self.student)]
+        self._attachment = Attachment(optimizer, parameters, self._advance)
         return self._attachment
 
     def set_total_steps(self, total_steps: int) -> None:
