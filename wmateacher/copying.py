@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from wmateacher import rebinding, walking
 
@@ -35,7 +35,6 @@ _HOOK_TABLES = (
 )
 # Hooks of these packages compute weights or place tensors: without them the copy would be another model.
 _COMPUTING = ("torch.nn.utils.", "torch.distributed.tensor.", "torch.ao.")
-_SHARED = (Optimizer, LRScheduler, DataLoader, Dataset)
 # A warning names plain attributes with more bytes than this and more than a tenth of the model's.
 _LARGE = 64 * 2**20
 _NOT_COPIED = (RuntimeError, TypeError, NotImplementedError, AssertionError, copy.Error, pickle.PickleError)
@@ -107,34 +106,29 @@ class _Survey:
         memo |= {id(m): None for m in student.modules() if walking.is_teacher(m)}
         sizes: dict[str, int] = {}
         for path, module in walking.named_modules(student):
-            for name, value in self._attributes(module):
-                if name not in ("_parameters", "_buffers", "_modules"):
-                    where = f"{path}.{name}".lstrip(".")
-                    sizes[where] = sum(self._follow(value, where))
-        _warn_large(sizes, sum(t.nbytes for t in tensors))
+            for name, value in rebinding.attributes(self._state(module)):
+                where = f"{path}.{name}".lstrip(".")
+                sizes[where] = sum(self._follow(value, where))
+        _warn_large(sizes, sum(map(_size, tensors)))
 
     def copy_hooks(self) -> None:
         """Copy the hooks that the copy needs."""
         for table, kept in self._tables:
             table.update(copy.deepcopy(kept, self._memo))
 
-    def _attributes(self, module: nn.Module) -> Iterator[tuple[str, Any]]:
-        """Yield what is copied of a module's attributes, and replace hooks that are not in the memo."""
+    def _state(self, module: nn.Module) -> dict[str, Any]:
+        """Return what is copied of a module, and replace hooks that are not in the memo."""
         own = hasattr(module, "__deepcopy__")  # parametrised modules refuse __getstate__
         state: Any = vars(module) if own else module.__getstate__()
-        state = state if isinstance(state, dict) else vars(module)
-        kept = {
-            key
-            for name in _HOOK_TABLES
-            for key, hook in (state.get(name) or {}).items()
-            if self._hooks == "copy" or _computes(hook)
-        }
-        for name, value in state.items():
-            if name in _HOOK_TABLES and self._hooks == "drop" and value is not None:
-                value, old = OrderedDict((k, v) for k, v in value.items() if k in kept), value
-                self._memo[id(old)] = OrderedDict()
-                self._tables.append((self._memo[id(old)], value))
-            yield name, value
+        state = dict(state if isinstance(state, dict) else vars(module))
+        tables = {name: state[name] for name in _HOOK_TABLES if state.get(name)}
+        if self._hooks == "drop" and tables:
+            kept = {key for table in tables.values() for key, hook in table.items() if _computes(hook)}
+            for name, table in tables.items():
+                state[name] = OrderedDict((key, hook) for key, hook in table.items() if key in kept)
+                self._memo[id(table)] = OrderedDict()
+                self._tables.append((self._memo[id(table)], state[name]))
+        return state
 
     def _follow(self, value: Any, where: str) -> Iterator[int]:
         """Note what the copy shares or leaves out, and yield the sizes of tensors that it copies."""
@@ -146,13 +140,13 @@ class _Survey:
             self._seen[id(x)] = x
             if isinstance(x, Tensor):
                 yield self._tensor(x, where)
-            elif isinstance(x, _SHARED) or type(x) in weakref.ProxyTypes:
+            elif isinstance(x, rebinding.TRAINING) or type(x) in weakref.ProxyTypes:
                 self._memo[id(x)] = x
             elif walking.is_teacher(x) or _trains(x) or self._is_parent(x):
                 self._memo[id(x)] = None
             elif isinstance(x, nn.Module):
                 _refuse_scripted(x, where)
-                stack.extend(held for _, held in self._attributes(x))
+                stack.extend(self._state(x).values())
             elif not isinstance(x, FunctionType | type | weakref.ref):
                 stack.extend(rebinding.parts(x))
 
@@ -169,7 +163,7 @@ class _Survey:
             )
         if not x.is_leaf:
             self._memo[id(x)] = x.detach().clone()
-        return x.nbytes if x.layout == torch.strided else 0
+        return _size(x)
 
     def _is_parent(self, x: Any) -> bool:
         """Return whether an object is a module that contains a part of the student and more than that."""
@@ -185,6 +179,10 @@ def _computes(hook: Any) -> bool:
         [hook.__module__] if isinstance(hook, FunctionType) else [k.__module__ for k in type(hook).__mro__]
     )
     return any(f"{kind}.".startswith(_COMPUTING) for kind in kinds)
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _trains(x: Any) -> bool:
@@ -207,7 +205,7 @@ def _warn_large(sizes: dict[str, int], model: int) -> None:
         warnings.warn(
             f"the teacher copies tensors that the student holds in plain attributes: {named}. If they are "
             "caches, clear them before building the teacher",
-            stacklevel=2,
+            stacklevel=8,  # the call of WMATeacher,
         )
 
 

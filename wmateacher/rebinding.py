@@ -20,19 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.data import DataLoader, Dataset
 
 from wmateacher import walking
 
-__all__ = ["Memory", "Rebinder", "parts"]
+__all__ = ["TRAINING", "Memory", "Rebinder", "attributes", "parts"]
 
-# Objects that lead everywhere, or that hold a model without computing with it.
+TRAINING = (Optimizer, LRScheduler, DataLoader, Dataset)
+"""Objects that may hold a model and its data, but that no forward pass computes with."""
+
+# Objects that hold nothing to compute with, or that lead everywhere.
 _LEAVES = (
-    *(Tensor, Optimizer, logging.Logger, logging.Handler),
+    *(Tensor, *TRAINING, logging.Logger, logging.Handler),
     *(types.ModuleType, types.FrameType, types.CodeType),
 )
+_ATOMS = (int, float, str, bytes, type(None))
 # The globals of installed packages are not searched: their registries lead everywhere.
 _INSTALLED = ("site-packages", "dist-packages", sysconfig.get_path("stdlib"))
+
+
+def attributes(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield a module's plain attributes, except its tensors, submodules and values that hold nothing."""
+    for name, value in list(table.items()):
+        empty = isinstance(value, dict | list | tuple | set) and not value
+        if not (empty or isinstance(value, _ATOMS) or name in ("_parameters", "_buffers", "_modules")):
+            yield name, value
 
 
 def parts(x: Any) -> Iterable[Any]:
@@ -45,13 +59,13 @@ def parts(x: Any) -> Iterable[Any]:
         held = (x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__)
         return (*held, *_used_globals(x).values())
     if isinstance(x, type):
-        return tuple(closures(x)) if "<locals>" in x.__qualname__ else ()
+        return tuple(_closures(x)) if "<locals>" in x.__qualname__ else ()
     if isinstance(x, weakref.ref):
         return (x(), x.__callback__)
     return gc.get_referents(x)
 
 
-def closures(kind: type) -> Iterator[types.CellType]:
+def _closures(kind: type) -> Iterator[types.CellType]:
     """Yield the closure cells of a class's own methods."""
     for value in vars(kind).values():
         function = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
@@ -110,6 +124,7 @@ class Rebinder:
         self._clean: dict[int, Any] = {}
         self._done: dict[int, tuple[Any, Any]] = {}
         self._unfilled: list[tuple[types.CellType, types.CellType]] = []
+        self._kinds: set[type] = set()
         self._fresh: set[int] = set()
         self._note_fresh()
 
@@ -119,18 +134,17 @@ class Rebinder:
         Raises:
             ValueError: If an attribute holds the original in a way that cannot be rebound.
         """
-        for name, value in list(vars(module).items()):
-            if name in ("_parameters", "_buffers", "_modules"):
-                continue
+        for name, value in attributes(vars(module)):
             try:
                 vars(module)[name] = new = self._new(value)
                 if self._leads(new):
                     raise _UnboundError(new)
             except _UnboundError as error:
                 raise _refusal(f"{path}.{name}", f"{type(error.args[0]).__qualname__} object") from None
-        for kind in type(module).__mro__:
-            if kind.__module__.partition(".")[0] != "torch" and any(map(self._leads, closures(kind))):
+        for kind in () if type(module) in self._kinds else type(module).__mro__:
+            if kind.__module__.partition(".")[0] != "torch" and any(map(self._leads, _closures(kind))):
                 raise _refusal(path, f"method of its class {kind.__qualname__}")
+        self._kinds.add(type(module))
 
     def _leads(self, x: Any) -> bool:
         """Return whether an object holds a part of the original, directly or through other objects."""
@@ -151,10 +165,13 @@ class Rebinder:
         for known in (self._copies, self._done):
             if id(x) in known:
                 return known[id(x)][1]
-        copied = self._memo.get(id(x))
-        if copied is not None and copied is not x:
-            return self._new(copied)
+        if self._copied(x):
+            return self._new(self._memo[id(x)])
         return self._rebuild(x) if self._leads(x) else x
+
+    def _copied(self, x: Any) -> bool:
+        """Return whether the deep copy has made another object from this one."""
+        return self._memo.get(id(x), x) is not x and self._memo[id(x)] is not None
 
     def _rebuild(self, x: Any) -> Any:
         match x:
@@ -207,8 +224,8 @@ class Rebinder:
         return self._fill(x, new)
 
     def _cell(self, x: types.CellType) -> types.CellType:
-        """Return a cell that is filled later, or the same one if it holds nothing of the original."""
-        if id(x) not in self._done and self._leads(x):
+        """Return a cell that is filled later, or the same one if its value stays the same."""
+        if id(x) not in self._done and (self._leads(x) or any(map(self._copied, parts(x)))):
             self._unfilled.append((self._begin(x, types.CellType()), x))
         return self._done[id(x)][1] if id(x) in self._done else x
 
