@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import gc
 import pickle
 import types
 import warnings
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from wmateacher import WMATeacher
-from wmateacher.pairing import tensors
+from wmateacher.pairing import canonical_name, tensors
 
 X = torch.linspace(-1, 1, 24).view(6, 4)
 
@@ -39,7 +38,7 @@ def advance(student, teacher):
 def check(teacher, build=plain):
     """The teacher computes what a new model does that has the averages as its weights."""
     fresh = build()
-    fresh.load_state_dict(teacher.averaged_state_dict())
+    fresh.load_state_dict({canonical_name(k): v for k, v in teacher.averaged_state_dict().items()})
     with torch.no_grad():
         torch.testing.assert_close(teacher(X), fresh.eval()(X))
         assert not torch.allclose(teacher(X), teacher.student(X))
@@ -261,6 +260,11 @@ def autocast(m):
 
 
 @patch
+def a_compiled_submodule(m):
+    m[3] = torch.compile(m[3], backend="eager")
+
+
+@patch
 def a_checkpoint_wrapper(m):
     m[3] = checkpoint_wrapper(m[3])
     m[2].forward = functools.partial(torch.utils.checkpoint.checkpoint, m[2].forward, use_reentrant=False)
@@ -290,6 +294,18 @@ def test_a_patched_student_has_a_teacher_that_computes_with_the_average(name):
         torch.testing.assert_close(teacher(X), student(X))
     advance(student, teacher)
     check(teacher)
+
+
+@pytest.mark.parametrize("name", ["a_lambda", "a_callable_object_in_a_closure", "a_compiled_forward"])
+def test_a_duplicate_of_a_patched_students_teacher_computes_with_its_own_average(name):
+    student = plain()
+    PATCHES[name](student)
+    teacher = WMATeacher(student, "ema(0.5)")
+    twin = copy.deepcopy(teacher)
+    before = teacher(X)
+    advance(student, twin)
+    check(twin)
+    torch.testing.assert_close(teacher(X), before)
 
 
 def test_a_rebound_function_keeps_what_belongs_to_it_and_shares_the_rest():
@@ -528,6 +544,39 @@ def test_hooks_that_compute_weights_stay():
     check(teacher, normalised)
 
 
+def test_hooks_that_are_methods_of_the_model_stay():
+    class Recorder:
+        def __init__(self):
+            self.seen = []
+
+        def record(self, key, module, inputs, output):
+            self.seen.append(key)
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.recorder = plain(), Recorder()
+            self.body[0].register_forward_hook(self.keep)
+            self.body[2].register_forward_hook(functools.partial(self.recorder.record, "inner"))
+
+        def keep(self, module, inputs, output):
+            self.kept = output
+
+        def forward(self, x):
+            return self.body(x) + self.kept.mean()
+
+    student, outside = Deep(), Recorder()
+    student.body[0].register_forward_pre_hook(functools.partial(outside.record, "outer", output=None))
+    student.body[2].register_forward_pre_hook(functools.partial(outside.record, "outer", output=None))
+    student(X)
+    assert (len(outside.seen), len(student.recorder.seen)) == (2, 1)
+    teacher = WMATeacher(student, "ema(0.5)")
+    advance(student, teacher)
+    check(teacher, Deep)  # calls the teacher twice, the student once
+    assert (len(outside.seen), len(student.recorder.seen)) == (4, 2)
+    assert len(teacher.module.recorder.seen) == 3
+
+
 def test_hooks_of_states_stay():
     student = plain()
     student[0].register_state_dict_post_hook(lambda m, state, prefix, _: state.update({f"{prefix}more": 1}))
@@ -564,16 +613,18 @@ def test_optimizers_and_data_are_shared_and_trainers_left_out():
 
 def test_the_model_around_the_student_is_left_out():
     class Block(nn.Linear):
-        pass
+        copies = 0
+
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            Block.copies += 1
 
     whole = nn.Sequential(Block(4, 4), nn.Linear(4, 4))
     object.__setattr__(whole[0], "parent", whole)
     whole[0].path = [whole]
     whole[0].wrapped = (nn.DataParallel(whole[0]), nn.Sequential(whole[0]))
-    gc.collect()
-    before = sum(type(x) is Block for x in gc.get_objects())
     teacher = WMATeacher(whole[0], "ema(0.5)")
-    assert sum(type(x) is Block for x in gc.get_objects()) == before + 1
+    assert Block.copies == 1
     own = teacher.module
     assert (own.parent, own.path, own.wrapped[0]) == (None, [None], None)
     assert own.wrapped[1][0] is own

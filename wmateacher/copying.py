@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from wmateacher import rebinding, walking
 
-__all__ = ["HOOKS", "Hooks", "duplicate", "refuse_scripted"]
+__all__ = ["HOOKS", "Hooks", "duplicate", "rebind", "refuse_scripted"]
 
 Hooks = Literal["drop", "copy"]
 HOOKS: tuple[Hooks, ...] = ("drop", "copy")
@@ -33,7 +34,7 @@ _HOOK_TABLES = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
 )
-# Hooks of these packages compute weights or place tensors: without them the copy would be another model.
+# The hooks of these packages compute weights or place tensors.
 _COMPUTING = ("torch.nn.utils.", "torch.distributed.tensor.", "torch.ao.")
 # A warning names plain attributes with more bytes than this and more than a tenth of the model's.
 _LARGE = 64 * 2**20
@@ -62,12 +63,26 @@ def duplicate(student: nn.Module, memo: dict[int, Any], hooks: Hooks) -> nn.Modu
             f"the student ({type(student).__name__}) cannot be deep-copied ({error}): pass "
             "module_factory=FACTORY, a function that builds a module of the same architecture"
         ) from error
-    theirs, ours = _by_path(student), _by_path(module)
-    pairs = [(old, ours[path]) for path, old in theirs.items() if path in ours]
-    rebind = rebinding.Rebinder({id(old): (old, new) for old, new in pairs if old is not new}, memo)
-    for path, own in walking.named_modules(module):
-        rebind(own, path)
+    rebind(student, module, memo)
     return module
+
+
+def rebind(model: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
+    """Make what a deep copy of a model calls compute with the copy.
+
+    Args:
+        model: The model.
+        twin: Its copy.
+        memo: The memo of the deep copy.
+
+    Raises:
+        ValueError: If the copy holds the model in a way that cannot be rebound.
+    """
+    theirs, ours = _by_path(model), _by_path(twin)
+    pairs = [(old, ours[path]) for path, old in theirs.items() if path in ours]
+    rebinder = rebinding.Rebinder({id(old): (old, new) for old, new in pairs if old is not new}, memo)
+    for path, module in walking.named_modules(twin):
+        rebinder(module, path)
 
 
 def refuse_scripted(student: nn.Module) -> None:
@@ -101,6 +116,8 @@ class _Survey:
         tensors = [t for kind in (walking.named_parameters, walking.named_buffers) for _, t in kind(student)]
         self._memory = rebinding.Memory(tensors)
         self._registered = {id(x) for x in (*tensors, *walking.modules(student))}
+        modules = walking.modules(student)
+        self._members = {id(x) for m in modules for x in (m, *vars(m).values())}
         self._seen: dict[int, Any] = {}
         self._tables: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
         memo |= {id(m): None for m in student.modules() if walking.is_teacher(m)}
@@ -123,12 +140,22 @@ class _Survey:
         state = dict(state if isinstance(state, dict) else vars(module))
         tables = {name: state[name] for name in _HOOK_TABLES if state.get(name)}
         if self._hooks == "drop" and tables:
-            kept = {key for table in tables.values() for key, hook in table.items() if _computes(hook)}
+            kept = {k for table in tables.values() for k, hook in table.items() if self._belongs(hook)}
             for name, table in tables.items():
                 state[name] = OrderedDict((key, hook) for key, hook in table.items() if key in kept)
                 self._memo[id(table)] = OrderedDict()
                 self._tables.append((self._memo[id(table)], state[name]))
         return state
+
+    def _belongs(self, hook: Any) -> bool:
+        """Return whether a hook is a part of the model, which computes with what the hook does."""
+        while isinstance(hook, functools.partial):
+            hook = hook.func
+        if isinstance(hook, FunctionType):
+            return hook.__module__.startswith(_COMPUTING)
+        if isinstance(hook, MethodType):
+            return id(hook.__self__) in self._members
+        return any(kind.__module__.startswith(_COMPUTING) for kind in type(hook).__mro__)
 
     def _follow(self, value: Any, where: str) -> Iterator[int]:
         """Note what the copy shares or leaves out, and yield the sizes of tensors that it copies."""
@@ -171,14 +198,6 @@ class _Survey:
             return False
         more = any(id(t) not in self._registered for t in (*x.parameters(), *x.buffers()))
         return more or isinstance(x, DataParallel | DistributedDataParallel)
-
-
-def _computes(hook: Any) -> bool:
-    """Return whether PyTorch registered a hook that its module computes with, as `weight_norm` does."""
-    kinds = (
-        [hook.__module__] if isinstance(hook, FunctionType) else [k.__module__ for k in type(hook).__mro__]
-    )
-    return any(f"{kind}.".startswith(_COMPUTING) for kind in kinds)
 
 
 def _size(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -85,9 +86,10 @@ class WMATeacher(nn.Module):
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
             hooks: Whether the student's forward and backward hooks are left out of the teacher (`"drop"`) or
                 run there as well (`"copy"`), rebound to the teacher's modules. With `"copy"`, a hook that
-                records into a list outside of the model records the teacher's values, too.
-                Parametrisations, weight and spectral norm, pruning, tensor parallelism and the hooks of
-                `state_dict` are always kept. Modules from `module_factory` have the hooks that it gives them.
+                records into a list outside of the model records the teacher's values, too. Hooks that the
+                model computes with are always kept: methods of the model itself, and those of weight and
+                spectral norm, pruning, quantisation and tensor parallelism. A module from `module_factory`
+                has the hooks that the function gives it.
             module_factory: A function that builds the averaged module, for students that cannot be
                 deep-copied or are sharded by `fully_shard`. It must shard its module like the student and
                 may leave it on the meta device. Each process then averages its own shards without
@@ -387,6 +389,12 @@ class WMATeacher(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the teacher is not attached to the optimizer of the original.
         return {**super().__getstate__(), "_attachment": None, "_swapped": ()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WMATeacher:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copying.rebind(self._shadow.module, twin._shadow.module, memo)
+        return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WMATeacher:
         """Move or cast the averaged module; the averages move along and keep their precision."""
