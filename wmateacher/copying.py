@@ -165,10 +165,10 @@ class _Survey:
             if id(x) in self._seen or id(x) in self._registered or id(x) in self._memo:
                 continue
             self._seen[id(x)] = x
-            if isinstance(x, Tensor):
-                yield self._tensor(x, where)
-            elif isinstance(x, rebinding.TRAINING) or type(x) in weakref.ProxyTypes:
+            if type(x) in weakref.ProxyTypes or isinstance(x, rebinding.TRAINING):
                 self._memo[id(x)] = x
+            elif isinstance(x, Tensor):
+                yield self._tensor(x, where)
             elif walking.is_teacher(x) or _trains(x) or self._is_parent(x):
                 self._memo[id(x)] = None
             elif isinstance(x, nn.Module):

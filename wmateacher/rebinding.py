@@ -86,8 +86,11 @@ def _used_globals(function: types.FunctionType) -> dict[str, Any]:
 
 
 def _referent(proxy: Any) -> Any:
-    """Return the object behind a weak proxy, whose attributes are the object's."""
-    return proxy.__reduce_ex__.__self__
+    """Return the object behind a weak proxy, whose attributes are the object's; None if it is gone."""
+    try:
+        return proxy.__reduce_ex__.__self__
+    except ReferenceError:
+        return None
 
 
 class Memory:
@@ -153,7 +156,7 @@ class Rebinder:
             x = stack.pop()
             if id(x) in seen or id(x) in self._clean or id(x) in self._own:
                 continue
-            if id(x) in self._copies or (isinstance(x, Tensor) and self._memory.owner(x) is not None):
+            if id(x) in self._copies or (issubclass(type(x), Tensor) and self._memory.owner(x) is not None):
                 return True
             seen[id(x)] = x
             stack.extend(parts(x))
