@@ -249,6 +249,15 @@ def a_compiled_wrapper_in_a_closure(m):
 
 
 @patch
+def a_tied_module_in_a_closure(m):
+    tied = nn.Linear(4, 8)
+    tied.weight, tied.bias = m[0].weight, m[0].bias
+    m[0].bias.requires_grad_(False)
+    m[0].forward = lambda x: tied(x)
+    m.tied = [tied]
+
+
+@patch
 def a_function_that_is_not_compiled(m):
     m.forward = torch.compiler.disable(m.forward)
     m[0].forward = torch.compiler.disable(m[0].forward, recursive=False)
@@ -597,6 +606,10 @@ class Trainer:
         self.model, self.data = model, data
         self.optimizers = [torch.optim.Adam(model.parameters())]
 
+    def fit(self): ...
+
+    def hook(self, module, inputs, output): ...
+
 
 def test_optimizers_and_data_are_shared_and_trainers_left_out():
     student = plain()
@@ -605,13 +618,17 @@ def test_optimizers_and_data_are_shared_and_trainers_left_out():
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(len(student)))
     student.kit = {"optimizer": [optimizer], "scheduler": scheduler, "data": (data,)}
     student[0].loader = torch.utils.data.DataLoader(data)
-    object.__setattr__(student[2], "trainer", Trainer(student, data))
+    trainer = Trainer(student, data)
+    object.__setattr__(student[2], "trainer", trainer)
+    student[2].fit = trainer.fit
+    student[2].register_forward_hook(trainer.hook)
     student[3].attached = WMATeacher(student[2], "ema(0.5)").attach(optimizer)
     teacher = WMATeacher(student, "ema(0.5)")
     kit = teacher.module.kit
     assert (kit["optimizer"][0], kit["scheduler"], kit["data"][0]) == (optimizer, scheduler, data)
     assert teacher.module[0].loader is student[0].loader
-    assert teacher.module[2].trainer is None
+    assert teacher.module[2].trainer is teacher.module[2].fit is None
+    assert not teacher.module[2]._forward_hooks
     assert teacher.module[3].attached is None
     advance(student, teacher)
     check(teacher)
@@ -778,6 +795,7 @@ def test_a_teacher_may_be_a_submodule_of_its_student(build, options):
     with torch.no_grad():
         torch.testing.assert_close(other.eval()(X), teacher(X))
 
+    assert pickle.loads(pickle.dumps(student)).teacher.step == 3
     twin = copy.deepcopy(student)
     assert twin.teacher.student is twin
     student.double()

@@ -79,8 +79,7 @@ def rebind(model: nn.Module, twin: nn.Module, memo: dict[int, Any]) -> None:
         ValueError: If the copy holds the model in a way that cannot be rebound.
     """
     theirs, ours = _by_path(model), _by_path(twin)
-    pairs = [(old, ours[path]) for path, old in theirs.items() if path in ours]
-    rebinder = rebinding.Rebinder({id(old): (old, new) for old, new in pairs if old is not new}, memo)
+    rebinder = rebinding.Rebinder([(old, ours[path]) for path, old in theirs.items() if path in ours], memo)
     for path, module in walking.named_modules(twin):
         rebinder(module, path)
 
@@ -115,8 +114,8 @@ class _Survey:
         self._memo, self._hooks = memo, hooks
         tensors = [t for kind in (walking.named_parameters, walking.named_buffers) for _, t in kind(student)]
         self._memory = rebinding.Memory(tensors)
-        self._registered = {id(x) for x in (*tensors, *walking.modules(student))}
         modules = walking.modules(student)
+        self._registered = {id(x) for x in (*tensors, *modules)}
         self._members = {id(x) for m in modules for x in (m, *vars(m).values())}
         self._seen: dict[int, Any] = {}
         self._tables: list[tuple[OrderedDict[int, Any], OrderedDict[int, Any]]] = []
@@ -154,7 +153,7 @@ class _Survey:
         if isinstance(hook, FunctionType):
             return hook.__module__.startswith(_COMPUTING)
         if isinstance(hook, MethodType):
-            return id(hook.__self__) in self._members
+            return id(hook.__self__) in self._members and not self._left_out(hook.__self__)
         return any(kind.__module__.startswith(_COMPUTING) for kind in type(hook).__mro__)
 
     def _follow(self, value: Any, where: str) -> Iterator[int]:
@@ -169,7 +168,7 @@ class _Survey:
                 self._memo[id(x)] = x
             elif isinstance(x, Tensor):
                 yield self._tensor(x, where)
-            elif walking.is_teacher(x) or _trains(x) or self._is_parent(x):
+            elif self._left_out(x.__self__ if isinstance(x, MethodType) else x):
                 self._memo[id(x)] = None
             elif isinstance(x, nn.Module):
                 _refuse_scripted(x, where)
@@ -192,10 +191,12 @@ class _Survey:
             self._memo[id(x)] = x.detach().clone()
         return _size(x)
 
-    def _is_parent(self, x: Any) -> bool:
-        """Return whether an object is a module that contains a part of the student and more than that."""
-        if not isinstance(x, nn.Module) or not any(id(m) in self._registered for m in x.modules()):
-            return False
+    def _left_out(self, x: Any) -> bool:
+        """Return whether an object is a teacher, a trainer, or a module that is more than the student."""
+        if id(x) in self._registered or not isinstance(x, nn.Module):
+            return _trains(x)
+        if walking.is_teacher(x) or not any(id(m) in self._registered for m in x.modules()):
+            return walking.is_teacher(x)
         more = any(id(t) not in self._registered for t in (*x.parameters(), *x.buffers()))
         return more or isinstance(x, DataParallel | DistributedDataParallel)
 
@@ -224,7 +225,7 @@ def _warn_large(sizes: dict[str, int], model: int) -> None:
         warnings.warn(
             f"the teacher copies tensors that the student holds in plain attributes: {named}. If they are "
             "caches, clear them before building the teacher",
-            stacklevel=8,  # the call of WMATeacher,
+            stacklevel=8,  # the call of WMATeacher
         )
 
 

@@ -14,7 +14,7 @@ import sysconfig
 import types
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,16 +113,16 @@ class Memory:
 class Rebinder:
     """Replaces an original's modules and tensors by their copies, in whatever a copy of it calls."""
 
-    def __init__(self, copies: Mapping[int, tuple[Any, Any]], memo: dict[int, Any]):
+    def __init__(self, pairs: Sequence[tuple[Any, Any]], memo: dict[int, Any]):
         """Take the result of a deep copy.
 
         Args:
-            copies: The original's modules and tensors with their copies, by the original's `id`.
+            pairs: The original's modules and tensors with their copies. Shared ones are their own copies.
             memo: The memo of the deep copy: what it made, by the `id` of the original.
         """
-        self._copies, self._memo = copies, memo
-        self._own = {id(new) for _, new in copies.values()}
-        self._memory = Memory(old for old, _ in copies.values() if isinstance(old, Tensor))
+        self._memo, self._own = memo, {id(new) for _, new in pairs}
+        self._copies = {id(old): (old, new) for old, new in pairs if old is not new}
+        self._memory = Memory(old for old, _ in self._copies.values() if isinstance(old, Tensor))
         # Objects whose ids are kept must stay alive, so that no other object gets the same id.
         self._clean: dict[int, Any] = {}
         self._done: dict[int, tuple[Any, Any]] = {}
@@ -248,8 +248,9 @@ class Rebinder:
         if id(x) in self._fresh:
             return self._fill(x, self._begin(x, x))
         if isinstance(x, nn.Module):
-            theirs = (*x.parameters(), *x.buffers())
-            if not all(id(t) in self._copies for t in theirs):
+            known = self._copies.keys() | self._own
+            more = any(id(t) not in known for t in (*x.parameters(), *x.buffers()))
+            if more or isinstance(x, nn.parallel.DistributedDataParallel):
                 raise _UnboundError(x)
             new = copy.deepcopy(x, self._memo)  # a wrapper around modules that are copied already
             self._note_fresh()
