@@ -433,9 +433,39 @@ def an_uncopied_singleton(m):
     m[2].forward = Registry(m[0])
 
 
+def a_class_attribute(m):
+    class Held:
+        module = m[0]
+
+    m[2].forward = lambda x: Held.module(x)
+
+
+def an_attribute_of_a_python_module(m):
+    settings = types.ModuleType("settings")
+    settings.__file__, settings.first = __file__, m[0]
+    m[2].forward = lambda x: settings.first(x)
+
+
+def a_generator(m):
+    def blocks():
+        yield m[0]
+
+    blocks = blocks()
+    m[2].forward = lambda x: next(blocks)(x)
+
+
 @pytest.mark.parametrize(
     "change",
-    [an_object, slots, an_iterator, a_local_class, a_larger_model, an_uncopied_singleton],
+    [
+        an_object,
+        slots,
+        a_class_attribute,
+        a_generator,
+        an_iterator,
+        a_local_class,
+        a_larger_model,
+        an_uncopied_singleton,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_what_cannot_be_rebound_is_refused(change):
@@ -450,6 +480,28 @@ def test_what_cannot_be_rebound_is_refused(change):
     advance(student, teacher)
 
 
+def test_what_only_knows_the_student_is_no_reason_to_refuse():
+    class Block(nn.Linear):
+        instances = []  # noqa: RUF012
+
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.instances.append(self)
+
+        @functools.lru_cache  # noqa: B019
+        def table(self, length):
+            return torch.arange(length)
+
+        def forward(self, x):
+            return super().forward(x) + self.table(4)
+
+    student = nn.Sequential(Block(4, 4))
+    student(X)
+    teacher = WMATeacher(student, "ema(0.5)")
+    advance(student, teacher)
+    check(teacher, lambda: nn.Sequential(Block(4, 4)))
+
+
 def test_a_class_that_is_patched_with_the_students_method_is_refused():
     student = plain()
     forward = student[0].forward
@@ -459,7 +511,9 @@ def test_a_class_that_is_patched_with_the_students_method_is_refused():
             return forward(x)
 
     student[0].__class__ = Patched
-    with pytest.raises(ValueError, match=r"'0' holds the student itself in a method of its class .*Patched"):
+    with pytest.raises(
+        ValueError, match=r"'0' holds the student itself in a method or attribute of its class .*Patched"
+    ):
         WMATeacher(student, "ema(0.5)")
 
 
@@ -709,6 +763,11 @@ def test_scripted_submodules_are_refused_by_name(make):
     for options in ({}, {"module_factory": plain}):
         with pytest.raises(TypeError, match=r"the student's '3\.0' must not be a ScriptModule"):
             WMATeacher(student, "ema(0.5)", **options)
+    called = plain()
+    fast = make(called[3][0])
+    called[3].forward = lambda x: fast(x)
+    with pytest.raises(ValueError, match=r"'3\.forward' holds the student itself in a .*(Script|Traced)"):
+        WMATeacher(called, "ema(0.5)")
     hidden = plain()
     hidden[0].fast = [student[3][0]]
     with pytest.raises(TypeError, match=r"the student's '0\.fast' must not be a ScriptModule"):

@@ -10,6 +10,7 @@ import copy
 import functools
 import gc
 import logging
+import sys
 import sysconfig
 import types
 import weakref
@@ -55,34 +56,63 @@ def parts(x: Any) -> Iterable[Any]:
         return (_referent(x),)
     if isinstance(x, _LEAVES) or walking.is_teacher(x):
         return ()
+    if isinstance(x, torch.jit.ScriptModule):
+        return (*x.parameters(), *x.buffers())
     if isinstance(x, types.FunctionType):
         held = (x.__closure__, x.__defaults__, x.__kwdefaults__, x.__dict__)
-        return (*held, *_used_globals(x).values())
+        return (*held, *_used_globals(x).values(), *_used_attributes(x))
     if isinstance(x, type):
-        return tuple(_closures(x)) if "<locals>" in x.__qualname__ else ()
+        users = "<locals>" in x.__qualname__ or not _is_installed(sys.modules.get(x.__module__))
+        return (*_class_parts(x), *x.__bases__) if users else ()
     if isinstance(x, weakref.ref):
         return (x(), x.__callback__)
+    if isinstance(x, functools._lru_cache_wrapper):
+        return (x.__wrapped__,)  # without the arguments that it was called with
     return gc.get_referents(x)
 
 
-def _closures(kind: type) -> Iterator[types.CellType]:
-    """Yield the closure cells of a class's own methods."""
+def _class_parts(kind: type) -> Iterator[Any]:
+    """Yield what a class may compute with: what its methods enclose, and modules and functions in it."""
     for value in vars(kind).values():
         function = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
         if isinstance(function, types.FunctionType):
             yield from function.__closure__ or ()
+        elif isinstance(value, nn.Module | Tensor | types.MethodType | functools.partial):
+            yield value
 
 
-def _used_globals(function: types.FunctionType) -> dict[str, Any]:
-    """Return the global variables that a function outside of installed packages may use."""
+def _is_installed(module: types.ModuleType | None) -> bool:
+    """Return whether a module is a builtin or in an installed package, and not the user's own."""
+    file = getattr(module, "__file__", None)
+    if file is None:  # a notebook has none
+        return module is None or module.__name__ != "__main__"
+    return any(folder in file for folder in _INSTALLED)
+
+
+def _names(function: types.FunctionType) -> set[str]:
+    """Return the names of globals and attributes in a function outside of installed packages."""
+    names, codes = set[str](), [function.__code__]
     if any(folder in function.__code__.co_filename for folder in _INSTALLED):
-        return {}
-    table, names, codes = function.__globals__, set[str](), [function.__code__]
+        return names
     while codes:
         code = codes.pop()
         names.update(code.co_names)
         codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
-    return {name: table[name] for name in names if name in table}
+    return names
+
+
+def _used_globals(function: types.FunctionType) -> dict[str, Any]:
+    """Return the global variables that a function may use."""
+    table = function.__globals__
+    return {name: table[name] for name in _names(function) if name in table}
+
+
+def _used_attributes(function: types.FunctionType) -> list[Any]:
+    """Return the attributes of the user's own Python modules that a function may use."""
+    names = _names(function)
+    values = [*_used_globals(function).values(), *gc.get_referents(*function.__closure__ or ())]
+    tables = [vars(m) for m in values if isinstance(m, types.ModuleType) and not _is_installed(m)]
+    return [table[name] for table in tables for name in names if name in table]
 
 
 def _referent(proxy: Any) -> Any:
@@ -107,7 +137,10 @@ class Memory:
     @staticmethod
     def _address(tensor: Tensor) -> int:
         plain = tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
-        return tensor.untyped_storage().data_ptr() if plain and not tensor.is_meta else 0
+        try:
+            return tensor.untyped_storage().data_ptr() if plain and not tensor.is_meta else 0
+        except RuntimeError:  # such as the fake tensors in an exported graph
+            return 0
 
 
 class Rebinder:
@@ -145,8 +178,8 @@ class Rebinder:
             except _UnboundError as error:
                 raise _refusal(f"{path}.{name}", f"{type(error.args[0]).__qualname__} object") from None
         for kind in () if type(module) in self._kinds else type(module).__mro__:
-            if kind.__module__.partition(".")[0] != "torch" and any(map(self._leads, _closures(kind))):
-                raise _refusal(path, f"method of its class {kind.__qualname__}")
+            if kind.__module__.partition(".")[0] != "torch" and any(map(self._leads, _class_parts(kind))):
+                raise _refusal(path, f"method or attribute of its class {kind.__qualname__}")
         self._kinds.add(type(module))
 
     def _leads(self, x: Any) -> bool:
@@ -250,7 +283,7 @@ class Rebinder:
         if isinstance(x, nn.Module):
             known = self._copies.keys() | self._own
             more = any(id(t) not in known for t in (*x.parameters(), *x.buffers()))
-            if more or isinstance(x, nn.parallel.DistributedDataParallel):
+            if more or isinstance(x, torch.jit.ScriptModule | nn.parallel.DistributedDataParallel):
                 raise _UnboundError(x)
             new = copy.deepcopy(x, self._memo)  # a wrapper around modules that are copied already
             self._note_fresh()
