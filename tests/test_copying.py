@@ -333,9 +333,11 @@ def test_a_rebound_function_keeps_what_belongs_to_it_and_shares_the_rest():
 
     original = student.forward
     forward.tag, student.forward, student[3].calls = forward, forward, calls
+    student[2].forward = functools.update_wrapper(functools.partial(student[2].forward), student[2].forward)
     teacher = WMATeacher(student, "ema(0.5)")
     ours = teacher.module.forward
     assert ours is not forward
+    assert teacher.module[2].forward.__wrapped__.__self__ is teacher.module[2]
     assert ours.tag is ours
     for name in ("__name__", "__qualname__", "__doc__", "__module__", "__annotations__", "__kwdefaults__"):
         assert getattr(ours, name) == getattr(forward, name)

@@ -226,10 +226,8 @@ class Rebinder:
             case types.BuiltinMethodType() | types.MethodWrapperType():
                 return getattr(self._new(x.__self__), x.__name__)
             case functools.partial():
-                arguments = map(self._new, x.args)
-                return type(x)(
-                    self._new(x.func), *arguments, **{k: self._new(v) for k, v in x.keywords.items()}
-                )
+                named = {key: self._new(value) for key, value in x.keywords.items()}
+                return self._fill(x, type(x)(self._new(x.func), *map(self._new, x.args), **named))
             case functools._lru_cache_wrapper():
                 return functools.lru_cache(**x.cache_parameters())(self._new(x.__wrapped__))
             case tuple():
