@@ -68,7 +68,7 @@ class TeacherCallback(TrainerCallback):
             resume_from: The `checkpoint-*` folder from which a resumed run loads the teacher; None for the
                 one in `output_dir`. A Trainer with `TeacherMixin` sets it.
             **options: Further options of `WMATeacher`: `update_every`, `dtype`, `device`, `buffers`,
-                `frozen`, `exclude`.
+                `frozen`, `exclude`, `hooks`.
         """
         self.teacher: WMATeacher | None = None
         self.resume_from = resume_from

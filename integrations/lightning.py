@@ -78,7 +78,7 @@ class TeacherCallback(Callback):
             module_factory: A function that builds the averaged module from the LightningModule, for a
                 student that is sharded by `fully_shard`; see `WMATeacher`.
             **options: Further options of `WMATeacher`: `update_every`, `dtype`, `device`, `buffers`,
-                `frozen`, `exclude`.
+                `frozen`, `exclude`, `hooks`.
 
         Raises:
             ValueError: If `evaluate_with` or `checkpoint` is neither "student" nor "teacher".

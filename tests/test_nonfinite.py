@@ -121,9 +121,9 @@ def test_the_average_is_what_its_weights_say(kernel, every, decides):
     assert teacher.skipped == tuple(due)
     assert (weights[due] == 0).all()
     assert weights.sum() == pytest.approx(1)
-    average = WMATeacher(Student().double(), "static")
-    teacher.copy_to(average.module)
-    torch.testing.assert_close(flat(average.module), torch.from_numpy(weights) @ trajectory)
+    average = Student().double()
+    teacher.copy_to(average)
+    torch.testing.assert_close(flat(average), torch.from_numpy(weights) @ trajectory)
     if (kernel, every) == ("ema(0.9)", 1):  # the mass of a skipped snapshot goes to the next one
         expected = [1.0]
         for omega in (0.1, 0.1, 0, 0.19, 0.1, 0, 0, 0.271, 0, 0.19, 0.1, 0.1):

@@ -1,6 +1,7 @@
 """The common pitfalls of averaging helpers, one test for each, named after what the teacher does instead."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -116,6 +117,8 @@ def test_modules_that_cannot_be_deep_copied_get_a_factory():
     model.cache = model[0].weight * 2
     assert torch.equal(WMATeacher(model, "uniform").module.cache, model.cache)
     model.cache = [model.cache]
+    assert torch.equal(WMATeacher(model, "uniform").module.cache[0], model.cache[0])
+    model.lock = threading.Lock()
     with pytest.raises(ValueError, match="pass module_factory=FACTORY"):
         WMATeacher(model, "uniform")
     WMATeacher(model, "uniform", module_factory=student)

@@ -1,5 +1,6 @@
 import copy
 import io
+import threading
 
 import numpy as np
 import oracle
@@ -330,16 +331,16 @@ def test_compiled_and_parallel_students_are_matched_by_name():
 
 
 def test_a_factory_builds_what_cannot_be_copied():
-    class Cached(Net):
+    class Locked(Net):
         def __init__(self):
             super().__init__()
-            self.last = [self.body.weight * 1]  # not a leaf: refuses deepcopy
+            self.lock = threading.Lock()
 
-    student = Cached()
-    with pytest.raises(ValueError, match=r"\(Cached\) cannot be deep-copied .*pass module_factory=FACTORY"):
+    student = Locked()
+    with pytest.raises(ValueError, match=r"\(Locked\) cannot be deep-copied .*pass module_factory=FACTORY"):
         WMATeacher(student, "uniform")
     student.head.requires_grad_(False)
-    teacher = WMATeacher(student, "uniform", module_factory=Cached)
+    teacher = WMATeacher(student, "uniform", module_factory=Locked)
     x = torch.randn(5, 4)
     assert torch.equal(teacher(x), student.eval()(x))
     assert teacher.module.head.weight is student.head.weight

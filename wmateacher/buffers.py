@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wmateacher import naming, pairing
+from wmateacher import naming, pairing, walking
 
 __all__ = ["differing", "follow", "lent", "resize", "structure"]
 
@@ -89,7 +89,8 @@ def resize(model: nn.Module, name: str, like: Tensor | None) -> None:
 def lent(target: nn.Module, source: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Give a model the named buffers of another inside a `with` block, and restore its own after it."""
     before = [
-        (m, dict(m._buffers), set(m._non_persistent_buffers_set), _numbers(m)) for m in target.modules()
+        (m, dict(m._buffers), set(m._non_persistent_buffers_set), _numbers(m))
+        for m in walking.modules(target)
     ]
     try:
         follow(target, source, names)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from wmateacher import walking
 from wmateacher.checks import one_of, positive_int
 from wmateacher.kernels import Array, Kernel
 from wmateacher.teacher import WMATeacher
@@ -234,7 +235,7 @@ def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _in_order(source: str, state: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Name a list of weights by the model's parameters, which are in the same order."""
-    named, shadows = dict(model.named_parameters()), list(state["shadow_params"])
+    named, shadows = dict(walking.named_parameters(model)), list(state["shadow_params"])
     if source == "torch-ema" and len(shadows) < len(named):  # older versions leave out frozen parameters
         named = {name: p for name, p in named.items() if p.requires_grad}
     for (name, own), shadow in zip(named.items(), shadows, strict=False):

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from wmateacher import walking
+
 __all__ = ["align", "canonical", "is_wrapped", "load_keys", "modules", "resolve", "saved_key", "unwrap"]
 
 # The module and the name of each wrapper, the attributes that hold the wrapped module, and whether the keys
@@ -61,7 +63,7 @@ def canonical(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return a module's submodules by canonical name."""
-    paths = dict(model.named_modules(remove_duplicate=False))
+    paths = dict(walking.named_modules(model, remove_duplicate=False))
     # A wrapper's name is also that of the module inside it, which comes later.
     return {name: paths[path] for path, name in canonical(model, paths).items()}
 

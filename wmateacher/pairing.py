@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import checks, naming, sharding
+from wmateacher import checks, naming, sharding, walking
 from wmateacher.naming import unwrap
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "at_least_float32",
     "check_precision",
     "clone",
-    "computed",
     "densify",
     "describe_difference",
     "few",
@@ -121,7 +120,9 @@ class Binding:
         self.model = model
         self.tensors = tensors(model)
         self.local = {name: sharding.local(tensor) for name, tensor in self.tensors.items()}
-        self._tables = [table for m in model.modules() for table in (m._parameters, m._buffers, m._modules)]
+        self._tables = [
+            table for m in walking.modules(model) for table in (m._parameters, m._buffers, m._modules)
+        ]
         slots = [(table, key) for table in self._tables for key in table]
         self._where, self._keys = [table for table, _ in slots], [key for _, key in slots]
         self._objects = [table[key] for table, key in slots]
@@ -256,7 +257,7 @@ def share(teacher: nn.Module, student: nn.Module, names: Iterable[str]) -> None:
 def put(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Put parameters into a module by canonical name, wherever it uses them."""
     names = {id(tensor): name for name, tensor in tensors(model).items()}
-    for path, parameter in list(model.named_parameters(remove_duplicate=False)):
+    for path, parameter in list(walking.named_parameters(model, remove_duplicate=False)):
         name = names[id(parameter)]  # tied ones have one name
         if name in parameters:
             owner, _, leaf = path.rpartition(".")
@@ -275,7 +276,7 @@ def unexpanded(tensor: Tensor) -> Tensor:
 def materialise(model: nn.Module, device: torch.device) -> None:
     """Allocate uninitialised memory for a model's tensors on the meta device; tied ones stay tied."""
     made: dict[Tensor, Tensor] = {}
-    for module in model.modules():
+    for module in walking.modules(model):
         tables: list[dict[str, Any]] = [module._parameters, module._buffers]
         for table in tables:
             for name, tensor in table.items():
@@ -288,7 +289,7 @@ def materialise(model: nn.Module, device: torch.device) -> None:
 
 def densify(model: nn.Module) -> None:
     """Replace buffers that cannot be written to: expanded ones, and those made in inference mode."""
-    for module in model.modules():
+    for module in walking.modules(model):
         for name, buffer in module._buffers.items():
             if buffer is not None and (unexpanded(buffer) is not buffer or buffer.is_inference()):
                 with torch.inference_mode(False):
@@ -299,7 +300,8 @@ def densify(model: nn.Module) -> None:
 def hidden(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Remove parameters from a model inside a `with` block."""
     wanted = {id(tensor) for name, tensor in tensors(model).items() if name in set(names)}
-    split = [p.rpartition(".") for p, t in model.named_parameters(remove_duplicate=False) if id(t) in wanted]
+    parameters = walking.named_parameters(model, remove_duplicate=False)
+    split = [path.rpartition(".") for path, tensor in parameters if id(tensor) in wanted]
     slots = [(model.get_submodule(owner), leaf) for owner, _, leaf in split]
     kept = [owner._parameters[leaf] for owner, leaf in slots]
     # By setattr, with which recurrent networks renew their list of weights.
@@ -317,8 +319,8 @@ def state_names(model: nn.Module) -> dict[str, str]:
     names = {id(tensor): name for name, tensor in tensors(model).items()}
     # A tied tensor has one canonical name but a key for every place that uses it.
     persistent = _persistent(model)
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    buffers = [(p, b) for p, b in model.named_buffers(remove_duplicate=False) if p in persistent]
+    parameters = list(walking.named_parameters(model, remove_duplicate=False))
+    buffers = [(p, b) for p, b in walking.named_buffers(model, remove_duplicate=False) if p in persistent]
     keys = naming.canonical(model, [path for path, _ in [*parameters, *buffers]])
     return {keys[path]: names[id(tensor)] for path, tensor in [*parameters, *buffers]}
 
@@ -329,23 +331,9 @@ def clone(tensor: Tensor, device: torch.device | None) -> Tensor:
     return nn.Parameter(values, requires_grad=False) if isinstance(tensor, nn.Parameter) else values
 
 
-def computed(model: nn.Module) -> dict[int, Tensor]:
-    """Return detached copies, by `id`, of tensors in plain attributes that are part of an autograd graph.
-
-    Such tensors cannot be deep-copied. Examples are cached activations and the `weight` that the hooks of the
-    old `weight_norm` and `spectral_norm` compute. The result is a `memo` for `copy.deepcopy`.
-    """
-    return {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-
-
 def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the parameters and the buffers of a module by canonical name; tied ones once."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    parameters, buffers = dict(walking.named_parameters(model)), dict(walking.named_buffers(model))
     names = naming.canonical(model, [*parameters, *buffers])
     return {names[p]: t for p, t in parameters.items()}, {names[p]: t for p, t in buffers.items()}
 
@@ -354,7 +342,7 @@ def _persistent(model: nn.Module) -> set[str]:
     """Return the keys of the buffers that `state_dict` includes."""
     return {
         f"{path}.{leaf}" if path else leaf
-        for path, owner in model.named_modules(remove_duplicate=False)
+        for path, owner in walking.named_modules(model, remove_duplicate=False)
         for leaf in owner._buffers.keys() - owner._non_persistent_buffers_set
     }
 

@@ -6,7 +6,6 @@ module knows which tensors are involved and where their averages are held.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, buffers, naming, pairing, sharding
+from wmateacher import averaging, buffers, copying, naming, pairing, sharding, walking
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
@@ -106,6 +105,7 @@ class Shadow:
         dtype: pairing.Precision,
         device: torch.device | str | None,
         frozen: pairing.Frozen,
+        hooks: copying.Hooks,
         module_factory: Callable[[], nn.Module] | None,
         nonfinite: Nonfinite = "warn",
     ):
@@ -120,7 +120,7 @@ class Shadow:
         self.roles = roles
         self._detects = nonfinite != "warn"
         self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
-        self.module = self._build(student, device, module_factory)
+        self.module = self._build(student, device, hooks, module_factory)
         _averaged.add(self.module)
         self.fully_sharded = sharding.fully_sharded(self.module)
         self.unfrozen: dict[str, int] = {}
@@ -154,6 +154,7 @@ class Shadow:
         self,
         student: nn.Module,
         device: torch.device | str | None,
+        hooks: copying.Hooks,
         factory: Callable[[], nn.Module] | None,
     ) -> nn.Module:
         named, shared = pairing.tensors(student), self.roles.shared
@@ -174,7 +175,7 @@ class Shadow:
                 "frozen='share' uses in place: pass frozen='copy' to give the teacher its own"
             )
         if factory is None:
-            module = self._deep_copy(student, named, target)
+            module = self._deep_copy(student, named, target, hooks)
         else:
             module = self._call_factory(factory, student, named, target)
         pairing.densify(module)
@@ -182,19 +183,17 @@ class Shadow:
         return (module if device is None else module.to(device)).eval()
 
     def _deep_copy(
-        self, student: nn.Module, named: Mapping[str, Tensor], device: torch.device | None
+        self,
+        student: nn.Module,
+        named: Mapping[str, Tensor],
+        device: torch.device | None,
+        hooks: copying.Hooks,
     ) -> nn.Module:
         """Copy the student, straight to `device` if given: its own may have no room for a copy."""
-        memo = {id(named[n]): named[n] for n in self.roles.shared} | pairing.computed(student)
+        memo = {id(named[n]): named[n] for n in self.roles.shared}
         if device is not None:
             memo |= {id(named[n]): pairing.clone(named[n], device) for n in self.roles.owned}
-        try:
-            return copy.deepcopy(student, memo)
-        except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
-            raise ValueError(
-                f"the student ({type(student).__name__}) cannot be deep-copied ({error}): pass "
-                "module_factory=FACTORY, a function that builds a module of the same architecture"
-            ) from error
+        return copying.duplicate(student, memo, hooks)
 
     def _call_factory(
         self,
@@ -521,7 +520,7 @@ class Shadow:
             ValueError: If the model's tensors do not match the averaged module's.
             RuntimeError: If they hold the average of another teacher.
         """
-        if any(module in _averaged and module is not self.module for module in model.modules()):
+        if any(module in _averaged and module is not self.module for module in walking.modules(model)):
             raise RuntimeError(
                 "the model holds the average of another teacher, which would be lost: pass a copy of it, "
                 "copy.deepcopy(teacher.module)"

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from wmateacher import walking
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -116,7 +118,7 @@ def consolidate(state: dict[str, Any]) -> dict[str, Any]:
 def refuse_fsdp1(model: nn.Module) -> None:
     """Raise a ValueError if a module contains FullyShardedDataParallel, which flattens parameters."""
     kind = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
-    if kind is not None and any(isinstance(m, kind) for m in model.modules()):
+    if kind is not None and any(isinstance(m, kind) for m in walking.modules(model)):
         raise ValueError(
             "the student is wrapped in FullyShardedDataParallel (FSDP1), which flattens several "
             "parameters into one: shard it with FSDP2's torch.distributed.fsdp.fully_shard instead, and "
@@ -133,7 +135,7 @@ def reshard(modules: Iterable[nn.Module]) -> None:
 def fully_sharded(model: nn.Module) -> list[nn.Module]:
     """Return the submodules that `fully_shard` was applied to."""
     kind = _loaded("torch.distributed.fsdp", "FSDPModule")
-    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
+    return [] if kind is None else [m for m in walking.modules(model) if isinstance(m, kind)]
 
 
 def refuse_uneven(name: str, tensor: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from wmateacher import adapters, averaging, sharding, watching
+from wmateacher import adapters, averaging, sharding, walking, watching
 
 __all__ = ["Lending", "refuse"]
 
@@ -145,7 +145,7 @@ def _guarded(model: nn.Module, refuse: Callable[[str], NoReturn]) -> Iterator[No
         return lambda *args, **kwargs: refuse(action)
 
     state, copy = guard("state_dict() of the student"), guard("pickling or copying the student")
-    modules, layers = list(model.modules()), adapters.layers(model).values()
+    modules, layers = walking.modules(model), adapters.layers(model).values()
     # Both pickle and copy look these methods up on the object before its class, like any other caller.
     guards = [(m, name, copy) for m in modules for name in ("__reduce_ex__", "__deepcopy__")]
     guards += [(m, name, guard(f"{name}() of an adapter")) for m in layers for name in ("merge", "unmerge")]

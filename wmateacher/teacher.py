@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from wmateacher import adapters, caches, checks, kernels, naming, pairing, sharding, swapping, unfreezing
+from wmateacher import (
+    adapters,
+    caches,
+    checks,
+    copying,
+    kernels,
+    naming,
+    pairing,
+    sharding,
+    swapping,
+    unfreezing,
+    walking,
+)
 from wmateacher import buffers as changing
 from wmateacher.attachment import Attachment
 from wmateacher.finiteness import NONFINITE, Nonfinite, Verdict
@@ -46,6 +59,9 @@ class WMATeacher(nn.Module):
         module: The averaged module, in eval mode and in the student's dtype.
     """
 
+    # `walking` recognises teachers by it, so that a teacher may be a submodule of its own student.
+    _is_wmateacher = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -59,6 +75,7 @@ class WMATeacher(nn.Module):
         frozen: pairing.Frozen = "share",
         exclude: Sequence[str] = (),
         nonfinite: Nonfinite = "warn",
+        hooks: copying.Hooks = "drop",
         module_factory: Callable[[], nn.Module] | None = None,
     ):
         """Build the teacher. Its average starts at the student's present weights.
@@ -96,6 +113,12 @@ class WMATeacher(nn.Module):
                 was infinite from the start, at about two thirds of an update's own time. On an accelerator
                 the host never waits for the check of the current step, but for the one before. With sharded
                 students the check takes a collective, so that every rank decides alike.
+            hooks: Whether the student's forward and backward hooks are left out of the teacher (`"drop"`) or
+                run there as well (`"copy"`), rebound to the teacher's modules. With `"copy"`, a hook that
+                records into a list outside of the model records the teacher's values, too. Hooks that the
+                model computes with are always kept: methods of the model itself, and those of weight and
+                spectral norm, pruning, quantisation and tensor parallelism. A module from `module_factory`
+                has the hooks that the function gives it.
             module_factory: A function that builds the averaged module, for students that cannot be
                 deep-copied or are sharded by `fully_shard`. It must shard its module like the student and
                 may leave it on the meta device. Each process then averages its own shards without
@@ -104,9 +127,10 @@ class WMATeacher(nn.Module):
         Raises:
             ValueError: If an argument is out of range, the kernel needs `total_steps` and none is given, a
                 pattern in `exclude` matches nothing, the factory's module differs from the student in its
-                tensors or its sharding, or the student is wrapped in FSDP1 (`FullyShardedDataParallel`).
-            TypeError: If `model` is not a module or is a scripted one, or no kernel can be built from
-                `kernel`.
+                tensors or its sharding, the student is wrapped in FSDP1 (`FullyShardedDataParallel`), or it
+                holds itself in a way that a copy would compute with it (a patched `forward`, for example).
+            TypeError: If `model` is not a module, is a teacher or contains a scripted module, or no kernel
+                can be built from `kernel`.
         """
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -114,15 +138,15 @@ class WMATeacher(nn.Module):
         pairing.check_precision(dtype)
         checks.one_of("nonfinite policy", nonfinite, NONFINITE)
         self._clock = Clock(kernels.build(kernel), total_steps, update_every)
+        checks.one_of("hooks policy", hooks, copying.HOOKS)
         self._omega = 0.0
         self._nonfinite: Nonfinite = nonfinite
         self._verdict: Verdict | None = None  # of the last snapshot, until the host knows it
         self._reported: list[str] = []  # the averages that a warning has named
         student = pairing.unwrap(model)
-        if isinstance(student, torch.jit.ScriptModule):
-            raise TypeError(
-                "model must not be a ScriptModule: build the teacher before scripting the student"
-            )
+        if walking.is_teacher(student):
+            raise TypeError("model must be the student, got a WMATeacher: pass its module, teacher.module")
+        copying.refuse_scripted(student)
         swapping.refuse(student, "building a teacher")
         sharding.refuse_fsdp1(student)
         sharding.reshard(sharding.fully_sharded(student))
@@ -135,6 +159,7 @@ class WMATeacher(nn.Module):
                 dtype=dtype,
                 device=device,
                 frozen=frozen,
+                hooks=hooks,
                 module_factory=module_factory,
                 nonfinite=nonfinite,
             )
@@ -331,7 +356,8 @@ class WMATeacher(nn.Module):
                 f"this teacher is already attached to {self._attachment}: if several optimizers train the "
                 "student, attach it to a list of them, or remove() the other attachment first"
             )
-        self._attachment = Attachment(optimizer, self._student[0].parameters(), self._advance)
+        parameters = [p for _, p in walking.named_parameters(self.student)]
+        self._attachment = Attachment(optimizer, parameters, self._advance)
         return self._attachment
 
     def set_total_steps(self, total_steps: int) -> None:
@@ -516,6 +542,12 @@ class WMATeacher(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         unfreezing.watch(self, _take_up_unfrozen)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> WMATeacher:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        copying.rebind(self._shadow.module, twin._shadow.module, memo)
+        return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WMATeacher:
         """Move or cast the averaged module; the averages move along and keep their precision."""

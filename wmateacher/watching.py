@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import adapters
+from wmateacher import adapters, walking
 
 __all__ = ["Watch", "memory"]
 
@@ -29,12 +29,14 @@ class Watch:
             restored: Those of its tensors whose values the caller restores. A checksum is taken of all other
                 parameters, which reads them once.
         """
-        tables: list[dict[str, Any]] = [t for m in model.modules() for t in (m._parameters, m._buffers)]
+        tables: list[dict[str, Any]] = [
+            t for m in walking.modules(model) for t in (m._parameters, m._buffers)
+        ]
         self._slots = [(table, key, table[key]) for table in tables for key in table]
         tensors = {id(tensor): tensor for *_, tensor in self._slots if tensor is not None}
         self._places = [(t, t.detach()) for t in tensors.values() if _is_plain(t) and not t.is_meta]
-        rewritten = {id(m.weight) for m in model.modules() if _rewrites_its_weight(m)}
-        self._parameters = {n: p for n, p in model.named_parameters() if id(p) not in rewritten}
+        rewritten = {id(m.weight) for m in walking.modules(model) if _rewrites_its_weight(m)}
+        self._parameters = {n: p for n, p in walking.named_parameters(model) if id(p) not in rewritten}
         # Writing to a DTensor raises its version counter, writing to its shard raises the shard's.
         self._counted = {n: [p, *memory(p)] for n, p in self._parameters.items()}
         self._versions = {n: _versions(tensors) for n, tensors in self._counted.items()}

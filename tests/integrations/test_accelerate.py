@@ -95,3 +95,25 @@ def test_two_processes(tmp_path):
     for rank in programs.launch(2, Path(__file__).parent / "accelerate_ranks.py", tmp_path):
         assert rank.returncode == 0, rank.stderr[-3000:]
         assert rank.stdout.count("average is right") == 2
+
+
+@pytest.mark.parametrize("plain_forward", [True, False])
+def test_the_teacher_of_a_prepared_model_computes_with_the_average(plain_forward):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    if not plain_forward:
+        original = model.forward
+        model.forward = lambda x: original(x)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    student = accelerator.prepare(model)
+    teacher = WMATeacher(student, "ema(0.5)")
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p))
+    teacher.update()
+    fresh = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    fresh.load_state_dict(teacher.averaged_state_dict())
+    x = torch.randn(5, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = fresh(x)
+    assert teacher(x).dtype is torch.float32
+    assert torch.equal(teacher(x), expected.float())

@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from wmateacher import losses
+from wmateacher import WMATeacher, losses
 from wmateacher.integrations.huggingface import FILE, TeacherCallback, TeacherMixin, TeacherTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
@@ -371,3 +371,22 @@ def test_two_processes(tmp_path):
     for rank in programs.launch(2, Path(__file__).parent / "huggingface_ranks.py", tmp_path):
         assert rank.returncode == 0, rank.stderr[-3000:]
         assert rank.stdout.count("average is right") == 2
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_the_teacher_of_a_model_with_gradient_checkpointing_computes_with_the_average():
+    student = language_model()
+    student.gradient_checkpointing_enable()
+    student.enable_input_require_grads()
+    original = student.forward
+    student.forward = lambda **inputs: original(**inputs)
+    teacher = WMATeacher(student, "ema(0.5)")
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p))
+    teacher.update()
+    fresh = language_model()
+    fresh.load_state_dict(teacher.averaged_state_dict())
+    tokens = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(teacher(input_ids=tokens).logits, fresh.eval()(input_ids=tokens).logits)
