@@ -139,9 +139,11 @@ class _Step:
         """Start the transfer of values from another device."""
         if self.here is not self.values:
             torch._foreach_copy_(self.here, self.values, non_blocking=True)
-            if self.values[0].device.type != "cpu":
-                self.arrived = torch.Event(self.values[0].device)
-                self.arrived.record()
+            device = self.values[0].device
+            if device.type != "cpu":
+                # The copy runs on a stream of the values' device, which need not be the current device.
+                self.arrived = torch.Event(device)
+                self.arrived.record(torch.accelerator.current_stream(device))
 
     def move(self, omega: float) -> None:
         """Cast the values, move the averages and round them into the module."""
