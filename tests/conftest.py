@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config, items):
     missing = device.type == "cuda" and not torch.cuda.is_available()
     for item in items:
         item.add_marker(group(item.path))
-        if "gpu" in item.keywords and missing:
+        if missing and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "slow" in item.keywords and not config.getoption("--runslow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
