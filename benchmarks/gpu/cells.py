@@ -80,9 +80,10 @@ class Cell:
 
 def measure(studies: Sequence[Study], record: Record, options: Options) -> None:
     """Make the runs of several studies, in turn by seed, and keep each as soon as it has ended."""
-    for name, result in record.before.items():
-        if any(name == cell.name for study in studies for cell in cells(study)):
-            record.add(name, result)
+    known = {cell.name for study in studies for cell in cells(study)}
+    record.content["results"] |= {name: r for name, r in record.before.items() if name in known}
+    record.content["recipes"] = {study.key: json.loads(study.config) for study in studies}
+    record.write()
     ready = [cell for study in studies for cell in first(study)]
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(

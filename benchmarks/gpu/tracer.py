@@ -31,7 +31,7 @@ def measure(record: Record, options: Options) -> None:
     assert isinstance(digits, recipes.DigitsRecipe)
     if options.quick:
         digits = digits.with_steps(2).with_pretraining(2)
-        studies = [study("digits", digits, ("flyp", "tracer"), 1)]
+        studies = [study("digits", digits, ("tracer",), 1)]
     else:
         studies = [study(name, recipe, list(digits.methods), SEEDS) for name, recipe in full(digits, options)]
     if options.data_root is None:
