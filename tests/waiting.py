@@ -1,6 +1,7 @@
 """Raise where the host waits for the device."""
 
 import contextlib
+import warnings
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +22,9 @@ def forbidden(device):
         with Forbid():
             yield
         return
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its first use warns that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:

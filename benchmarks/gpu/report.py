@@ -20,15 +20,17 @@ TITLES = {
 
 
 def page(folder: Path, sections: Iterable[str] = tuple(TITLES)) -> str:
-    """Return a page of Markdown; one sentence if there are no results."""
+    """Return a page of Markdown, which says so if there are no results."""
     contents = {
         name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         for name in sections
         if (folder / f"{name}.json").exists()
     }
     if not contents:
-        return "There are no results yet: nothing here has been run on a GPU.\n"
-    return "\n".join([overview(contents), *(part(name, content) for name, content in contents.items())])
+        return "## Results\n\nThere are no results yet.\n"
+    return "\n".join(
+        ["## Results\n", overview(contents), *(part(name, content) for name, content in contents.items())]
+    )
 
 
 def overview(contents: dict[str, dict[str, Any]]) -> str:

@@ -213,8 +213,19 @@ def test_runs_that_are_there_are_not_repeated(command, section):
     assert content("runs")["results"] == found["results"]
 
 
-def test_the_page_says_plainly_that_there_are_no_results(tmp_path):
-    assert report.page(tmp_path) == "There are no results yet: nothing here has been run on a GPU.\n"
+def test_the_page_says_plainly_whether_there_are_results(tmp_path):
+    assert report.page(tmp_path) == "## Results\n\nThere are no results yet.\n"
+    folder = ROOT / "benchmarks/results/gpu"
+    none = "**Nothing here has been run on a GPU yet.**" in (folder / "README.md").read_text()
+    assert none == (report.page(folder) == report.page(tmp_path))
+
+
+def test_the_readme_names_every_section():
+    readme = (ROOT / "benchmarks/results/gpu/README.md").read_text()
+    assert list(on_gpu.SHARES) == list(report.TITLES)
+    assert [line.split("`")[1] for line in readme.splitlines() if line.startswith("| `")] == list(
+        on_gpu.SHARES
+    )
 
 
 def test_the_tables_show_the_targets():
