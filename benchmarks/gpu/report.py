@@ -45,7 +45,7 @@ def overview(contents: dict[str, dict[str, Any]]) -> str:
 
 def part(name: str, content: dict[str, Any]) -> str:
     """Return the part of the page about one section."""
-    lines = [f"## {name}: {TITLES[name]}", "", where(content), ""]
+    lines = [f"### {name}: {TITLES[name]}", "", where(content), ""]
     if content["results"]:
         text = importlib.import_module(f"gpu.{name}").table(content["results"])
         lines += ["```text", text, "```", ""]

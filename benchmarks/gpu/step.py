@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import clip_steps
@@ -41,6 +42,7 @@ def one(method: str, batch: int, options: Options, compiled: bool) -> dict[str, 
     while True:
         torch.manual_seed(0)
         if cuda:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
