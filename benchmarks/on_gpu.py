@@ -110,11 +110,15 @@ def run(section: str, options: Options, seconds: float) -> str:
     options = replace(options, deadline=time.monotonic() + seconds - grace, date=now())
     process = multiprocessing.get_context("spawn").Process(target=record.work, args=(section, options))
     process.start()
-    process.join(seconds)
-    stopped = process.is_alive()
-    if stopped:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+    limit = time.monotonic() + seconds
+    try:
+        # In short waits: a longer one would also wait for what a crashed section has left.
+        while process.is_alive() and (left := limit - time.monotonic()) > 0:
+            process.join(min(left, 0.2))
+        stopped = process.is_alive()
+    finally:  # also if this process is interrupted, and what a crash has left
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.kill()  # if it has no group of its own yet
         process.join()
     file = options.output / f"{section}.json"
@@ -154,4 +158,5 @@ def _has_gpu() -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *unused: sys.exit(143))
     sys.exit(main())

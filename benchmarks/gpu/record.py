@@ -150,7 +150,7 @@ def header(section: str, options: Options) -> dict[str, Any]:
 
 def work(section: str, options: Options) -> None:
     """Measure a section; the body of its process."""
-    os.setsid()  # so that the section can be stopped with everything that it started
+    os.setpgrp()  # so that the section can be stopped with everything that it started
     faulthandler.enable()
     record, began = Record(section, options), time.monotonic()
     try:

@@ -146,6 +146,37 @@ def test_a_section_past_its_limit_is_stopped_and_later_ones_run(command, section
     assert 0 < content("whole")["results"]["left"] < 2
 
 
+def interrupt(record, options):
+    record.add("before", os.getpid())
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(600)
+
+
+def test_a_section_ends_when_the_command_is_interrupted(command, section):
+    section("interrupt", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        command("--sections", "interrupt", "--minutes", 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(content("interrupt")["results"]["before"], 0)
+
+
+def leave(record, options):
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+        os._exit(0)
+    record.add("child", child)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_crashed_section_started_ends_with_it(command, section):
+    section("leave", leave)
+    assert command("--sections", "leave", "--minutes", 1) == 1
+    gone = Path(f"/proc/{content('leave')['results']['child']}/stat")
+    time.sleep(0.1)
+    assert not gone.exists() or gone.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_a_section_without_time_is_named_and_leaves_earlier_results(command, section, monkeypatch):
     section("whole", lambda record, options: record.add("result", 2))
     section("other", lambda record, options: record.add("result", 3))
