@@ -6,7 +6,6 @@ import hashlib
 import json
 import multiprocessing
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -101,13 +100,15 @@ def measure(studies: Sequence[Study], record: Record, options: Options) -> None:
             for future in done:
                 ready += finish(running.pop(future), future, record)
     finally:
-        left = [*running.values(), *ready]
-        for process in list(pool._processes.values()):
-            process.terminate()
+        cut = {cell.study.key: cell.study for cell in [*running.values(), *ready]}
+        for study in cut.values():
+            runs = [cell.name for cell in cells(study)]
+            missing = sum(name not in record.content["results"] for name in runs)
+            record.skip(study.name, f"no time left for {missing} of {len(runs)} runs")
+        # Killed, because a training run that is only asked to end would first save its state.
+        for process in list(pool._processes.values()) if running else ():
+            process.kill()
         pool.shutdown(wait=True, cancel_futures=True)
-    counts = Counter(cell.study.name for cell in left)
-    for study, count in counts.items():
-        record.skip(study, f"no time left for {count} of its runs or more")
 
 
 def cells(study: Study) -> Iterable[Cell]:

@@ -244,6 +244,33 @@ def test_runs_that_are_there_are_not_repeated(command, section):
     assert content("runs")["results"] == found["results"]
 
 
+class Slow(Experiment):
+    """An experiment that takes too long."""
+
+    def train(self, method, seed):
+        time.sleep(600)
+
+
+def slow(recipe, options, folder):
+    return Slow(folder)
+
+
+def slow_runs(record, options):
+    recipe = recipes.get("digits").method("flyp")
+    quick = cells.Study("quick", opened, recipe, ("a",), 1)
+    cells.measure([quick, cells.Study("slow", slow, recipe, ("a", "b"), 2)], record, options)
+
+
+def test_runs_that_do_not_end_in_time_are_counted(command, section, monkeypatch):
+    monkeypatch.setattr(on_gpu, "LEAST", 0.5)
+    section("runs", slow_runs)
+    assert command("--sections", "runs", "--minutes", 3 / 60, "--jobs", 2) == 0
+    found = content("runs")
+    assert found["state"] == "finished"
+    assert found["skipped"] == {"slow": "no time left for 4 of 4 runs"}
+    assert len(found["results"]) == 1
+
+
 def test_the_page_says_plainly_whether_there_are_results(tmp_path):
     assert report.page(tmp_path) == "## Results\n\nThere are no results yet.\n"
     folder = ROOT / "benchmarks/results/gpu"
