@@ -47,9 +47,11 @@ def main() -> int:
     """Run the sections and report on them."""
     arguments = parsed()
     commit = arguments.commit or record.commit()
+    # Runs of other code must not be resumed.
+    folder = commit[:12] if len(commit) == 40 else time.strftime("%Y%m%d-%H%M%S")
     options = Options(
         device=arguments.device, quick=arguments.quick, output=arguments.output,
-        scratch=arguments.scratch / commit[:12], command=shlex.join(["python", *sys.argv]), commit=commit,
+        scratch=arguments.scratch / folder, command=shlex.join(["python", *sys.argv]), commit=commit,
         date=now(), data_root=arguments.data_root, jobs=arguments.jobs,
     )  # fmt: skip
     end = time.monotonic() + 60 * arguments.minutes

@@ -68,7 +68,7 @@ def where(content: dict[str, Any]) -> str:
         f"torch {versions['torch']}",
         f"Python {environment['python']}",
         content["date"][:10],
-        f"commit {content['commit'][:12]}",
+        f"commit {content['commit'][:12]}{' with changes' if content['commit'].endswith('+') else ''}",
     ]
     quick = " **Tiny sizes, to see that everything runs.**" if content["quick"] else ""
     return f"State: {content['state']}. {', '.join(parts)}. `{content['command']}`{quick}"
