@@ -15,23 +15,17 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clip_steps import Steps
 
-from wmateacher import WMATeacher, losses
-from wmateacher.integrations.clip.methods import METHODS
 from wmateacher.integrations.clip.model import build
-from wmateacher.integrations.clip.objective import cross_frobenius
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.results import environment, write_json
-from wmateacher.losses import PairedEmbeddings
 
 PACKAGES = ("open_clip_torch", "timm")
-STEPS = 25_030
 FLOOR = 4 / 3
 
 
@@ -62,83 +56,24 @@ def main() -> None:
     print(f"wrote {arguments.output}/results.json")
 
 
-class Steps:
-    """A student trained by FLYP or by TRACER, with the parts of a step timed."""
-
-    def __init__(self, model: str, batch: int, precision: str, device: str):
-        torch.manual_seed(0)
-        student, tokenizer = build(model)
-        self.device, self.bf16 = torch.device(device), precision == "bf16"
-        self.student = student.to(device).train()
-        self.teacher = WMATeacher(self.student, "beta(0.5,0.5)", STEPS)
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
-        self.criterion = losses.build(METHODS["tracer"].distillation or "")
-        size = student.image_size
-        self.images = torch.randn(batch, 3, size, size, device=device)
-        self.tokens = tokenizer([f"a photo of number {i}" for i in range(batch)]).to(device)
-        self.caption = torch.arange(batch, device=device)
-        self.parts: dict[str, float] = {}
-
-    def run(self, distils: bool) -> float:
-        """Take one step and return its seconds; those of its parts are in `parts`."""
-        self.parts, method = {}, METHODS["tracer"]
-        begin = self._now()
-        batch = (self.images, self.tokens, self.caption)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            targets = self._timed("teacher", lambda: self.teacher(*batch)) if distils else None
-            started = self._now()
-            answers = self.student(*batch)
-            loss = losses.info_nce(*answers)
-            if targets is not None:
-                loss = loss + method.cross_frobenius * cross_frobenius(self.student)
-                between = self._now()
-                loss = loss + method.distill_weight * self.criterion(answers, targets)
-                self._alone(answers, targets)
-                apart = self._now() - between
-            else:
-                apart = 0.0
-        loss.backward()
-        self.parts["forward+backward"] = self._now() - started - apart
-        self._timed("optimizer", self.optimizer.step)
-        self.optimizer.zero_grad()
-        if distils:
-            self._timed("update", self.teacher.update)
-        return self._now() - begin - self.parts.pop("measuring", 0.0)
-
-    def _alone(self, answers: PairedEmbeddings, targets: PairedEmbeddings) -> None:
-        """Time the distillation's value and gradient at the embeddings, outside the step."""
-        began = self._now()
-        image, text = (t.detach().requires_grad_() for t in answers[:2])
-        held = PairedEmbeddings(image, text, answers[2].detach())
-        self._timed("losses", lambda: self.criterion(held, targets).backward())
-        self.parts["measuring"] = self._now() - began
-
-    def _timed(self, name: str, action: Callable[[], Any]) -> Any:
-        started = self._now()
-        result = action()
-        self.parts[name] = self._now() - started
-        return result
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the medians of both methods' steps and parts."""
-    steps = Steps(arguments.model, arguments.batch, arguments.precision, arguments.device)
+    torch.manual_seed(0)
+    student, tokenizer = build(arguments.model)
+    texts = tokenizer([f"a photo of number {i}" for i in range(arguments.batch)])
+    steps = Steps(student.to(arguments.device), texts, arguments.precision, ("flyp", "tracer"))
     taken: dict[str, list[dict[str, float]]] = {"flyp": [], "tracer": []}
     for turn in range(arguments.rounds + 2):
         for name, rounds in taken.items():
-            seconds = steps.run(distils=name == "tracer")
+            seconds = steps.run(name)
             # The first two rounds warm up.
             if turn > 1:
-                rounds.append({"step": seconds, **steps.parts})
+                rounds.append(seconds)
     methods = {
         name: {part: statistics.median(r[part] for r in rounds) for part in rounds[0]}
         for name, rounds in taken.items()
     }
+    methods["tracer"]["losses"] = steps.losses("tracer")
     ratios = [t["step"] / f["step"] for t, f in zip(taken["tracer"], taken["flyp"], strict=True)]
     return {
         "batch": arguments.batch,

@@ -21,6 +21,7 @@ from typing import Any
 
 import averagers
 import torch
+from torch import nn
 
 from wmateacher.integrations.engine.results import environment, write_json
 
@@ -54,7 +55,8 @@ def main() -> None:
     for model in arguments.models:
         for precision in averagers.PRECISIONS:
             name = f"{model}, {precision} -> fp32"
-            measured = measure(model, precision, arguments)
+            student = averagers.build(model, precision, arguments.device)
+            measured = measure(student, arguments.helpers, arguments.rounds, arguments.device)
             for row in measured["helpers"].values():
                 speed = row["bytes"] / row["milliseconds"] / 1e6
                 row["share_of_copy_bandwidth"] = speed / results["copy_bandwidth_gb_s"]
@@ -65,15 +67,13 @@ def main() -> None:
     print(f"wrote {arguments.output}/results.json, overhead.png")
 
 
-def measure(model: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(student: nn.Module, helpers: list[str], rounds: int, device: str) -> dict[str, Any]:
     """Return medians over rounds; in each round every helper and every floor takes a turn."""
-    device, rounds = arguments.device, arguments.rounds
-    student = averagers.build(model, precision, device)
     numel = sum(p.numel() for p in averagers.averaged(student))
-    read = averagers.PRECISIONS[precision].itemsize
+    read = averagers.averaged(student)[0].itemsize
     jobs: dict[str, Callable[[], object]] = {}
     bytes_moved, errors = {}, {}
-    for name in arguments.helpers:
+    for name in helpers:
         made = averagers.start(name, student)
         if isinstance(made, str):
             errors[name] = made
@@ -86,12 +86,14 @@ def measure(model: str, precision: str, arguments: argparse.Namespace) -> dict[s
         floors[total] = f"floor {total}"
         jobs[floors[total]] = lambda a=a, b=b: a.lerp_(b, 1e-3)
     times: dict[str, list[float]] = {name: [] for name in jobs}
+    hosts: dict[str, list[float]] = {name: [] for name in jobs}
     with torch.no_grad():
         for i in range(rounds + 2):
             for name, job in jobs.items():
-                seconds = timed(job, device)
+                seconds, host = timed(job, device)
                 if i >= 2:
                     times[name].append(seconds)
+                    hosts[name].append(host)
     medians = {name: statistics.median(t) for name, t in times.items()}
     return {
         "averaged_parameters": numel,
@@ -100,6 +102,7 @@ def measure(model: str, precision: str, arguments: argparse.Namespace) -> dict[s
             name: {
                 "milliseconds": 1e3 * medians[name],
                 "fastest_milliseconds": 1e3 * min(times[name]),
+                "host_milliseconds": 1e3 * statistics.median(hosts[name]),
                 "bytes": moved,
                 "floor_milliseconds": 1e3 * medians[floors[moved]],
                 "ratio_to_floor": medians[name] / medians[floors[moved]],
@@ -111,21 +114,35 @@ def measure(model: str, precision: str, arguments: argparse.Namespace) -> dict[s
     }
 
 
-def timed(job: Callable[[], object], device: str) -> float:
-    """Return the seconds that a job takes, including its work on the device."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+def timed(job: Callable[[], object], device: str) -> tuple[float, float]:
+    """Return the seconds that a job takes, and those after which the host can go on.
+
+    On a GPU the former are between two events in its stream.
+    """
+    if torch.device(device).type == "cpu":
+        start = time.perf_counter()
+        job()
+        return (time.perf_counter() - start,) * 2
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
     start = time.perf_counter()
     job()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    host = time.perf_counter() - start
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3, host
 
 
-def copy_bandwidth(device: str) -> float:
-    """Return the bandwidth of a large copy in GB/s, reads and writes together: the median of nine copies."""
-    a, b = (torch.zeros(2**26, device=device) for _ in range(2))
-    seconds = statistics.median(timed(lambda: a.copy_(b), device) for _ in range(9))
+def copy_bandwidth(device: str, size: int = 2**28) -> float:
+    """Return the bandwidth of a large copy in GB/s, reads and writes together: the median of nine copies.
+
+    Args:
+        device: The device.
+        size: The number of bytes to copy.
+    """
+    a, b = (torch.zeros(size // 4, device=device) for _ in range(2))
+    seconds = statistics.median([timed(lambda: a.copy_(b), device)[0] for _ in range(10)][1:])
     return 2 * a.nbytes / seconds / 1e9
 
 

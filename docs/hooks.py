@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from gpu import report  # noqa: E402
+
+GPU = ROOT / "benchmarks/results/gpu"
 PAGES = {
     "results.md": "benchmarks/results/README.md",
     "contributing.md": "CONTRIBUTING.md",
@@ -21,6 +27,8 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages and their pictures, with links rewritten to point into the site."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=_relinked(ROOT / source)))
+    page = f"{_relinked(GPU / 'README.md')}\n{report.page(GPU)}"
+    files.append(File.generated(config, "gpu.md", content=page))
     for picture in sorted((ROOT / "benchmarks/results").glob("*/*.png")):
         name = f"results/{picture.parent.name}/{picture.name}"
         files.append(File.generated(config, name, content=picture.read_bytes()))

@@ -34,6 +34,7 @@ def group(path):
 
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--device", default="cuda", help="the device of the tests marked gpu (default: cuda)")
 
 
 def pytest_configure(config):
@@ -50,8 +51,12 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
+    device = torch.device(config.getoption("--device"))
+    missing = device.type == "cuda" and not torch.cuda.is_available()
     for item in items:
         item.add_marker(group(item.path))
+        if missing and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "slow" in item.keywords and not config.getoption("--runslow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
 
@@ -59,3 +64,9 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(request):
+    """The device of a test marked gpu, with its index."""
+    return torch.empty(0, device=request.config.getoption("--device")).device

@@ -195,25 +195,3 @@ def test_batches_fill_the_scratch_and_lose_nothing():
 def test_nothing_to_do():
     Update([], [])(0.5)
     averaging.copy_([], [])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_on_a_gpu_and_offloaded_from_it(device, value_dtype):
-    values = [t.cuda() for t in [*tensors(value_dtype), *(torch.randn(9).to(value_dtype) for _ in range(9))]]
-    owns = [v.to(device, copy=True) for v in values]
-    starts = [torch.randn(o.shape, device=device) for o in owns[:-9]]
-    starts += [torch.randn(o.shape, device=device, dtype=torch.float64) for o in owns[-9:]]
-    averages = {str(i): Average.of(s, o) for i, (s, o) in enumerate(zip(starts, owns, strict=True))}
-    averages = list(averaging.side_by_side(averages).values())
-    expected = [lerp_oracle(s, v.to(device), 0.3).to(s.dtype) for s, v in zip(starts, values, strict=True)]
-    update = Update(averages, values)
-    if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        update(0.3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for average, e in zip(averages, expected, strict=True):
-        torch.testing.assert_close(average.read(), e, rtol=5e-7, atol=5e-7)

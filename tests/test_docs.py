@@ -107,7 +107,7 @@ def test_the_site_builds_and_its_search_finds_every_public_name(site):
 
 @pytest.mark.slow
 def test_results_contributing_and_changelog_are_pages_with_their_pictures(site):
-    for page in ("results", "contributing", "changelog"):
+    for page in ("results", "gpu", "contributing", "changelog"):
         assert (site / f"{page}.html").exists()
     shown = re.findall(r'src="([^"]+\.png)"', (site / "results.html").read_text())
     assert len(shown) >= 3

@@ -88,7 +88,7 @@ def modules(folder, package):
 LIBRARY = modules(ROOT / "wmateacher", "wmateacher")
 INTEGRATIONS = modules(ROOT / "integrations", "wmateacher.integrations")
 OURS = LIBRARY | INTEGRATIONS
-PROGRAMS = {str(p.relative_to(ROOT)): p for d in ("examples", "benchmarks") for p in (ROOT / d).glob("*.py")}
+PROGRAMS = {str(p.relative_to(ROOT)): p for d in ("examples", "benchmarks") for p in (ROOT / d).rglob("*.py")}
 TREES = {name: ast.parse(path.read_text()) for name, path in (OURS | PROGRAMS).items()}
 
 

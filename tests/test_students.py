@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 import torch
+import waiting
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmateacher import WMATeacher
 from wmateacher.pairing import tensors
@@ -509,36 +509,15 @@ def test_a_teacher_compiled_in_place_by_the_default_backend():
             torch.testing.assert_close(teacher(X), eager(X))
 
 
-class Forbid(TorchDispatchMode):
-    """Raises at whatever makes the host wait for a tensor's value."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal), func
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("options", [{}, {"dtype": "split"}, {"buffers": "average"}], ids=str)
 def test_an_update_never_reads_a_tensors_value(options):
     student = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).bfloat16()
     teacher = WMATeacher(student, "beta(0.5,0.5)", 20, update_every=2, **options)
-    with Forbid():
+    with waiting.Forbid():
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             torch.ones(()).item()
         for _ in range(20):
             teacher.update()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("options", [{}, {"dtype": "split"}], ids=str)
-def test_an_update_on_a_gpu_never_waits_for_it(options):
-    student = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).bfloat16().cuda()
-    teacher = WMATeacher(student, "beta(0.5,0.5)", 20, **options)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(5):
-            teacher.update()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def python_calls(teacher):

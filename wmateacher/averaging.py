@@ -199,9 +199,11 @@ class _Step:
             self._record_arrival()
 
     def _record_arrival(self) -> None:
-        if self.values[0].device.type != "cpu":
-            self.arrived = torch.Event(self.values[0].device)
-            self.arrived.record()
+        device = self.values[0].device
+        if device.type != "cpu":
+            # The copy runs on a stream of the values' device, which need not be the current device.
+            self.arrived = torch.Event(device)
+            self.arrived.record(torch.accelerator.current_stream(device))
 
     def move(self, omega: float, mask: Tensor | None) -> None:
         """Cast the values, move the averages and round them into the module."""

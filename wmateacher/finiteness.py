@@ -67,7 +67,8 @@ class Verdict:
             self._finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=pinned)
             self._finite.copy_(finite, non_blocking=True)
             self._arrived = torch.Event(finite.device)
-            self._arrived.record()
+            # The copy runs on a stream of the flags' device, which need not be the current device.
+            self._arrived.record(torch.accelerator.current_stream(finite.device))
 
     def has_arrived(self) -> bool:
         """Return whether `nonfinite` would not wait."""

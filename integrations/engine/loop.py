@@ -292,6 +292,7 @@ class _Run:
         self.settle(file)
         if not processes.is_main():
             return
+        device = self.task.device
         state = {
             "format": FORMAT,
             "identity": dict(self.task.run_config()),
@@ -299,7 +300,7 @@ class _Run:
             "evaluated": self.evaluated,
             "parts": {name: part.state_dict() for name, part in self.task.stateful().items()},
             "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state() if self.task.device.type == "cuda" else None,
+            "cuda_random": None if device.type != "cuda" else torch.cuda.get_rng_state(device),
             "series": {
                 name: torch.tensor(values, dtype=torch.float64)
                 for name, values in self.history.series.items()
@@ -334,7 +335,7 @@ class _Run:
             ) from error
         torch.set_rng_state(state["random"])
         if state["cuda_random"] is not None and self.task.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random"])
+            torch.cuda.set_rng_state(state["cuda_random"], self.task.device)
         self.step, self.history.seconds = state["step"], state["seconds"]
         self.evaluated, self._resumed_at = state["evaluated"], state["step"]
         self.history.series = {

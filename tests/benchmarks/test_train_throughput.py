@@ -6,7 +6,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import clip_steps
+import torch
 import train_throughput
+
+from wmateacher.integrations.clip.model import build
 
 
 def test_both_methods_are_timed_part_by_part():
@@ -14,7 +18,7 @@ def test_both_methods_are_timed_part_by_part():
     results = train_throughput.measure(arguments)
     flyp, tracer = results["seconds"]["flyp"], results["seconds"]["tracer"]
     assert set(flyp) == {"step", "forward+backward", "optimizer"}
-    assert set(tracer) == {*flyp, "teacher", "losses", "update"}
+    assert set(tracer) == {*flyp, "teacher", "losses", "losses, forward", "update"}
     assert all(seconds > 0 for seconds in (*flyp.values(), *tracer.values()))
     assert results["floor"] == pytest.approx(4 / 3)
     table = train_throughput.table(results)
@@ -22,8 +26,18 @@ def test_both_methods_are_timed_part_by_part():
 
 
 def test_a_step_trains_and_averages():
-    steps = train_throughput.Steps("tiny-vit-16", 4, "fp32", "cpu")
-    steps.run(distils=False)
-    assert steps.teacher.step == 0
-    steps.run(distils=True)
-    assert steps.teacher.step == 1
+    torch.manual_seed(0)
+    student, tokenizer = build("tiny-vit-16")
+    steps = clip_steps.Steps(
+        student, tokenizer(["one", "two"]), "fp32", ("ft", "flyp", "static-sd", "tracer")
+    )
+    before = [p.detach().clone() for p in student.parameters()]
+    assert set(steps.teachers) == {"static-sd", "tracer"}
+    for name in ("ft", "flyp"):
+        parts = steps.run(name)
+        assert parts.pop("step") == pytest.approx(sum(parts.values()))
+        assert set(parts) == {"forward+backward", "optimizer"}
+    assert not all(torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
+    assert steps.teachers["tracer"].step == 0
+    steps.run("tracer")
+    assert [steps.teachers[name].step for name in ("tracer", "static-sd")] == [1, 0]
