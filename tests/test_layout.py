@@ -36,13 +36,15 @@ CORE = {
     "adapters": {"naming"},
     "watching": {"adapters", "walking"},
     "swapping": {"averaging", "adapters", "sharding", "walking", "watching"},
+    "building": {"averaging", "copying", "pairing", "sharding"},
     "shadow": {
-        *("averaging", "buffers", "copying", "finiteness", "naming", "pairing", "rewriting", "sharding"),
+        *("averaging", "buffers", "building", "copying", "finiteness", "pairing", "rewriting", "sharding"),
         "walking",
     },
+    "states": {"buffers", "naming", "pairing", "shadow", "sharding"},
     "teacher": {
         *("adapters", "attachment", "buffers", "caches", "checks", "copying", "finiteness", "kernels", "naming"),
-        *("pairing", "schedule", "shadow", "sharding", "swapping", "unfreezing", "walking"),
+        *("pairing", "schedule", "shadow", "sharding", "states", "swapping", "unfreezing", "walking"),
     },
     "distributed": {"collectives", "naming", "pairing", "sharding"},
     "losses": {"checks", "collectives", "spec"},

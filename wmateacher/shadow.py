@@ -1,4 +1,4 @@
-"""The averaged copy of a student: building it, planning updates, moving and casting it, and its state.
+"""The averaged copy of a student: planning its updates, reading and writing it, moving and casting it.
 
 The teacher's clock decides how far an update moves the average, and `wmateacher.averaging` moves it. This
 module knows which tensors are involved and where their averages are held.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, buffers, copying, naming, pairing, sharding, walking
+from wmateacher import averaging, buffers, building, copying, pairing, sharding, walking
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
@@ -94,6 +94,7 @@ class Shadow:
         module: The averaged module, in eval mode.
         roles: The role of each tensor.
         fully_sharded: The submodules that `fully_shard` was applied to.
+        shares: Whether it shares frozen parameters with the student.
         unfrozen: The step after which each parameter that was shared at first has been trained, by name.
     """
 
@@ -120,11 +121,11 @@ class Shadow:
         self.roles = roles
         self._detects = nonfinite != "warn"
         self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
-        self.module = self._build(student, device, hooks, module_factory)
+        self.module = building.build(student, roles, device, hooks, module_factory)
         _averaged.add(self.module)
         self.fully_sharded = sharding.fully_sharded(self.module)
         self.unfrozen: dict[str, int] = {}
-        self._shares = frozen == "share"
+        self.shares = frozen == "share"
         self._dtype = dtype
         self._built = buffers.structure(self.module)
         self._precisions: dict[str, torch.dtype] = {}
@@ -148,77 +149,7 @@ class Shadow:
         _averaged.add(self.module)
         self._watch(Binding(self.module))
 
-    # --- building -----------------------------------------------------------------------------------
-
-    def _build(
-        self,
-        student: nn.Module,
-        device: torch.device | str | None,
-        hooks: copying.Hooks,
-        factory: Callable[[], nn.Module] | None,
-    ) -> nn.Module:
-        named, shared = pairing.tensors(student), self.roles.shared
-        # A tensor's device has an index, so that "cuda" compares equal to "cuda:0".
-        target = None if device is None else torch.empty(0, device=device).device
-        if sharding.fully_sharded(student):
-            if factory is None:
-                raise ValueError(
-                    "the student is sharded by fully_shard, which prevents deep copies: pass "
-                    "module_factory=FACTORY, a function that builds the module and shards it like the "
-                    "student (it may do so on the meta device and leave it there)"
-                )
-            for name in shared:
-                sharding.refuse_uneven(name, named[name])
-        if target is not None and any(named[n].device != target for n in shared):
-            raise ValueError(
-                f"device={device!r} differs from that of the student's frozen parameters, which "
-                "frozen='share' uses in place: pass frozen='copy' to give the teacher its own"
-            )
-        if factory is None:
-            module = self._deep_copy(student, named, target, hooks)
-        else:
-            module = self._call_factory(factory, student, named, target)
-        pairing.densify(module)
-        module.requires_grad_(False)
-        return (module if device is None else module.to(device)).eval()
-
-    def _deep_copy(
-        self,
-        student: nn.Module,
-        named: Mapping[str, Tensor],
-        device: torch.device | None,
-        hooks: copying.Hooks,
-    ) -> nn.Module:
-        """Copy the student, straight to `device` if given: its own may have no room for a copy."""
-        memo = {id(named[n]): named[n] for n in self.roles.shared}
-        if device is not None:
-            memo |= {id(named[n]): pairing.clone(named[n], device) for n in self.roles.owned}
-        return copying.duplicate(student, memo, hooks)
-
-    def _call_factory(
-        self,
-        factory: Callable[[], nn.Module],
-        student: nn.Module,
-        named: Mapping[str, Tensor],
-        device: torch.device | None,
-    ) -> nn.Module:
-        """Build a module with the factory and copy the student's values into it."""
-        module, owned = factory(), self.roles.owned
-        own = pairing.tensors(module)
-        pairing.match(named, own)
-        sharding.match(own, named)
-        theirs = {id(t) for t in named.values()}
-        if any(id(own[n]) in theirs for n in owned):
-            raise ValueError(
-                "module_factory must build a new module, but what it returned has the student's own tensors"
-            )
-        pairing.densify(module)
-        pairing.share(module, student, self.roles.shared)
-        home = next((t.device for t in named.values()), torch.device("cpu"))
-        pairing.materialise(module, device or home)
-        targets, sources = Binding(module).local, Binding(student).local
-        averaging.copy_([targets[n] for n in owned], [sources[n] for n in owned])
-        return module
+    # --- averages ----------------------------------------------------------------------------------
 
     def _start_averages(self, values: Binding, names: Sequence[str]) -> None:
         """Start the named averages at the values of these names."""
@@ -350,7 +281,7 @@ class Shadow:
         roles = self.roles
         self.check_untouched(thorough=True)
         self._watch(own)
-        averages = [self._average(own, n) for n in roles.averaged]
+        averages = [self.average(own, n) for n in roles.averaged]
         changed = [n for n in differing if self._role_of_buffer(n) == "copied"]
         self._ignored |= frozenset(changed)  # such buffers are made for the forward pass, often with -inf
         names = [n for n in own.tensors if n not in differing and self._role_of_buffer(n) == "copied"]
@@ -442,7 +373,7 @@ class Shadow:
     def nonfinite(self) -> list[str]:
         """Return the names of the averages that have NaN or infinite values, which waits for the device."""
         own = self.bind()
-        averages = {name: self._average(own, name) for name in self.roles.averaged}
+        averages = {name: self.average(own, name) for name in self.roles.averaged}
         detector = Detector({n: a.own if a.split else a.held for n, a in averages.items()})
         return Verdict(detector.names, detector()).nonfinite()
 
@@ -487,12 +418,12 @@ class Shadow:
         if names:
             own = Binding(self.module)
             for name in names:
-                self._average(own, name).restore()
+                self.average(own, name).restore()
             rounded.settle()
 
     def read(self, own: Binding, name: str) -> Tensor:
         """Return an averaged tensor at full precision, as a DTensor where it is sharded."""
-        return sharding.spread(self._average(own, name).read(), own.tensors[name])
+        return sharding.spread(self.average(own, name).read(), own.tensors[name])
 
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Set tensors of the averaged module, by canonical name, at full precision."""
@@ -500,7 +431,7 @@ class Shadow:
         for name, value in values.items():
             local = sharding.local(value).detach()
             if name in self.roles.averaged:
-                self._average(own, name).write(local)
+                self.average(own, name).write(local)
             else:
                 averaging.copy_([own.local[name]], [local])
         self._watch(own)
@@ -560,7 +491,7 @@ class Shadow:
                 state[key] = sharding.spread(precise.to(dtype=wanted, copy=True).contiguous(), value)
         return state
 
-    def _average(self, own: Binding, name: str) -> Average:
+    def average(self, own: Binding, name: str) -> Average:
         """Return an average, after checking that the module was not cast without its teacher."""
         average = Average(own.local[name], self._beside.get(name))
         needed = torch.bfloat16 if average.split else self._precisions[name]
@@ -576,7 +507,7 @@ class Shadow:
         tensor = own.local[name]
         if tensor.dtype == dtype or name not in self._beside:
             return tensor.detach()
-        return self._average(own, name).read()
+        return self.average(own, name).read()
 
     # --- moving and casting ---------------------------------------------------------------------------
 
@@ -622,133 +553,6 @@ class Shadow:
         now = buffers.structure(self.module)
         return sorted(n for n in now.keys() | self._built if now.get(n) != self._built.get(n))
 
-    def complete_state(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
-        """Put the averages in a state at full precision under canonical keys, without the student's tensors.
-
-        Args:
-            module: The averaged module as the teacher registers it, possibly wrapped by torch.compile.
-            state: The teacher's state, which is changed in place.
-            prefix: The prefix of the module's keys in it.
-        """
-        self.check_untouched(thorough=True)
-        own, full = Binding(self.module), {}
-        keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
-        written = {key: state.pop(prefix + path) for path, key in naming.canonical(module, keys).items()}
-        for key, name in pairing.state_names(module).items():
-            if name in self.roles.shared:
-                written.pop(key, None)
-            elif name in self.roles.averaged:
-                if name not in full:  # tied keys get one tensor
-                    value = self._average(own, name).read()
-                    if value.untyped_storage().nbytes() > value.nbytes:
-                        value = value.clone()  # a part of a buffer would be saved and copied with all of it
-                    full[name] = sharding.spread(value, own.tensors[name])
-                written[key] = full[name]
-        state.update({prefix + key: value for key, value in written.items()})
-
-    def load_state(
-        self,
-        module: nn.Module,
-        state: dict[str, Any],
-        prefix: str,
-        student: nn.Module,
-        shared: Collection[str] | None,
-        unfrozen: Mapping[str, int],
-        changed: Sequence[str] = (),
-    ) -> None:
-        """Check a teacher's state completely, then read the averages from it.
-
-        Args:
-            module: The averaged module as the teacher registers it.
-            state: The state to load. Its tensors are replaced by the module's own, so that `nn.Module` has
-                nothing left to write.
-            prefix: The prefix of the teacher's keys in it.
-            student: The unwrapped student.
-            shared: The names of the parameters that were shared with the student when the state was written;
-                None stands for those that are shared now and missing in the state.
-            unfrozen: The steps after which parameters that had been shared were trained, by name.
-            changed: The names of the buffers that may differ from the averaged module's.
-
-        Raises:
-            ValueError: If the state is of another architecture or is sharded differently.
-        """
-        own, home = self.bind(), f"{prefix}module."
-        names = pairing.state_names(module)
-        modules = naming.modules(self.module)
-        places = [n for n in changed if n.rpartition(".")[0] in modules and n not in self.roles.averaged]
-        known = {
-            **names,
-            **dict.fromkeys(naming.canonical(module, module.state_dict()).values()),
-            **dict.fromkeys(places),
-        }
-        given = {k.removeprefix(home): k for k in state if k.startswith(home)}
-        pairs = naming.resolve(given, {*known, *places})
-        found = {key: state[given[k]] for k, key in pairs.items()}
-        if shared is None:
-            shared = {n for k, n in names.items() if n in self.roles.shared and k not in found}
-        elif not self._shares:
-            shared = ()  # they are missing, then
-        held = {k: n for k, n in names.items() if n not in shared}
-        fixed = {k: n for k, n in held.items() if k not in places}
-        ours = {given[k] for k, key in pairs.items() if names.get(key) not in shared}
-        _check_values(
-            "the state was written for another architecture",
-            missing=[
-                home + k for k in known if k not in found and k not in places and names.get(k) not in shared
-            ],
-            unexpected=[
-                k for k in state if k.startswith(prefix) and k not in {*ours, f"{prefix}_extra_state"}
-            ],
-            pairs=[
-                *((home + k, found[k], own.tensors[n]) for k, n in fixed.items() if k in found),
-                *((home + k, found[k], found[k]) for k in places if k in found),
-            ],
-        )
-        # What is frozen here and was trained there, or the reverse, takes the role that it had there.
-        self.take_up([n for n in self.roles.shared if n in held.values()], 0)
-        self.release(student, [n for n in self.roles.owned if n in shared])
-        self.unfrozen = dict(unfrozen)
-        for name in places:
-            if name in found or name in names:  # the others are not saved
-                buffers.resize(self.module, name, found.get(name))
-        own = self.bind()
-        names = pairing.state_names(module)
-        values = {name: found[key] for key, name in names.items() if name not in shared}
-        # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
-        # tensors stay tied and every tensor keeps its dtype.
-        for key in given.values():
-            del state[key]
-        for key in {**found, **names}:
-            value = own.tensors[names[key]] if key in names else found[key]
-            state.update({home + path: value for path in naming.load_keys(module, key)})
-        self.write(values)
-
-    def match_average(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Check an average of the student's architecture and return it by canonical name, for `write`.
-
-        Args:
-            average: The weights, under the keys of the student's `state_dict`. Buffers may be missing.
-
-        Raises:
-            ValueError: If a weight is missing, unknown or of another shape.
-            TypeError: If `average` is not a mapping.
-        """
-        if not isinstance(average, Mapping):
-            raise TypeError(f"average must be a state dict, got {type(average).__name__}")
-        own = self.bind()
-        names = {k: n for k, n in pairing.state_names(self.module).items() if n not in self.roles.shared}
-        known = {*names, *naming.canonical(self.module, self.module.state_dict()).values()}
-        keys = naming.resolve(average, known)
-        found = {name: average[key] for key, name in keys.items() if name in names}
-        needed = {k for k, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
-        _check_values(
-            "average is of another architecture",
-            missing=sorted(needed - found.keys()),
-            unexpected=[k for k in average if k not in keys],
-            pairs=[(k, value, own.tensors[names[k]]) for k, value in found.items()],
-        )
-        return {names[k]: value for k, value in found.items()}
-
 
 # --- frozen tensors -----------------------------------------------------------------------------------
 
@@ -772,39 +576,6 @@ def _decides_on_device(averages: Sequence[Average], copied: Sequence[Tensor]) ->
     """Return whether the device rather than the host decides if a snapshot counts, so that nothing waits."""
     plain = all(t.layout == torch.strided and not is_traceable_wrapper_subclass(t) for t in copied)
     return plain and any(average.held.device.type != "cpu" for average in averages)
-
-
-def _check_values(
-    what: str,
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    pairs: Sequence[tuple[str, Any, Tensor]],
-) -> None:
-    """Raise a ValueError that names what differs between given values and the module's own tensors."""
-    if missing or unexpected:
-        raise ValueError(f"{what}: {pairing.describe_difference(missing, unexpected)}")
-    for key, given, own in pairs:
-        if not isinstance(given, Tensor):
-            raise ValueError(f"{what}: {key!r} is a {type(given).__name__} there and a tensor here")
-        if given.shape != own.shape:
-            raise ValueError(
-                f"{what}: {key!r} has shape {tuple(given.shape)} there and {tuple(own.shape)} here"
-            )
-        if _kind(given) != _kind(own):
-            raise ValueError(f"{what}: {key!r} is {given.dtype} there and {own.dtype} here")
-        if given.is_meta:
-            raise ValueError(f"{key!r} is on the meta device and has no values: load the state to the CPU")
-        if not sharding.alike(given, own):
-            raise ValueError(
-                f"in the state {key!r} is {sharding.describe(given)}, the teacher's is "
-                f"{sharding.describe(own)}: read it with torch.distributed.checkpoint, which fits a saved "
-                "state to any sharding"
-            )
-
-
-def _kind(tensor: Tensor) -> tuple[bool, ...]:
-    """Return whether a tensor is floating point, complex or boolean."""
-    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
 def __dir__() -> list[str]:

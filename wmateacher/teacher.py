@@ -21,6 +21,7 @@ from wmateacher import (
     naming,
     pairing,
     sharding,
+    states,
     swapping,
     unfreezing,
     walking,
@@ -397,7 +398,7 @@ class WMATeacher(nn.Module):
         if average is None:
             self._clock.jump(step)
             return
-        values = self._shadow.match_average(average)
+        values = states.match_average(self._shadow, average)
         self._clock.jump(step)
         self._shadow.write(values)
 
@@ -585,7 +586,7 @@ def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
 
 def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     assert isinstance(teacher, WMATeacher)
-    teacher._shadow.complete_state(teacher.module, state, f"{prefix}module.")
+    states.complete(teacher._shadow, teacher.module, state, f"{prefix}module.")
 
 
 def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
@@ -613,7 +614,8 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     omega = clock.get("omega")
     if not (isinstance(omega, int | float) and 0 <= omega <= 1):
         raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
-    teacher._shadow.load_state(
+    states.load(
+        teacher._shadow,
         teacher.module,
         state,
         prefix,

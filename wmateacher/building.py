@@ -1,0 +1,112 @@
+"""Build the module that holds a teacher's average: a deep copy of the student, or what a factory returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from wmateacher import averaging, copying, pairing, sharding
+from wmateacher.pairing import Binding, Roles
+
+__all__ = ["build"]
+
+
+def build(
+    student: nn.Module,
+    roles: Roles,
+    device: torch.device | str | None,
+    hooks: copying.Hooks,
+    factory: Callable[[], nn.Module] | None,
+) -> nn.Module:
+    """Return a module with the student's values, in eval mode, which uses the parameters that it shares.
+
+    Args:
+        student: The unwrapped student.
+        roles: The role of each of its tensors.
+        device: The module's device; None stands for the student's.
+        hooks: Whether the student's hooks are left out or copied.
+        factory: A function that builds the module; None stands for a deep copy.
+
+    Raises:
+        ValueError: If the student cannot be copied, or the factory's module does not match it.
+    """
+    named, shared = pairing.tensors(student), roles.shared
+    # A tensor's device has an index, so that "cuda" compares equal to "cuda:0".
+    target = None if device is None else torch.empty(0, device=device).device
+    if sharding.fully_sharded(student):
+        if factory is None:
+            raise ValueError(
+                "the student is sharded by fully_shard, which prevents deep copies: pass "
+                "module_factory=FACTORY, a function that builds the module and shards it like the "
+                "student (it may do so on the meta device and leave it there)"
+            )
+        for name in shared:
+            sharding.refuse_uneven(name, named[name])
+    if target is not None and any(named[n].device != target for n in shared):
+        raise ValueError(
+            f"device={device!r} differs from that of the student's frozen parameters, which "
+            "frozen='share' uses in place: pass frozen='copy' to give the teacher its own"
+        )
+    if factory is None:
+        module = _deep_copy(student, roles, named, target, hooks)
+    else:
+        module = _call_factory(factory, student, roles, named, target)
+    pairing.densify(module)
+    module.requires_grad_(False)
+    return (module if device is None else module.to(device)).eval()
+
+
+def _deep_copy(
+    student: nn.Module,
+    roles: Roles,
+    named: Mapping[str, Tensor],
+    device: torch.device | None,
+    hooks: copying.Hooks,
+) -> nn.Module:
+    """Copy the student, straight to `device` if given: its own may have no room for a copy."""
+    memo = {id(named[n]): named[n] for n in roles.shared}
+    if device is not None:
+        memo |= {id(named[n]): pairing.clone(named[n], device) for n in roles.owned}
+    return copying.duplicate(student, memo, hooks)
+
+
+def _call_factory(
+    factory: Callable[[], nn.Module],
+    student: nn.Module,
+    roles: Roles,
+    named: Mapping[str, Tensor],
+    device: torch.device | None,
+) -> nn.Module:
+    """Build a module with the factory and copy the student's values into it."""
+    module, owned = factory(), roles.owned
+    own = pairing.tensors(module)
+    missing, extra = [n for n in named if n not in own], [n for n in own if n not in named]
+    shapes = [
+        f"{n!r} of shape {tuple(own[n].shape)}, the student's has {tuple(t.shape)}"
+        for n, t in named.items()
+        if n in own and own[n].shape != t.shape
+    ]
+    if missing or extra or shapes:
+        raise ValueError(
+            "module_factory must build a module with the student's tensors, but what it returned has "
+            + (pairing.describe_difference(missing, extra) or shapes[0])
+        )
+    sharding.match(own, named)
+    theirs = {id(t) for t in named.values()}
+    if any(id(own[n]) in theirs for n in owned):
+        raise ValueError(
+            "module_factory must build a new module, but what it returned has the student's own tensors"
+        )
+    pairing.densify(module)
+    pairing.share(module, student, roles.shared)
+    home = next((t.device for t in named.values()), torch.device("cpu"))
+    pairing.materialise(module, device or home)
+    targets, sources = Binding(module).local, Binding(student).local
+    averaging.copy_([targets[n] for n in owned], [sources[n] for n in owned])
+    return module
+
+
+def __dir__() -> list[str]:
+    return __all__

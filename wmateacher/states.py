@@ -1,0 +1,186 @@
+"""A teacher's state: the averages at full precision under canonical names, without the student's tensors.
+
+A state is checked completely before anything of it is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wmateacher import buffers, naming, pairing, sharding
+from wmateacher.pairing import Binding
+from wmateacher.shadow import Shadow
+
+__all__ = ["complete", "load", "match_average"]
+
+
+def complete(shadow: Shadow, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
+    """Put the averages in a state at full precision under canonical keys, without the student's tensors.
+
+    Args:
+        shadow: The averaged copy.
+        module: The averaged module as the teacher registers it, possibly wrapped by torch.compile.
+        state: The teacher's state, which is changed in place.
+        prefix: The prefix of the module's keys in it.
+    """
+    shadow.check_untouched(thorough=True)
+    own, full = Binding(shadow.module), {}
+    keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
+    written = {key: state.pop(prefix + path) for path, key in naming.canonical(module, keys).items()}
+    for key, name in pairing.state_names(module).items():
+        if name in shadow.roles.shared:
+            written.pop(key, None)
+        elif name in shadow.roles.averaged:
+            if name not in full:  # tied keys get one tensor
+                value = shadow.average(own, name).read()
+                if value.untyped_storage().nbytes() > value.nbytes:
+                    value = value.clone()  # a part of a buffer would be saved and copied with all of it
+                full[name] = sharding.spread(value, own.tensors[name])
+            written[key] = full[name]
+    state.update({prefix + key: value for key, value in written.items()})
+
+
+def load(
+    shadow: Shadow,
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    student: nn.Module,
+    shared: Collection[str] | None,
+    unfrozen: Mapping[str, int],
+    changed: Sequence[str] = (),
+) -> None:
+    """Check a teacher's state completely, then read the averages from it.
+
+    Args:
+        shadow: The averaged copy.
+        module: The averaged module as the teacher registers it.
+        state: The state to load. Its tensors are replaced by the module's own, so that `nn.Module` has
+            nothing left to write.
+        prefix: The prefix of the teacher's keys in it.
+        student: The unwrapped student.
+        shared: The names of the parameters that were shared with the student when the state was written;
+            None stands for those that are shared now and missing in the state.
+        unfrozen: The steps after which parameters that had been shared were trained, by name.
+        changed: The names of the buffers that may differ from the averaged module's.
+
+    Raises:
+        ValueError: If the state is of another architecture or is sharded differently.
+    """
+    own, home = shadow.bind(), f"{prefix}module."
+    names = pairing.state_names(module)
+    modules = naming.modules(shadow.module)
+    places = [n for n in changed if n.rpartition(".")[0] in modules and n not in shadow.roles.averaged]
+    known = {
+        **names,
+        **dict.fromkeys(naming.canonical(module, module.state_dict()).values()),
+        **dict.fromkeys(places),
+    }
+    given = {k.removeprefix(home): k for k in state if k.startswith(home)}
+    pairs = naming.resolve(given, {*known, *places})
+    found = {key: state[given[k]] for k, key in pairs.items()}
+    if shared is None:
+        shared = {n for k, n in names.items() if n in shadow.roles.shared and k not in found}
+    elif not shadow.shares:
+        shared = ()  # they are missing, then
+    held = {k: n for k, n in names.items() if n not in shared}
+    fixed = {k: n for k, n in held.items() if k not in places}
+    ours = {given[k] for k, key in pairs.items() if names.get(key) not in shared}
+    _check_values(
+        "the state was written for another architecture",
+        missing=[
+            home + k for k in known if k not in found and k not in places and names.get(k) not in shared
+        ],
+        unexpected=[k for k in state if k.startswith(prefix) and k not in {*ours, f"{prefix}_extra_state"}],
+        pairs=[
+            *((home + k, found[k], own.tensors[n]) for k, n in fixed.items() if k in found),
+            *((home + k, found[k], found[k]) for k in places if k in found),
+        ],
+    )
+    # What is frozen here and was trained there, or the reverse, takes the role that it had there.
+    shadow.take_up([n for n in shadow.roles.shared if n in held.values()], 0)
+    shadow.release(student, [n for n in shadow.roles.owned if n in shared])
+    shadow.unfrozen = dict(unfrozen)
+    for name in places:
+        if name in found or name in names:  # the others are not saved
+            buffers.resize(shadow.module, name, found.get(name))
+    own = shadow.bind()
+    names = pairing.state_names(module)
+    values = {name: found[key] for key, name in names.items() if name not in shared}
+    # nn.Module then copies each tensor to itself, or with assign=True assigns it where it is: tied
+    # tensors stay tied and every tensor keeps its dtype.
+    for key in given.values():
+        del state[key]
+    for key in {**found, **names}:
+        value = own.tensors[names[key]] if key in names else found[key]
+        state.update({home + path: value for path in naming.load_keys(module, key)})
+    shadow.write(values)
+
+
+def match_average(shadow: Shadow, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Check an average of the student's architecture and return it by canonical name, for `write`.
+
+    Args:
+        shadow: The averaged copy.
+        average: The weights, under the keys of the student's `state_dict`. Buffers may be missing.
+
+    Raises:
+        ValueError: If a weight is missing, unknown or of another shape.
+        TypeError: If `average` is not a mapping.
+    """
+    if not isinstance(average, Mapping):
+        raise TypeError(f"average must be a state dict, got {type(average).__name__}")
+    own = shadow.bind()
+    names = {k: n for k, n in pairing.state_names(shadow.module).items() if n not in shadow.roles.shared}
+    known = {*names, *naming.canonical(shadow.module, shadow.module.state_dict()).values()}
+    keys = naming.resolve(average, known)
+    found = {name: average[key] for key, name in keys.items() if name in names}
+    needed = {k for k, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
+    _check_values(
+        "average is of another architecture",
+        missing=sorted(needed - found.keys()),
+        unexpected=[k for k in average if k not in keys],
+        pairs=[(k, value, own.tensors[names[k]]) for k, value in found.items()],
+    )
+    return {names[k]: value for k, value in found.items()}
+
+
+def _check_values(
+    what: str,
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    pairs: Sequence[tuple[str, Any, Tensor]],
+) -> None:
+    """Raise a ValueError that names what differs between given values and the module's own tensors."""
+    if missing or unexpected:
+        raise ValueError(f"{what}: {pairing.describe_difference(missing, unexpected)}")
+    for key, given, own in pairs:
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{what}: {key!r} is a {type(given).__name__} there and a tensor here")
+        if given.shape != own.shape:
+            raise ValueError(
+                f"{what}: {key!r} has shape {tuple(given.shape)} there and {tuple(own.shape)} here"
+            )
+        if _kind(given) != _kind(own):
+            raise ValueError(f"{what}: {key!r} is {given.dtype} there and {own.dtype} here")
+        if given.is_meta:
+            raise ValueError(f"{key!r} is on the meta device and has no values: load the state to the CPU")
+        if not sharding.alike(given, own):
+            raise ValueError(
+                f"in the state {key!r} is {sharding.describe(given)}, the teacher's is "
+                f"{sharding.describe(own)}: read it with torch.distributed.checkpoint, which fits a saved "
+                "state to any sharding"
+            )
+
+
+def _kind(tensor: Tensor) -> tuple[bool, ...]:
+    """Return whether a tensor is floating point, complex or boolean."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+
+
+def __dir__() -> list[str]:
+    return __all__
