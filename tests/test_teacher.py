@@ -344,7 +344,7 @@ def test_a_factory_builds_what_cannot_be_copied():
     x = torch.randn(5, 4)
     assert torch.equal(teacher(x), student.eval()(x))
     assert teacher.module.head.weight is student.head.weight
-    with pytest.raises(ValueError, match="must build a module with the student's tensors, .* has 'body.weight' of shape"):
+    with pytest.raises(ValueError, match="module with the student's tensors, .* has 'body.weight' of shape"):
         WMATeacher(student, "uniform", module_factory=lambda: Net(9))
 
 
