@@ -338,3 +338,17 @@ def test_recorded_runs_synthesise(kind, tmp_path):
     assert {n: t.shape for n, t in state.items()} == {
         n: t.shape for n, t in direct.averaged_state_dict().items()
     }
+
+
+def test_a_buffer_that_is_none_at_first_may_be_excluded():
+    student = nn.Linear(3, 3)
+    student.register_buffer("cache", None)
+    teacher = WMATeacher(student, "uniform", 9, buffers="average", exclude=["cache"])
+    student.cache = torch.ones(3)
+    teacher.update()
+    assert torch.equal(teacher.module.cache, student.cache)
+    student.cache = None
+    teacher = WMATeacher(student, "uniform", 9, buffers="average")
+    student.cache = torch.ones(3)
+    with pytest.raises(ValueError, match=r"'cache' has appeared.*exclude=\['cache'\]"):
+        teacher.update()

@@ -18,7 +18,7 @@ CORE = {
     "spec": set(),
     "checks": set(),
     "collectives": set(),
-    "caches": set(),
+    "caches": {"walking"},
     "averaging": {"caches"},
     "buffers": {"naming", "pairing", "walking"},
     "rewriting": {"naming"},
@@ -35,11 +35,11 @@ CORE = {
     "pairing": {"checks", "naming", "sharding", "walking"},
     "adapters": {"naming"},
     "watching": {"adapters", "walking"},
-    "swapping": {"averaging", "adapters", "sharding", "walking", "watching"},
+    "swapping": {"averaging", "adapters", "caches", "sharding", "walking", "watching"},
     "building": {"averaging", "copying", "pairing", "sharding"},
     "shadow": {
-        *("averaging", "buffers", "building", "copying", "finiteness", "pairing", "rewriting", "sharding"),
-        "walking",
+        *("averaging", "buffers", "building", "caches", "copying", "finiteness", "pairing", "rewriting"),
+        *("sharding", "walking"),
     },
     "states": {"buffers", "naming", "pairing", "shadow", "sharding"},
     "teacher": {

@@ -171,3 +171,60 @@ def test_a_recorder_whose_second_state_does_not_fit_keeps_both(tmp_path):
             assert_same(everything(teacher), own)
     one.load_state_dict(state)
     assert one.step == 5
+
+
+# --- averages that were made elsewhere ------------------------------------------------------------------
+
+
+def test_a_given_average_of_a_parameter_that_is_frozen_now_is_taken():
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    average = {name: value + 1 for name, value in student.state_dict().items()}
+    average["0.bias"] = student[0].bias.detach().clone()
+    student[0].requires_grad_(False)
+    teacher = WMATeacher(student, "uniform", 10)
+    teacher.load_average(average, 4)
+    assert teacher.roles.shared == ("0.bias",)
+    for name, value in teacher.averaged_state_dict().items():
+        assert torch.equal(value, average[name]), name
+    frozen = {name: value for name, value in average.items() if not name.startswith("0")}
+    again = WMATeacher(student, "uniform", 10)
+    again.load_average(frozen, 4)  # what is frozen may be missing
+    assert again.module[0].weight is student[0].weight
+
+
+class TiedModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 4), nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_of_tied_tensors_one_is_enough_and_two_must_agree():
+    student = TiedModel()
+    teacher = WMATeacher(student, "uniform", 10)
+    average = {"embed.weight": student.embed.weight.detach() + 1}
+    teacher.load_average(average, 3)
+    assert torch.equal(teacher.module.head.weight, average["embed.weight"])
+    with pytest.raises(ValueError, match="'embed.weight' and 'head.weight' are one tensor .*not tied"):
+        teacher.load_average({**average, "head.weight": average["embed.weight"] + 1}, 3)
+    state = copy.deepcopy(teacher.state_dict())
+    state["module.head.weight"] = state["module.head.weight"] + 1
+    with pytest.raises(ValueError, match="are one tensor in this model and have different values"):
+        teacher.load_state_dict(state)
+
+
+def test_a_given_average_with_nan_is_refused_where_nan_is_kept_out():
+    student = nn.Linear(2, 2)
+    average = {name: value * torch.nan for name, value in student.state_dict().items()}
+    for policy in ("skip", "raise"):
+        with pytest.raises(ValueError, match=f"NaN .* in 'weight', 'bias', which nonfinite='{policy}'"):
+            WMATeacher(student, "uniform", 10, nonfinite=policy).load_average(average, 3)
+
+
+@pytest.mark.parametrize("field", ["shared", "unfrozen", "changed_buffers"])
+def test_a_damaged_list_in_a_state_is_named(field):
+    teacher = WMATeacher(nn.Linear(2, 2), "uniform", 10)
+    state = copy.deepcopy(teacher.state_dict())
+    state["_extra_state"][field] = 5
+    with pytest.raises(ValueError, match=f"damaged: {field} is 5, not a list"):
+        teacher.load_state_dict(state)

@@ -333,7 +333,7 @@ def test_an_update_that_fails_is_not_counted(monkeypatch):
 def test_a_factory_must_not_return_the_student():
     student = nn.Linear(2, 2)
     with pytest.raises(
-        ValueError, match="module_factory must build a new module, .* the student's own tensors"
+        ValueError, match=r"it has the student's own '\w+': module_factory must build a new module"
     ):
         WMATeacher(student, "uniform", module_factory=lambda: student)
     assert student.weight.requires_grad
@@ -547,3 +547,79 @@ def test_what_runs_in_python_does_not_grow_with_the_number_of_tensors(dtype):
         teacher.update()
         counts.append(python_calls(teacher))
     assert counts[0] == counts[1] < 200
+
+
+class Cached(nn.Module):
+    """A layer that keeps its transposed weight while it is evaluated."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+        self.cache = {}
+
+    def train(self, mode=True):
+        super().train(mode)
+        if mode and self.cache:
+            self.cache = {}
+        return self
+
+    def forward(self, x):
+        if self.training:
+            return x @ self.weight.t()
+        if not self.cache:
+            self.cache["weight"] = self.weight.detach().t().clone()
+        return x @ self.cache["weight"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_module_caches_for_evaluation_follows_its_weights(training):
+    student = nn.Sequential(Cached(), nn.Dropout(0.5)).train(training)
+    student[1].train(not training)
+    teacher = WMATeacher(student, "ema(0.5)")
+    x = torch.randn(5, 4)
+    modes = [m.training for m in student.modules()]
+    for _ in range(2):
+        student[0](x), teacher(x)
+        nn.init.normal_(student[0].weight)
+        student[0].train().train(training)
+        teacher.update()
+        average = teacher.averaged_state_dict()["0.weight"]
+        torch.testing.assert_close(teacher(x), x @ average.t())
+        with teacher.swap():
+            assert [m.training for m in student.modules()] == modes
+            torch.testing.assert_close(student[0](x), x @ average.t())
+        assert [m.training for m in student.modules()] == modes
+        torch.testing.assert_close(student[0](x), x @ student[0].weight.t())
+    teacher.copy_to(student)
+    torch.testing.assert_close(student[0](x), x @ average.t())
+
+
+class Attached(nn.Module):
+    """A module whose copies share its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_copy_that_shares_the_students_weights_is_refused():
+    student = nn.Sequential(Attached(), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match="the student's own '0.layer.weight'.*module_factory"):
+        WMATeacher(student, "uniform")
+    assert all(p.requires_grad for p in student.parameters())
+
+    def factory():
+        module = nn.Linear(4, 2)
+        module.weight.data = student[1].weight.data
+        return module
+
+    with pytest.raises(
+        ValueError, match="the student's own 'weight': module_factory must build a new module"
+    ):
+        WMATeacher(student[1], "uniform", module_factory=factory)

@@ -154,6 +154,8 @@ def test_without_hooks_a_value_that_is_lost_is_an_error():
     optimizer.step()
     with pytest.raises(RuntimeError, match="'bias' was unfrozen and written .* runs no hooks.*frozen='copy'"):
         teacher.update()
+    with pytest.raises(RuntimeError, match="'bias' was unfrozen and written"):
+        teacher(torch.ones(1, 2))  # it stays an error
     assert teacher.step == 1
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wmateacher import averaging, copying, pairing, sharding
 from wmateacher.pairing import Binding, Roles
@@ -53,6 +54,13 @@ def build(
         module = _deep_copy(student, roles, named, target, hooks)
     else:
         module = _call_factory(factory, student, roles, named, target)
+    own = pairing.tensors(module)
+    common = [name for name in roles.owned if _same_memory(own[name], named[name])]
+    if common:
+        raise ValueError(
+            f"the copy would be trained with the student, as it has the student's own {common[0]!r}: "
+            "module_factory must build a new module. Without one, a module's __deepcopy__ shares the tensor"
+        )
     pairing.densify(module)
     module.requires_grad_(False)
     return (module if device is None else module.to(device)).eval()
@@ -94,11 +102,6 @@ def _call_factory(
             + (pairing.describe_difference(missing, extra) or shapes[0])
         )
     sharding.match(own, named)
-    theirs = {id(t) for t in named.values()}
-    if any(id(own[n]) in theirs for n in owned):
-        raise ValueError(
-            "module_factory must build a new module, but what it returned has the student's own tensors"
-        )
     pairing.densify(module)
     pairing.share(module, student, roles.shared)
     home = next((t.device for t in named.values()), torch.device("cpu"))
@@ -106,6 +109,13 @@ def _call_factory(
     targets, sources = Binding(module).local, Binding(student).local
     averaging.copy_([targets[n] for n in owned], [sources[n] for n in owned])
     return module
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    plain = all(t.layout == torch.strided and not is_traceable_wrapper_subclass(t) for t in (one, other))
+    return plain and one.numel() > 0 and one.device == other.device and one.data_ptr() == other.data_ptr()
 
 
 def __dir__() -> list[str]:

@@ -65,7 +65,8 @@ class Roles:
         copied: Tensors that are set to the student's value at each snapshot.
         kept: Tensors that stay as they were when the teacher was built.
         shared: Frozen parameters, for which the teacher uses the student's own tensors.
-        excluded: Those of them that are to be copied, not averaged, if they are unfrozen.
+        excluded: Shared parameters and buffers that are None, which are to be copied, not averaged, once they
+            are unfrozen or have a value.
         buffers: The policy for buffers, also for those that appear later.
     """
 
@@ -194,7 +195,8 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
                 f"the student's {name!r} is on the meta device and has no value: materialise and initialise "
                 "the student before building the teacher, whose average starts at its weights"
             )
-    excluded = _matching(exclude, [*parameters, *others])
+    empty = [n for n in _empty_buffers(model) if n not in others]
+    excluded = _matching(exclude, [*parameters, *others, *empty])
     shared = {n for n, p in parameters.items() if frozen == "share" and not p.requires_grad}
     once_unfrozen, excluded = excluded & shared, excluded - shared
     # The average of a buffer that is not saved could not be resumed.
@@ -213,9 +215,19 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
         copied=ordered(copied),
         kept=ordered(kept),
         shared=ordered(shared),
-        excluded=ordered(once_unfrozen),
+        excluded=(*ordered(once_unfrozen), *(n for n in empty if n in excluded)),
         buffers=buffers,
     )
+
+
+def _empty_buffers(model: nn.Module) -> list[str]:
+    """Return the canonical names of the buffers that are None."""
+    return [
+        f"{name}.{leaf}" if name else leaf
+        for name, module in naming.modules(model).items()
+        for leaf, buffer in module._buffers.items()
+        if buffer is None
+    ]
 
 
 def _is_continuous(tensor: Tensor) -> bool:

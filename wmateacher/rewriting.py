@@ -1,13 +1,11 @@
-"""Notice when a forward pass, or anyone but the teacher, writes to the averaged module's tensors."""
+"""Notice when the teacher's forward pass writes to the averaged module's tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from wmateacher import naming
 
@@ -26,14 +24,11 @@ class Watch:
         """Look at tensors by name, except for those made in inference mode, which count no versions."""
         counted = {name: tensor for name, tensor in tensors.items() if not tensor.is_inference()}
         self._names, self._tensors = list(counted), list(counted.values())
-        self._places = [
-            (n, t, t.detach()) for n, t in counted.items() if not is_traceable_wrapper_subclass(t)
-        ]
         self.settle()
 
     def settle(self) -> None:
         """Accept what has been written until now."""
-        # This runs at every update. `map` over a C function has no bytecode per tensor.
+        # This runs at every forward pass. `map` over a C function has no bytecode per tensor.
         self._versions = list(map(_VERSION, self._tensors))
 
     def written(self) -> list[str]:
@@ -43,16 +38,6 @@ class Watch:
             return []
         changed = zip(self._names, versions, self._versions, strict=True)
         return [name for name, now, before in changed if now != before]
-
-    def replaced(self) -> list[str]:
-        """Return the names of the tensors whose values `tensor.data = ...` has changed on the same device."""
-        return [
-            name
-            for name, tensor, place in self._places
-            if tensor.device == place.device
-            and not tensor.is_set_to(place)
-            and not torch.equal(tensor.detach(), place.to(tensor.dtype))
-        ]
 
 
 def renormalised(model: nn.Module) -> set[str]:

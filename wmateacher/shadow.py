@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, buffers, building, copying, pairing, sharding, walking
+from wmateacher import averaging, buffers, building, caches, copying, pairing, sharding
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
@@ -26,9 +25,6 @@ from wmateacher.rewriting import Watch, renormalised
 __all__ = ["Plan", "Shadow"]
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-
-# The averaged modules of all teachers.
-_averaged: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Plan:
             the host does.
         changed: The names of buffers that changed their structure in the student, which the averaged module
             takes over at a snapshot.
+        forget: The function that drops what the averaged module has computed from its weights.
     """
 
     student: Binding
@@ -54,6 +51,7 @@ class Plan:
     detector: Detector | None = None
     copy: averaging.Update | None = None
     changed: Sequence[str] = ()
+    forget: Callable[[], None] = lambda: None
 
     def fits(self, student: nn.Module) -> bool:
         """Return whether the plan is for this student and both modules still have the same tensors."""
@@ -74,6 +72,7 @@ class Plan:
                 mask = finite.all()
                 self.update(omega, mask)
                 self.copy(1.0, mask)
+                self.forget()
                 return verdict
             if verdict.nonfinite():
                 return verdict
@@ -81,6 +80,7 @@ class Plan:
         averaging.copy_(*self.copied)
         if self.changed:
             buffers.follow(self.own.model, self.student.model, self.changed)
+        self.forget()
         return verdict
 
 
@@ -122,7 +122,6 @@ class Shadow:
         self._detects = nonfinite != "warn"
         self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
         self.module = building.build(student, roles, device, hooks, module_factory)
-        _averaged.add(self.module)
         self.fully_sharded = sharding.fully_sharded(self.module)
         self.unfrozen: dict[str, int] = {}
         self.shares = frozen == "share"
@@ -132,6 +131,9 @@ class Shadow:
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
         self._renormalised = renormalised(self.module)
         self._plan: Plan | None = None
+        self._shared: list[Tensor] = []
+        self._versions: list[int | None] = []
+        self._lost: list[str] = []  # the unfrozen parameters of which the value is lost
         self._start_averages(Binding(student), self.roles.averaged)
         own = pairing.tensors(self.module)
         if dtype == "split" and not any(own[n].dtype == torch.bfloat16 for n in self.roles.averaged):
@@ -146,7 +148,6 @@ class Shadow:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _averaged.add(self.module)
         self._watch(Binding(self.module))
 
     # --- averages ----------------------------------------------------------------------------------
@@ -211,6 +212,12 @@ class Shadow:
         self._watch(Binding(self.module))
         self._look_up_shared()
 
+    def take_up_different(self, values: Mapping[str, Tensor], step: int) -> None:
+        """Take up the shared parameters whose average is given and is not the student's value."""
+        own = self.bind()
+        shared = [name for name in self.roles.shared if name in values]
+        self.take_up([n for n in shared if not _equal(own.local[n], values[n])], step)
+
     def take_up_unfrozen(self, step: int, *, trained: bool = False) -> None:
         """Take up the shared parameters that now require grad.
 
@@ -226,15 +233,16 @@ class Shadow:
         if not any(map(_REQUIRES_GRAD, self._shared)):
             return
         names = [n for n, t in zip(self.roles.shared, self._shared, strict=True) if t.requires_grad]
-        if trained:
-            for name, tensor, version in zip(self.roles.shared, self._shared, self._versions, strict=True):
-                if name in names and _version(tensor) != version:
-                    raise RuntimeError(
-                        f"the student's {name!r} was unfrozen and written before the teacher could keep the "
-                        "value that it had while it was frozen: its optimizer runs no hooks. Unfreeze it "
-                        "before building the teacher, build the teacher with frozen='copy', or call "
-                        "teacher.forward or teacher.update between unfreezing and the first step"
-                    )
+        if trained and not self._lost:
+            versions = zip(self.roles.shared, self._shared, self._versions, strict=True)
+            self._lost = [n for n, t, version in versions if n in names and _version(t) != version]
+        if self._lost:
+            raise RuntimeError(
+                f"the student's {pairing.few(self._lost)} was unfrozen and written before the teacher could "
+                "keep the value that it had while it was frozen: its optimizer runs no hooks. Unfreeze it "
+                "before building the teacher, build the teacher with frozen='copy', or call the teacher or "
+                "teacher.update between unfreezing and the first step"
+            )
         self.take_up(names, step)
 
     def note_shared(self) -> None:
@@ -243,6 +251,7 @@ class Shadow:
 
     def _look_up_shared(self) -> None:
         own = pairing.tensors(self.module)
+        self._lost = []
         self._shared = [own[name] for name in self.roles.shared]
         self._plan = None
         self.note_shared()
@@ -260,7 +269,6 @@ class Shadow:
         Raises:
             ValueError: If the student's tensors do not match the averaged module's.
         """
-        self.check_untouched()
         if self._plan is not None and self._plan.fits(student):
             return self._plan
         # A forward pass may have left gathered parameters in place of the shards. Without them the plan
@@ -279,7 +287,6 @@ class Shadow:
             self._follow_replaced(student, replaced, own, theirs, is_original, step)
             own = Binding(self.module)
         roles = self.roles
-        self.check_untouched(thorough=True)
         self._watch(own)
         averages = [self.average(own, n) for n in roles.averaged]
         changed = [n for n in differing if self._role_of_buffer(n) == "copied"]
@@ -293,7 +300,9 @@ class Shadow:
         with torch.inference_mode(False):
             update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged], masked=masked)
             copied = averaging.Update(list(map(Average, targets)), sources, masked=True) if masked else None
-        return Plan(theirs, own, update, (targets, sources), detector, copied, changed)
+        return Plan(
+            theirs, own, update, (targets, sources), detector, copied, changed, caches.Forget(self.module)
+        )
 
     def _match(self, model: nn.Module, own: Binding, theirs: Mapping[str, Tensor]) -> Sequence[str]:
         """Check that a model has the averaged module's tensors; return the buffers that may differ and do.
@@ -303,6 +312,8 @@ class Shadow:
         """
         differing = buffers.differing(self.module, model)
         for name in differing:
+            if name in self.roles.excluded:
+                continue
             owner = model if name in theirs else self.module
             new = name not in self.roles.owned and name in pairing.state_names(owner).values()
             floating = name in theirs and theirs[name].is_floating_point()
@@ -391,35 +402,34 @@ class Shadow:
         rounded = {n for n in averages.keys() - holding.keys() if isinstance(own.tensors[n], nn.Parameter)}
         self._watches = Watch(holding), Watch({n: own.local[n] for n in averages if n in rounded})
 
-    def settle(self) -> None:
-        """Accept the module's tensors as they are, after the teacher has written to them."""
-        for watch in self._watches:
-            watch.settle()
-
-    def check_untouched(self, *, thorough: bool = False) -> None:
-        """Undo what others have written to the module's tensors.
-
-        Args:
-            thorough: Whether to look for `tensor.data = ...` as well.
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Undo what a forward pass inside a `with` block writes to the module's weights.
 
         Raises:
-            RuntimeError: If a tensor was written that holds an average itself.
+            RuntimeError: If it wrote to a tensor that holds an average itself.
         """
         holding, rounded = self._watches
-        names = holding.written() or (holding.replaced() if thorough else [])
+        holding.settle()
+        rounded.settle()
+        try:
+            yield
+        finally:
+            # FSDP2 leaves the root's parameters gathered for a backward pass, which never comes.
+            sharding.reshard(self.fully_sharded)
+            names = rounded.written()
+            if names:
+                own = Binding(self.module)
+                for name in names:
+                    self.average(own, name).restore()
+        names = holding.written()
         if names:
             raise RuntimeError(
-                f"the averaged module's {pairing.few(names)} held the average itself and was written, by its "
-                "own forward pass or from outside, so that the average is lost. If a forward pass writes to "
-                "weights, build the teacher with dtype=torch.float64, which holds averages beside the "
-                "module (for float64 models leave them out with exclude=). Otherwise load a saved state"
+                f"the averaged module's {pairing.few(names)} held the average itself and was written by its "
+                "forward pass, so that the average is lost. Build the teacher with dtype=torch.float64, "
+                "which holds averages beside the module (for float64 models leave them out with exclude=), "
+                "or load a saved state"
             )
-        names = rounded.written()
-        if names:
-            own = Binding(self.module)
-            for name in names:
-                self.average(own, name).restore()
-            rounded.settle()
 
     def read(self, own: Binding, name: str) -> Tensor:
         """Return an averaged tensor at full precision, as a DTensor where it is sharded."""
@@ -430,17 +440,21 @@ class Shadow:
         own = self.bind()
         for name, value in values.items():
             local = sharding.local(value).detach()
+            if name in self.roles.shared:
+                continue  # the student's own, with this value
             if name in self.roles.averaged:
                 self.average(own, name).write(local)
             else:
                 averaging.copy_([own.local[name]], [local])
         self._watch(own)
+        caches.Forget(self.module)()
 
     def copy_to(self, model: nn.Module) -> None:
         """Write the averaged weights and buffers into an unwrapped model, by name."""
         targets, sources, differing = self.counterparts(model)
         averaging.copy_([sharding.local(t) for t in targets], sources)
         buffers.follow(model, self.module, differing)
+        caches.Forget(model)()
 
     def counterparts(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor], Sequence[str]]:
         """Return an unwrapped model's tensors and the local averages for them, leaving out shared tensors.
@@ -449,15 +463,8 @@ class Shadow:
 
         Raises:
             ValueError: If the model's tensors do not match the averaged module's.
-            RuntimeError: If they hold the average of another teacher.
         """
-        if any(module in _averaged and module is not self.module for module in walking.modules(model)):
-            raise RuntimeError(
-                "the model holds the average of another teacher, which would be lost: pass a copy of it, "
-                "copy.deepcopy(teacher.module)"
-            )
         sharding.reshard(sharding.fully_sharded(model))
-        self.check_untouched(thorough=True)
         own, theirs = self.bind(), pairing.tensors(model)
         differing = self._match(model, own, theirs)
         targets, sources = [], []
@@ -479,7 +486,6 @@ class Shadow:
         Args:
             dtype: The dtype of floating-point tensors; None stands for the module's own.
         """
-        self.check_untouched(thorough=True)
         own = self.bind()
         names = {id(t): n for n, t in own.tensors.items()}
         # `keep_vars` keeps the tensor objects, by which entries are recognised under any key.
@@ -505,7 +511,8 @@ class Shadow:
     def _precise(self, own: Binding, name: str, dtype: torch.dtype) -> Tensor:
         """Return a tensor of the averaged module; at full precision if `dtype` is not its own."""
         tensor = own.local[name]
-        if tensor.dtype == dtype or name not in self._beside:
+        rounded = tensor.dtype == dtype and name not in self._renormalised
+        if rounded or name not in self._beside:
             return tensor.detach()
         return self.average(own, name).read()
 
@@ -524,7 +531,6 @@ class Shadow:
                 "a teacher that is sharded by fully_shard and shares frozen parameters with its student "
                 "cannot be moved or cast: build it on its device in its dtype, or with frozen='copy'"
             )
-        self.check_untouched(thorough=True)
         before = self.bind()
         averages = {n: Average(before.local[n].detach(), self._beside.get(n)) for n in averaged}
         # Shared parameters are the student's and move with it.
@@ -560,6 +566,14 @@ class Shadow:
 def _version(tensor: Tensor) -> int | None:
     """Return how often a tensor was written; None for those of inference mode, which do not count."""
     return None if tensor.is_inference() else tensor._version
+
+
+def _equal(own: Tensor, given: Tensor) -> bool:
+    """Whether a given tensor, of any dtype and device, has a tensor's values."""
+    given = sharding.local(given).detach()
+    if type(own.detach()) is not Tensor or type(given) is not Tensor:
+        return own is given
+    return torch.equal(own.detach(), given.to(own.device, own.dtype))
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

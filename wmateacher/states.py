@@ -27,7 +27,6 @@ def complete(shadow: Shadow, module: nn.Module, state: dict[str, Any], prefix: s
         state: The teacher's state, which is changed in place.
         prefix: The prefix of the module's keys in it.
     """
-    shadow.check_untouched(thorough=True)
     own, full = Binding(shadow.module), {}
     keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
     written = {key: state.pop(prefix + path) for path, key in naming.canonical(module, keys).items()}
@@ -101,6 +100,7 @@ def load(
             *((home + k, found[k], found[k]) for k in places if k in found),
         ],
     )
+    _check_ties("the state was written for another architecture", found, names)
     # What is frozen here and was trained there, or the reverse, takes the role that it had there.
     shadow.take_up([n for n in shadow.roles.shared if n in held.values()], 0)
     shadow.release(student, [n for n in shadow.roles.owned if n in shared])
@@ -122,31 +122,54 @@ def load(
 
 
 def match_average(shadow: Shadow, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Check an average of the student's architecture and return it by canonical name, for `write`.
+    """Check an average of the student's architecture and return it by canonical name, for `Shadow.write`.
 
     Args:
         shadow: The averaged copy.
-        average: The weights, under the keys of the student's `state_dict`. Buffers may be missing.
+        average: The weights, under the keys of the student's `state_dict`. Buffers and parameters that are
+            shared with the student may be missing. Of tied tensors, one is enough.
 
     Raises:
-        ValueError: If a weight is missing, unknown or of another shape.
+        ValueError: If a weight is missing, unknown or of another shape, or tied ones differ.
         TypeError: If `average` is not a mapping.
     """
     if not isinstance(average, Mapping):
         raise TypeError(f"average must be a state dict, got {type(average).__name__}")
     own = shadow.bind()
-    names = {k: n for k, n in pairing.state_names(shadow.module).items() if n not in shadow.roles.shared}
+    names = pairing.state_names(shadow.module)
     known = {*names, *naming.canonical(shadow.module, shadow.module.state_dict()).values()}
     keys = naming.resolve(average, known)
-    found = {name: average[key] for key, name in keys.items() if name in names}
-    needed = {k for k, n in names.items() if isinstance(own.tensors[n], nn.Parameter)}
+    found = {key: average[k] for k, key in keys.items() if key in names}
+    given = {names[key] for key in found}
+    needed = [
+        key
+        for key, name in names.items()
+        if name not in given
+        and name not in shadow.roles.shared
+        and isinstance(own.tensors[name], nn.Parameter)
+    ]
     _check_values(
         "average is of another architecture",
-        missing=sorted(needed - found.keys()),
+        missing=sorted(needed),
         unexpected=[k for k in average if k not in keys],
         pairs=[(k, value, own.tensors[names[k]]) for k, value in found.items()],
     )
+    _check_ties("average", found, names)
     return {names[k]: value for k, value in found.items()}
+
+
+def _check_ties(what: str, found: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Raise a ValueError if tensors that are one tensor here have different values there."""
+    first: dict[str, str] = {}
+    for key, name in names.items():
+        if key in found:
+            other = first.setdefault(name, key)
+            one, two = found[other], found[key]
+            if one is not two and not torch.equal(sharding.local(one), sharding.local(two)):
+                raise ValueError(
+                    f"{what}: {other!r} and {key!r} are one tensor in this model and have different values "
+                    "there: it is of a model in which they are not tied"
+                )
 
 
 def _check_values(

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from wmateacher import adapters, averaging, sharding, walking, watching
+from wmateacher import adapters, averaging, caches, sharding, walking, watching
 
 __all__ = ["Lending", "refuse"]
 
@@ -89,11 +89,12 @@ class Lending(AbstractContextManager[None]):
     ) -> Iterator[None]:
         memory = [sharding.local(target) for target in targets]
         own = [tensor.detach().clone() for tensor in memory]
-        fully_sharded = sharding.fully_sharded(self.model)
+        fully_sharded, forget = sharding.fully_sharded(self.model), caches.Forget(self.model)
         problem = None
         with self._registered(targets), _guarded(self.model, self.refuse), replaced:
             try:
                 averaging.copy_(memory, sources)
+                forget()
                 watch = watching.Watch(self.model, targets)
                 try:
                     yield
@@ -105,6 +106,7 @@ class Lending(AbstractContextManager[None]):
                     watch.put_back()
             finally:
                 averaging.copy_(memory, own)
+                forget()
         if problem is not None:
             raise RuntimeError(problem)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -178,7 +178,6 @@ class WMATeacher(nn.Module):
         self.register_state_dict_pre_hook(_prepare_state)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_load_state)
-        self.register_load_state_dict_post_hook(_accept_state)
         unfreezing.watch(self, _take_up_unfrozen)
 
     # --- properties ---------------------------------------------------------------------------------
@@ -281,17 +280,18 @@ class WMATeacher(nn.Module):
         self._refuse_lent("update()")
         swapping.refuse(student, "update()")
         adapters.refuse(self._adapters_of(student), "update()")
-        self._settle()
+        refused: RuntimeError | None = None
+        try:
+            self._settle()
+        except RuntimeError as error:
+            refused = error  # the last student was refused; this one counts before that is said
         self._shadow.take_up_unfrozen(self.step, trained=True)
         plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
         omega = self._clock.tick()
         try:
             if omega:
-                try:
-                    self._verdict = plan.apply(omega)
-                finally:
-                    self._shadow.settle()
+                self._verdict = plan.apply(omega)
         except BaseException:
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
@@ -299,6 +299,8 @@ class WMATeacher(nn.Module):
         self._shadow.note_shared()
         if self._verdict is not None and self._verdict.has_arrived():
             self._settle()
+        if refused is not None:
+            raise refused
 
     def _settle(self) -> None:
         """Act on what is known of the last snapshot: a student that was not finite is not in the average."""
@@ -399,7 +401,14 @@ class WMATeacher(nn.Module):
             self._clock.jump(step)
             return
         values = states.match_average(self._shadow, average)
+        infinite = [n for n, v in values.items() if self._nonfinite != "warn" and not v.isfinite().all()]
+        if infinite:
+            raise ValueError(
+                f"average has NaN or infinite values in {pairing.few(infinite)}, which "
+                f"nonfinite={self._nonfinite!r} keeps out of the average: pass a finite one"
+            )
         self._clock.jump(step)
+        self._shadow.take_up_different(values, step)
         self._shadow.write(values)
 
     # --- using the average --------------------------------------------------------------------------
@@ -416,15 +425,9 @@ class WMATeacher(nn.Module):
         swapping.refuse(self.module, "the teacher's forward pass")
         self._refuse_merged("the teacher's forward pass")
         self._shadow.take_up_unfrozen(self.step)
-        try:
-            with torch.no_grad(), caches.apart():
-                output = self.module(*args, **kwargs)
-        finally:
-            # FSDP2 leaves the root's parameters gathered for a backward pass, which never comes.
-            sharding.reshard(self._shadow.fully_sharded)
-            if not torch.compiler.is_compiling():
-                self._shadow.check_untouched()
-        return output
+        guard = nullcontext() if torch.compiler.is_compiling() else self._shadow.guarding()
+        with guard, torch.no_grad(), caches.apart():
+            return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> WMATeacher:
         """Set the training flag of the teacher; the averaged module stays in eval mode."""
@@ -614,6 +617,9 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     omega = clock.get("omega")
     if not (isinstance(omega, int | float) and 0 <= omega <= 1):
         raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
+    for field in ("shared", "unfrozen", "changed_buffers"):
+        if not isinstance(clock.get(field, []), list | tuple):
+            raise ValueError(f"the teacher's state is damaged: {field} is {clock[field]!r}, not a list")
     states.load(
         teacher._shadow,
         teacher.module,
@@ -628,12 +634,6 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
 
 def _is_clock(value: Any) -> bool:
     return isinstance(value, Mapping) and {"format", "omega", "kernel"} <= value.keys()
-
-
-def _accept_state(teacher: nn.Module, *unused: Any) -> None:
-    """Accept that `nn.Module` has written each tensor to itself."""
-    assert isinstance(teacher, WMATeacher)
-    teacher._shadow.settle()
 
 
 def __dir__() -> list[str]:
