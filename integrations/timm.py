@@ -46,8 +46,9 @@ class ModelWma(WMATeacher):
 
         Args:
             model: The student, before or after DDP and torch.compile.
-            kernel: The kernel, as for `WMATeacher`. `"ema(0.9998)"` is `ModelEmaV3(model, decay=0.9998)`;
-                for its warm-up see `migration.PeerEMA`.
+            kernel: The kernel, as for `WMATeacher`. `"ema(0.9998)"` keeps the start in the average.
+                `ModelEmaV3(model, decay=0.9998)`, whose first update copies the model, is
+                `migration.PeerEMA(0.9998)`, which has its warm-up too.
             total_steps: The optimizer steps of the whole run, epochs times updates per epoch.
             device: The device of the average, as for `WMATeacher`; `"cpu"` for timm's
                 `--model-ema-force-cpu`.

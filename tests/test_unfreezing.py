@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from wmateacher import WMATeacher
+from wmateacher.posthoc import Recorder, synthesise
 
 
 class States(nn.Module):
@@ -282,3 +283,18 @@ def test_a_state_written_while_a_parameter_was_trained_is_loaded_where_it_is_fro
     apart = WMATeacher(student, "uniform", 9, frozen="copy")
     with pytest.raises(ValueError, match="missing 'module.weight', 'module.bias'"):
         apart.load_state_dict(WMATeacher(student, "uniform", 9).state_dict())
+
+
+def test_a_recorder_says_that_unfrozen_parameters_are_not_in_earlier_snapshots(tmp_path):
+    student = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    student[0].requires_grad_(False)
+    recorder = Recorder(student, 4, folder=tmp_path, every=1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    recorder.update()
+    student.requires_grad_(True)
+    student(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"'0.weight', '0.bias' had been frozen until step 1.*frozen='copy'"):
+        recorder.update()
+    with pytest.raises(ValueError, match=r"If parameters were unfrozen during the run.*frozen='copy'"):
+        synthesise(tmp_path, "uniform")

@@ -343,7 +343,8 @@ class WMATeacher(nn.Module):
 
         Args:
             optimizer: The optimizer that trains the student, or a list of several in the order in which they
-                step. These count one step once the last one has stepped.
+                step. These count one step once the last one has stepped, or when one of them steps again
+                before that, as after a step that a `GradScaler` skipped.
 
         Returns:
             A handle with a `remove()` method, which is also a context manager.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ class Recorder:
         self.teachers = tuple(
             WMATeacher(model, kernels.Power(sigma_rel=s), total_steps, **options) for s in sigma_rels
         )
+        self._shared = self.teachers[0].roles.shared
         self._begun = self._resumed = False
 
     @property
@@ -152,6 +154,7 @@ class Recorder:
         before = self.step
         for teacher in self.teachers:
             teacher.update(model)
+        self._warn_unfrozen()
         if self.step > before and self._position(self.step) is not None:
             self.save()
 
@@ -199,7 +202,20 @@ class Recorder:
             for teacher, own in zip(self.teachers, before, strict=False):
                 teacher.load_state_dict(own)
             raise
+        self._shared = self.teachers[0].roles.shared
         self._begun, self._resumed = False, True
+
+    def _warn_unfrozen(self) -> None:
+        """Warn if parameters that earlier snapshots do not have are averaged now."""
+        now = self.teachers[0].roles.shared
+        new, self._shared = [name for name in self._shared if name not in now], now
+        if new:
+            warnings.warn(
+                f"{pairing.few(new)} had been frozen until step {self.step - 1}, so that earlier snapshots do "
+                "not have it, and cannot be synthesised together with later ones: build the recorder with "
+                "frozen='copy'",
+                stacklevel=3,
+            )
 
     def _check_plan(self, total_steps: int | None) -> None:
         if self._steps is not None and total_steps is not None and self._steps[-1] > total_steps:

@@ -134,7 +134,8 @@ def synthesise(
     if len(intervals) > 1 or any(h.averaged != headers[last].averaged for h in headers):
         raise ValueError(
             f"the {len(files)} snapshots are not of one run: their update_every or the tensors that they "
-            "average differ; pass the snapshots of one recorder"
+            "average differ; pass the snapshots of one recorder. If parameters were unfrozen during the run, "
+            "pass those from after that, and record with frozen='copy' next time"
         )
     built = kernels.build(kernel)
     if total_steps is None:
