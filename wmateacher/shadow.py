@@ -25,6 +25,7 @@ from wmateacher.rewriting import Watch, renormalised
 __all__ = ["Plan", "Shadow"]
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_VERSION = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,8 @@ class Shadow:
             return
         names = [n for n, t in zip(self.roles.shared, self._shared, strict=True) if t.requires_grad]
         if trained and not self._lost:
-            versions = zip(self.roles.shared, self._shared, self._versions, strict=True)
-            self._lost = [n for n, t, version in versions if n in names and _version(t) != version]
+            versions = zip(self.roles.shared, _versions(self._shared), self._versions, strict=True)
+            self._lost = [n for n, now, before in versions if n in names and now != before]
         if self._lost:
             raise RuntimeError(
                 f"the student's {pairing.few(self._lost)} was unfrozen and written before the teacher could "
@@ -247,7 +248,7 @@ class Shadow:
 
     def note_shared(self) -> None:
         """Note which values the shared parameters have now; `take_up_unfrozen` compares them."""
-        self._versions = list(map(_version, self._shared))
+        self._versions = _versions(self._shared)
 
     def _look_up_shared(self) -> None:
         own = pairing.tensors(self.module)
@@ -563,9 +564,12 @@ class Shadow:
 # --- frozen tensors -----------------------------------------------------------------------------------
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Return how often a tensor was written; None for those of inference mode, which do not count."""
-    return None if tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
+    """Return how often each tensor was written; None for those of inference mode, which do not count."""
+    try:
+        return list(map(_VERSION, tensors))  # no bytecode per tensor
+    except RuntimeError:
+        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _equal(own: Tensor, given: Tensor) -> bool:

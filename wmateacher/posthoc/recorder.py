@@ -211,9 +211,9 @@ class Recorder:
         new, self._shared = [name for name in self._shared if name not in now], now
         if new:
             warnings.warn(
-                f"{pairing.few(new)} had been frozen until step {self.step - 1}, so that earlier snapshots do "
-                "not have it, and cannot be synthesised together with later ones: build the recorder with "
-                "frozen='copy'",
+                f"{pairing.few(new)} had been frozen until step {self.step - 1}, so that earlier snapshots "
+                "do not have it, and cannot be synthesised together with later ones: build the recorder "
+                "with frozen='copy'",
                 stacklevel=3,
             )
 
