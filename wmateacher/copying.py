@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -34,8 +35,11 @@ _HOOK_TABLES = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
 )
-# The hooks of these packages compute weights or place tensors.
-_COMPUTING = ("torch.nn.utils.", "torch.distributed.tensor.", "torch.ao.")
+# The hooks of these packages compute weights, place tensors, or collect outputs for the model's own `forward`.
+_COMPUTING = (
+    *("torch.nn.utils.", "torch.distributed.tensor.", "torch.ao."),
+    "transformers.utils.output_capturing",
+)
 # A warning names plain attributes with more bytes than this and more than a tenth of the model's.
 _LARGE = 64 * 2**20
 _NOT_COPIED = (RuntimeError, TypeError, NotImplementedError, AssertionError, copy.Error, pickle.PickleError)
@@ -165,6 +169,8 @@ class _Survey:
                 continue
             self._seen[id(x)] = x
             if type(x) in weakref.ProxyTypes or isinstance(x, rebinding.TRAINING):
+                self._memo[id(x)] = x
+            elif isinstance(x, FakeTensor):  # notes in an exported graph, which have no values
                 self._memo[id(x)] = x
             elif isinstance(x, Tensor):
                 yield self._tensor(x, where)

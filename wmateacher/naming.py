@@ -51,7 +51,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_wrapped(model: nn.Module) -> bool:
     """Return whether a module or one of its submodules is a wrapper."""
-    return any(_wrapper(module) for module in model.modules())
+    return any(map(_wrapper_type, set(map(type, walking.modules(model)))))
 
 
 def canonical(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:

@@ -345,7 +345,7 @@ def clone(tensor: Tensor, device: torch.device | None) -> Tensor:
 
 def _named(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the parameters and the buffers of a module by canonical name; tied ones once."""
-    parameters, buffers = dict(walking.named_parameters(model)), dict(walking.named_buffers(model))
+    parameters, buffers = walking.named_tensors(model)
     names = naming.canonical(model, [*parameters, *buffers])
     return {names[p]: t for p, t in parameters.items()}, {names[p]: t for p, t in buffers.items()}
 

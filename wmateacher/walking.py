@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["is_teacher", "modules", "named_buffers", "named_modules", "named_parameters"]
+__all__ = ["is_teacher", "modules", "named_buffers", "named_modules", "named_parameters", "named_tensors"]
 
 
 def is_teacher(value: object) -> bool:
@@ -18,11 +18,30 @@ def is_teacher(value: object) -> bool:
     return isinstance(value, nn.Module) and getattr(type(value), "_is_wmateacher", False)
 
 
-def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """Yield a model and its submodules by path, leaving out teachers and what is inside them."""
-    # torch skips what is in `memo`, together with its submodules.
-    teachers = {m for m in model.modules() if m is not model and is_teacher(m)}
-    return model.named_modules(teachers, remove_duplicate=remove_duplicate)
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple[str, nn.Module]]:
+    """Return a model and its submodules by path, leaving out teachers and what is inside them.
+
+    The order and the paths are those of `nn.Module.named_modules`.
+    """
+    # A swap walks through a model many times, which is why this is one loop without nested generators.
+    seen: set[int] = set()
+    found: list[tuple[str, nn.Module]] = []
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        path, module = stack.pop()
+        if remove_duplicate:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+        found.append((path, module))
+        if children := module._modules:
+            prefix = f"{path}." if path else ""
+            stack += [
+                (prefix + name, child)
+                for name, child in reversed(children.items())
+                if child is not None and not is_teacher(child)
+            ]
+    return found
 
 
 def modules(model: nn.Module) -> list[nn.Module]:
@@ -32,17 +51,25 @@ def modules(model: nn.Module) -> list[nn.Module]:
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield a model's parameters by path, leaving out those of teachers."""
-    return _members(model, "_parameters", remove_duplicate)
+    return _members(named_modules(model, remove_duplicate), "_parameters", remove_duplicate)
 
 
 def named_buffers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield a model's buffers by path, leaving out those of teachers."""
-    return _members(model, "_buffers", remove_duplicate)
+    return _members(named_modules(model, remove_duplicate), "_buffers", remove_duplicate)
 
 
-def _members(model: nn.Module, table: str, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
+def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Return a model's parameters and its buffers by path, without duplicates and those of teachers."""
+    named = named_modules(model)
+    return dict(_members(named, "_parameters", True)), dict(_members(named, "_buffers", True))
+
+
+def _members(
+    named: list[tuple[str, nn.Module]], table: str, remove_duplicate: bool
+) -> Iterator[tuple[str, Any]]:
     seen: set[int] = set()
-    for path, module in named_modules(model, remove_duplicate):
+    for path, module in named:
         for leaf, tensor in getattr(module, table).items():
             if tensor is not None and id(tensor) not in seen:
                 if remove_duplicate:
