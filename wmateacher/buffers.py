@@ -50,6 +50,9 @@ def follow(target: nn.Module, source: nn.Module, names: Iterable[str]) -> None:
 
     The numbers among the attributes of their modules come along: a cache and its length belong together.
     """
+    names = list(names)
+    if not names:
+        return
     to, since = naming.modules(target), naming.modules(source)
     device = next((t.device for t in pairing.tensors(target).values()), None)
     copies: dict[int, Tensor] = {}
