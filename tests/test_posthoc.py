@@ -405,8 +405,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
         save({"w": torch.zeros(3)}, file)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
     assert load(file)["w"].sum() == 3
-    # A kill leaves the partial file: it is no snapshot, and the next write replaces it.
-    (tmp_path / "step-000000010-power-0.05.pt.partial").write_bytes(b"half")
+    # A kill leaves the partial file, which is no snapshot.
+    (tmp_path / "step-000000010-power-0.05.pt.0123abcd.partial").write_bytes(b"half")
     assert snapshot_files(tmp_path) == []
 
 
