@@ -165,7 +165,7 @@ def check_target(output: File | None, inputs: Sequence[Checkpoint]) -> None:
         return
     path = Path(os.path.realpath(output))
     if not (is_folder(inputs[-1]) and not _is_file_name(path)):
-        check_output(path)
+        check_output(output)
         if path.is_dir():
             raise ValueError(f"the output must be a file, and {str(output)!r} is a folder: name a file in it")
     elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
