@@ -62,7 +62,8 @@ def align(checkpoints: Sequence[Checkpoint], key: str | None = None, *, check: b
     if check:
         suitability.check_configurations(checkpoints)
     labels = [
-        f"state dict {i}" if isinstance(c, Mapping) else repr(os.fspath(c)) for i, c in enumerate(checkpoints)
+        repr(os.fspath(c)) if isinstance(c, str | os.PathLike) else f"state dict {i}"
+        for i, c in enumerate(checkpoints)
     ]
     keys = []
     for checkpoint, label in zip(checkpoints, labels, strict=True):
