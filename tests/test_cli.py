@@ -149,11 +149,13 @@ def test_nothing_is_replaced_without_force(checkpoints, tmp_path, capsys):
     [
         (("kernel", "bata(1,2)", "--total-steps", 9), "unknown kernel 'bata'; did you mean 'beta' or 'tail'? available: arcsine"),
         (("kernel", "uniform", "--total-steps", 0), "--total-steps must be a whole number of at least 1, got 0"),
+        (("kernel", "uniform", "--total-steps", 10**12), "--total-steps must be at most 100000000, got 1000000000000"),
+        (("average", "a.pt", "b.pt", "--total-steps", 5, "--output", "out.pt"), "--total-steps 5 needs the step of each checkpoint: pass --steps too"),
         (("average", "none.pt", "--output", "out.pt"), "there is no file 'none.pt'"),
         (("average", "none.pt", "--output", "out.npz"), "the output must be a file that ends in .safetensors"),
         (("synthesise", "none", "--kernel", "uniform", "--output", "out.pt"), "there is no folder 'none'"),
         (("interpolate", "a.pt", "b.pt", "--alpha", 2, "--output", "out.pt"), "alpha must be in [0, 1], got 2.0"),
-        (("stock", "a.pt", "b.pt", "--output", "out.pt"), "finetuned must be at least 2, got 1"),
+        (("stock", "a.pt", "b.pt", "--output", "out.pt"), "finetuned must be at least 2 models, got 1"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -259,6 +261,12 @@ def test_an_input_is_never_replaced(checkpoints, tmp_path, capsys, monkeypatch):
     for output in (checkpoints[0], link, checkpoints[0].name):
         assert main("average", *checkpoints, "--output", output, "--force") == 2
         assert f"--output {output} is one of the inputs" in capsys.readouterr().err
+    for output in (f"new/../{checkpoints[0].name}", f"{tmp_path}/a/b/../../{link.name}"):
+        assert main("average", *checkpoints, "--output", output) == 2
+        assert "already exists" in capsys.readouterr().err
+        assert main("average", *checkpoints, "--output", output, "--force") == 2
+        assert f"--output {output} is one of the inputs" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
     assert main("interpolate", *checkpoints[:2], "--alpha", 1, "--output", checkpoints[1], "--force") == 2
     assert main("stock", *checkpoints, "--output", checkpoints[2], "--force") == 2
     assert [file.read_bytes() for file in checkpoints] == before

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wmateacher import WMATeacher
-from wmateacher.files import load, save, write_atomically
+from wmateacher.files import load, read_metadata, read_texts, save, write_atomically
 from wmateacher.posthoc import average_checkpoints, interpolate, model_stock
 
 
@@ -91,14 +91,22 @@ def test_a_parent_that_is_a_file_is_the_same_error(tmp_path):
         save({"w": torch.ones(1)}, tmp_path / "a" / "b.pt")
 
 
-def test_a_killed_write_leaves_the_old_file_and_the_next_one_cleans_up(tmp_path):
-    file = tmp_path / "a.pt"
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_write_leaves_other_files_beside_it_alone(tmp_path, name):
+    file, other = tmp_path / name, tmp_path / f"{name}.partial"
+    other.write_bytes(b"mine")
     save({"w": torch.ones(3)}, file)
-    (tmp_path / "a.pt.partial").write_bytes(b"half")
+    with pytest.raises(ValueError, match="not a tensor"):
+        save({"w": torch.ones(3), "n": 3}, tmp_path / "a.safetensors")
     assert load(file)["w"].sum() == 3
-    save({"w": torch.zeros(3)}, file)
-    assert os.listdir(tmp_path) == ["a.pt"]
-    assert load(file)["w"].sum() == 0
+    assert other.read_bytes() == b"mine"
+    assert sorted(os.listdir(tmp_path)) == [name, f"{name}.partial"]
+
+
+def test_a_written_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    save({"w": torch.ones(3)}, tmp_path / "a.pt")
+    assert (tmp_path / "a.pt").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 # --- what is not a checkpoint -------------------------------------------------------------------------
@@ -315,3 +323,15 @@ def test_a_key_selects_names_in_a_safetensors_file(tmp_path):
     assert load(tmp_path / "a.safetensors", key="head").keys() == {"layer.w", "layer.n"}
     with pytest.raises(ValueError, match="holds no tensors under 'stud'"):
         load(tmp_path / "a.safetensors", key="stud")
+
+
+@pytest.mark.parametrize("text", ["step 3", "{", "[" * 10_000])
+def test_metadata_that_is_no_json_is_named(tmp_path, text):
+    file = tmp_path / "a.safetensors"
+    save({"w": torch.ones(1)}, file, texts={"wmateacher": text})
+    with pytest.raises(
+        ValueError, match=r"the metadata 'wmateacher' of .*a.safetensors' is not JSON"
+    ) as caught:
+        read_metadata(file)
+    assert len(str(caught.value)) < 500
+    assert read_texts(file) == {"format": "pt"}

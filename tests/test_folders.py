@@ -31,7 +31,7 @@ def write_shards(folder, content, stem="model", suffix=".safetensors", count=3):
         files.save(part, folder / file)
         index |= dict.fromkeys(part, file)
     (folder / f"{stem}{suffix}{INDEX}").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps({"seed": int(content["n"])}))
+    (folder / "config.json").write_text(json.dumps({"_name_or_path": int(content["n"])}))
     (folder / "tokenizer.model").write_bytes(b"words")
     return folder
 
@@ -101,7 +101,7 @@ def test_shards_are_of_bounded_size_and_other_files_are_the_last_models(shards, 
         f"model.safetensors{INDEX}", "tokenizer.model",
     ]  # fmt: skip
     assert os.listdir(tmp_path / "made") == ["out"]
-    assert json.loads((out / "config.json").read_text()) == {"seed": 2}
+    assert json.loads((out / "config.json").read_text()) == {"_name_or_path": 2}
     index = json.loads((out / f"model.safetensors{INDEX}").read_text())
     assert index["metadata"]["total_size"] == 5 * 160 + 8 + 4
     for name, shard in index["weight_map"].items():
@@ -126,15 +126,16 @@ def test_wrapped_names_in_shards(shards, tmp_path):
 def test_a_failed_write_leaves_nothing(shards, tmp_path, monkeypatch):
     before = sorted(os.listdir(tmp_path))
     save = files.save
-    monkeypatch.setattr(folders, "save", lambda s, f: save(s, f) if "00001" in f.name else 1 / 0)
+    monkeypatch.setattr(folders, "save", lambda s, f, **o: save(s, f) if "00001" in f.name else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         average_checkpoints(shards, output=tmp_path / "out", shard_bytes=400)
     assert sorted(os.listdir(tmp_path)) == before
     monkeypatch.undo()
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "half").write_bytes(b"of a run that was killed")
+    (tmp_path / "out.partial" / "half").write_bytes(b"of somebody else")
     average_checkpoints(shards, output=tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])
+    assert sorted(os.listdir(tmp_path)) == sorted([*before, "out", "out.partial"])
+    assert os.listdir(tmp_path / "out.partial") == ["half"]
     assert "half" not in os.listdir(tmp_path / "out")
 
 
@@ -231,3 +232,36 @@ def test_the_command_line_reads_and_writes_folders(shards, tmp_path, capsys):
         == 0
     )
     assert_equal(read(tmp_path / "empty"), state(1))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "new.pt", "sub", "sub/new.pt", "sub/../../model1/new.pt"]
+)
+def test_an_output_inside_of_an_input_is_refused(shards, name, capsys):
+    before = {file: file.read_bytes() for file in shards[1].iterdir()}
+    index = shards[1] / f"model.safetensors{INDEX}"
+    for sources in (shards[:2], [shards[1], shards[0]], [index, shards[0]]):
+        with pytest.raises(
+            ValueError, match="is inside of the input '.*model1', .* name a place outside of it"
+        ):
+            average_checkpoints(sources, output=shards[1] / name)
+    arguments = ["average", *map(str, shards), "--output", str(shards[1] / name), "--force"]
+    assert cli.main(arguments) == 2
+    assert "is inside of the input" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in shards[1].iterdir()} == before
+
+
+def test_the_metadata_of_the_last_input_is_kept(tmp_path):
+    texts = {"format": "np", "license": "mit", "ss_base": "sd"}
+    sources = [write_one("model.safetensors")(tmp_path / str(i), state(i)) for i in range(2)]
+    files.save(state(1), sources[1] / "model.safetensors", {"step": 3}, texts=texts)
+    expected = texts | {"format": "pt"}
+    average_checkpoints(sources, output=tmp_path / "out")
+    average_checkpoints(sources, output=tmp_path / "shards", shard_bytes=400)
+    average_checkpoints([s / "model.safetensors" for s in sources], output=tmp_path / "a.safetensors")
+    average_checkpoints([tmp_path / "shards"], output=tmp_path / "b.safetensors")
+    for file in ("out/model.safetensors", "a.safetensors", "b.safetensors"):
+        assert files.read_texts(tmp_path / file) == expected
+        assert files.read_metadata(tmp_path / file) is None
+    average_checkpoints([sources[0]], output=tmp_path / "c.safetensors")
+    assert files.read_texts(tmp_path / "c.safetensors") == {"format": "pt"}

@@ -52,7 +52,7 @@ CORE = {
     "contents": set(),
     "files": {"contents"},
     "folders": {"checks", "files"},
-    "posthoc": {"checks", "files", "folders", "kernels", "naming", "pairing", "schedule", "teacher"},
+    "posthoc": {"checks", "contents", "files", "folders", "kernels", "naming", "pairing", "schedule", "teacher"},
     "theory": {"checks", "kernels", "schedule"},
     "migration": {"checks", "kernels", "teacher", "walking"},
     "cli": {"__init__", "checks", "files", "kernels", "posthoc", "theory"},

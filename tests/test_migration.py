@@ -264,6 +264,16 @@ def test_unknown_states_and_nameless_weights_of_another_model():
         migration.load(WMATeacher(net[0], "ema(0.9)"), peer.state())
 
 
+def test_an_average_that_was_never_updated_is_refused():
+    net = network()
+    state = AveragedModel(net).state_dict()
+    lightning = {"state_dict": net.state_dict(), "averaging_state": {"n_averaged": torch.tensor(0)}}
+    for source, content in (("torch", state), ("lightning", lightning)):
+        for read in (migration.describe, lambda s: migration.load(WMATeacher(net, "ema(0.9)"), s, step=3)):
+            with pytest.raises(ValueError, match=f"the state of {source} has averaged nothing yet: build"):
+                read(content)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -405,8 +405,8 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path, monkeyp
         save({"w": torch.zeros(3)}, file)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
     assert load(file)["w"].sum() == 3
-    # A kill leaves the partial file: it is no snapshot, and the next write replaces it.
-    (tmp_path / "step-000000010-power-0.05.pt.partial").write_bytes(b"half")
+    # A kill leaves the partial file, which is no snapshot.
+    (tmp_path / "step-000000010-power-0.05.pt.0123abcd.partial").write_bytes(b"half")
     assert snapshot_files(tmp_path) == []
 
 
@@ -670,7 +670,7 @@ BAD = {
     "and torch.int64 of shape (5, 3) in state dict 1": lambda folder: average_checkpoints(
         other(w=torch.ones(5, 3, dtype=torch.int64))
     ),
-    "checkpoints must be at least 1, got 0": lambda folder: average_checkpoints([]),
+    "checkpoints must be at least 1 model, got 0": lambda folder: average_checkpoints([]),
     "checkpoints must be a list of state dicts or files, got str": lambda folder: average_checkpoints("a.pt"),
     "steps must be one for each of the 2 checkpoints, got 3": lambda folder: average_checkpoints(
         checkpoints(2), steps=[0, 1, 2]
@@ -683,7 +683,9 @@ BAD = {
         checkpoints(2), total_steps=8
     ),
     "alpha must be in [0, 1], got 1.5": lambda folder: interpolate(*checkpoints(2), 1.5),
-    "finetuned must be at least 2, got 1": lambda folder: model_stock(checkpoints(1)[0], checkpoints(1)),
+    "finetuned must be at least 2 models, got 1": lambda folder: model_stock(
+        checkpoints(1)[0], checkpoints(1)
+    ),
 }
 
 

@@ -95,3 +95,24 @@ def test_whole_numbers_beyond_every_float_are_out_of_range():
     ]:
         with pytest.raises(ValueError, match=message):
             build(text)
+
+
+@pytest.mark.parametrize(
+    ("build", "text", "name"),
+    [
+        (kernels.build, "ema(decay=0.9,decay=0.999)", "decay"),
+        (kernels.build, "beta(0.5,b=0.5,b=3)", "b"),
+        (kernels.build, "power(sigma_rel=0.1,sigma_rel=0.1)", "sigma_rel"),
+        (losses.build, "kl(temperature=2,temperature=3)", "temperature"),
+        (losses.build, "mse + 2*kl(temperature=2,temperature=3)", "temperature"),
+    ],
+)
+def test_an_argument_that_is_given_twice_is_refused(build, text, name):
+    with pytest.raises(ValueError, match=f"it has '{name}' twice; write name"):
+        build(text)
+
+
+def test_an_argument_by_position_and_by_name_is_refused():
+    for build, text in ((kernels.build, "beta(0.5,a=3)"), (losses.build, "kl(2,temperature=3)")):
+        with pytest.raises(TypeError, match="multiple values for argument"):
+            build(text)

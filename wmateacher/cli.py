@@ -29,6 +29,8 @@ _WIDTH, _HEIGHT = 64, 5
 _DECADES = 12
 """The largest height of the picture; the weights of a short EMA fall without end."""
 _PICTURES = (".png", ".pdf", ".svg")
+_LONGEST = 10**8
+"""The longest run that `kernel` describes, whose profiles take 0.8 GB each."""
 _CLOSED_PIPE = 141
 """The exit code that shells give a process which a closed pipe ends: 128 + SIGPIPE."""
 
@@ -52,8 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Otherwise the interpreter reports the same error again when it flushes stdout at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _CLOSED_PIPE
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        print(f"wmateacher {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        message = " ".join(str(error).split()) or "out of memory"
+        print(f"wmateacher {arguments.command}: {message}", file=sys.stderr)
         return 2
     return 0
 
@@ -70,6 +73,11 @@ _READS = (
 def _kernel(arguments: argparse.Namespace) -> None:
     built = [kernels.build(spec) for spec in arguments.kernels]
     total = checks.positive_int("--total-steps", arguments.total_steps)
+    if total > _LONGEST:
+        raise ValueError(
+            f"--total-steps must be at most {_LONGEST}, got {total}: every step takes memory, "
+            "and a shorter run shows the same shape"
+        )
     if arguments.output is not None:
         with write_atomically(arguments.output) as stream:
             picture = Path(arguments.output).suffix.removeprefix(".")
@@ -83,6 +91,10 @@ def _kernel(arguments: argparse.Namespace) -> None:
 
 def _average(arguments: argparse.Namespace) -> None:
     files, kernel = arguments.files, _built(arguments.kernel)
+    if arguments.total_steps is not None and arguments.steps is None:
+        raise ValueError(
+            f"--total-steps {arguments.total_steps} needs the step of each checkpoint: pass --steps too"
+        )
     weights = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
     posthoc.average_checkpoints(
         files, kernel, arguments.steps, arguments.total_steps, arguments.output, key=arguments.key
@@ -132,10 +144,12 @@ def _check_output(arguments: argparse.Namespace) -> None:
     if arguments.command == "kernel" and output.suffix not in _PICTURES:
         raise ValueError(f"--plot must be a file that ends in {', '.join(_PICTURES)}, got {str(output)!r}")
     # Of existing folders, an empty one may become a model folder, and that is checked later.
-    if output.exists() and not output.is_dir() and not arguments.force:
+    # A name such as `new/../old.pt` exists once its missing folders are made, which is before it is written.
+    real = Path(os.path.realpath(output))
+    if real.exists() and not real.is_dir() and not arguments.force:
         raise ValueError(f"{output} already exists: choose another name, or pass --force to replace it")
     for file in arguments.inputs(arguments):
-        if output.exists() and Path(file).exists() and output.samefile(file):
+        if real.exists() and Path(file).exists() and real.samefile(file):
             raise ValueError(f"--output {output} is one of the inputs: choose another name")
 
 

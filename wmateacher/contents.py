@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["find"]
+__all__ = ["find", "is_clock", "is_teacher"]
 
 _RUN = {"identity", "parts", "series"}
 """The keys of a run's checkpoint, as `wmateacher.integrations.engine` writes it."""
@@ -27,11 +27,14 @@ def find(content: Any, label: str, key: str | None = None) -> Mapping[str, Any]:
             then it stands for the tensors with these names. `"."` is the content itself.
 
     Raises:
-        ValueError: If there is no state dict, or if there are several and `key` is None.
+        ValueError: If there is no state dict, if there are several and `key` is None, or if `key` chooses the
+            whole state of a teacher, which has a clock that no other weights have.
     """
     found = dict(_candidates(content))
     if key is not None:
         chosen = _under(content, key)
+        if is_teacher(chosen):
+            raise ValueError(f"{label} holds no model under {key!r}: {_explained(chosen, key)}")
         if not _holds_tensors(chosen):
             keys = [*found, *(_join(path, "module") for path in _teachers(content))]
             raise ValueError(
@@ -53,7 +56,7 @@ def find(content: Any, label: str, key: str | None = None) -> Mapping[str, Any]:
 
 def _candidates(content: Any, path: str = ".") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield everything that may be the state dict of a model, and its key."""
-    if not isinstance(content, Mapping) or _is_teacher(content) or "param_groups" in content:
+    if not isinstance(content, Mapping) or is_teacher(content) or "param_groups" in content:
         return
     if _is_run(content):
         content = {"parts": content["parts"]}
@@ -66,7 +69,7 @@ def _candidates(content: Any, path: str = ".") -> Iterator[tuple[str, Mapping[st
 
 def _teachers(content: Any, path: str = ".") -> Iterator[str]:
     if isinstance(content, Mapping):
-        if _is_teacher(content):
+        if is_teacher(content):
             yield path
         for key, value in content.items():
             yield from _teachers(value, _join(path, str(key)))
@@ -90,9 +93,9 @@ def _under(content: Any, key: str) -> Any:
     } or None
 
 
-def _explained(content: Any) -> str:
+def _explained(content: Any, path: str = ".") -> str:
     """Return what a content without a model's state dict is instead."""
-    teachers = list(_teachers(content))
+    teachers = list(_teachers(content, path))
     if teachers:
         key = _join(teachers[0], "module")
         return (
@@ -110,9 +113,14 @@ def _is_run(content: Any) -> bool:
     return isinstance(content, Mapping) and content.keys() >= _RUN
 
 
-def _is_teacher(content: Mapping[Any, Any]) -> bool:
-    clock = content.get("_extra_state")
-    return isinstance(clock, Mapping) and {"format", "omega", "kernel"} <= clock.keys()
+def is_teacher(content: Any) -> bool:
+    """Return whether a content is the whole state of a teacher."""
+    return isinstance(content, Mapping) and is_clock(content.get("_extra_state"))
+
+
+def is_clock(value: Any) -> bool:
+    """Return whether an entry of a state dict is the clock of a teacher."""
+    return isinstance(value, Mapping) and {"format", "omega", "kernel"} <= value.keys()
 
 
 def _is_weight(value: Any) -> bool:

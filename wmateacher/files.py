@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ __all__ = [
     "check_output",
     "load",
     "open_checkpoint",
+    "partial_name",
     "read_metadata",
+    "read_texts",
     "require_safetensors",
     "save",
     "write_atomically",
@@ -81,6 +84,8 @@ def load(file: File, key: str | None = None) -> dict[str, Any]:
         with open_checkpoint(path, key) as opened:
             return {name: opened.read(name) for name in opened.specs}
     content = _read(path)
+    if key is None and contents.is_teacher(content):
+        return dict(content)
     own = isinstance(content, Mapping) and "_extra_state" in content
     return dict(contents.find(content, repr(str(path)), "." if key is None and own else key))
 
@@ -90,14 +95,35 @@ def read_metadata(file: File) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or needs code to be read.
+        ValueError: If the file is damaged or needs code to be read, or its metadata is not `save`'s.
     """
     path = _existing(file)
     if path.suffix == ".safetensors":
         with _open_safetensors(path) as opened:
-            return json.loads((opened.metadata() or {}).get(_METADATA, "null"))
+            text = (opened.metadata() or {}).get(_METADATA, "null")
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError(
+                f"the metadata {_METADATA!r} of {str(path)!r} is not JSON, got {text[:50]!r}: another "
+                "program wrote it, or the file is damaged; write the file again"
+            ) from None
     content = _read(path)
     return content.get(_METADATA) if isinstance(content, Mapping) else None
+
+
+def read_texts(file: File) -> dict[str, str]:
+    """Return the metadata that other programs wrote into a `.safetensors` file; of another file, none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged.
+    """
+    path = _existing(file)
+    if path.suffix != ".safetensors":
+        return {}
+    with _open_safetensors(path) as opened:
+        return {name: text for name, text in (opened.metadata() or {}).items() if name != _METADATA}
 
 
 @dataclass(frozen=True)
@@ -146,11 +172,11 @@ def open_checkpoint(source: Checkpoint, key: str | None = None) -> Iterator[Open
         key: The entry that is the state dict, as for `contents.find`.
     """
     if isinstance(source, Mapping):
-        yield _in_memory(contents.find(source, "the state dict", key))
+        yield _in_memory(contents.find(source, "the state dict", key), "the state dict")
         return
     path = _existing(source)
     if path.suffix != ".safetensors":
-        yield _in_memory(contents.find(_read(path), repr(str(path)), key))
+        yield _in_memory(contents.find(_read(path), repr(str(path)), key), repr(str(path)))
         return
     with _open_safetensors(path) as file:
         prefix = "" if key in (None, ".") else f"{key}."
@@ -172,8 +198,18 @@ def open_checkpoint(source: Checkpoint, key: str | None = None) -> Iterator[Open
         yield OpenCheckpoint(specs, {}, read)
 
 
-def _in_memory(state: Mapping[str, Any]) -> OpenCheckpoint:
+def _in_memory(state: Mapping[str, Any], label: str) -> OpenCheckpoint:
     tensors = {n: v.detach() for n, v in state.items() if isinstance(v, Tensor)}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{label} has a tensor under the key {name!r}, a {type(name).__name__}: tensors are "
+                "paired by name, so rename it to a string or leave it out"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"{name!r} is a sparse tensor ({tensor.layout}) in {label}: replace it by its to_dense()"
+            )
     return OpenCheckpoint(
         {n: TensorSpec(tuple(t.shape), t.dtype) for n, t in tensors.items()},
         {n: v for n, v in state.items() if n not in tensors},
@@ -277,8 +313,8 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 def write_atomically(file: File) -> Iterator[BinaryIO]:
     """Open a file for writing so that it appears complete or not at all.
 
-    The context manager yields the binary stream of a new file, `FILE.partial`, in the same folder. At the end
-    of the block, that file is flushed to disk and takes the place of `FILE`. If the block raises, it is
+    The context manager yields the binary stream of a new file in the same folder, `FILE.*.partial`. At the
+    end of the block, that file is flushed to disk and takes the place of `FILE`. If the block raises, it is
     deleted, and `FILE` stays as it was.
 
     Example:
@@ -298,10 +334,10 @@ def write_atomically(file: File) -> Iterator[BinaryIO]:
             raises a RuntimeError for the same reasons, which becomes this error too.
     """
     file = Path(file)
-    partial = file.with_name(f"{file.name}.partial")
+    partial = partial_name(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
+        with partial.open("xb") as stream:
             yield stream
         # The file is opened again because safetensors does not write into it but replaces it.
         with partial.open("rb+") as written:
@@ -321,7 +357,18 @@ def write_atomically(file: File) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
-def save(state: Mapping[str, Any], file: File, metadata: Mapping[str, Any] | None = None) -> None:
+def partial_name(path: Path) -> Path:
+    """Return a new name beside a path, for what takes its place once it is complete."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def save(
+    state: Mapping[str, Any],
+    file: File,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    texts: Mapping[str, str] | None = None,
+) -> None:
     """Write a state dict with `write_atomically`.
 
     Args:
@@ -329,6 +376,7 @@ def save(state: Mapping[str, Any], file: File, metadata: Mapping[str, Any] | Non
         file: The file to write. Its suffix determines the format: `.safetensors`, or that of `torch.save`
             (`.pt`, `.pth`, `.bin`, `.ckpt`).
         metadata: Values that JSON can hold, to be stored with the state dict for `read_metadata`.
+        texts: Further metadata for a `.safetensors` file, by name. Other formats have none.
 
     Raises:
         ValueError: If the file has another suffix, or an entry for `.safetensors` is not a tensor.
@@ -340,9 +388,11 @@ def save(state: Mapping[str, Any], file: File, metadata: Mapping[str, Any] | Non
     with write_atomically(path) as stream:
         if path.suffix == ".safetensors":
             library = require_safetensors(f"{path.name!r}")
-            texts = {"format": "pt"} | ({} if metadata is None else {_METADATA: json.dumps(metadata)})
+            stored = dict(texts or {}) | {"format": "pt"}
+            if metadata is not None:
+                stored[_METADATA] = json.dumps(metadata)
             try:
-                library.torch.save_file(_separate(state), stream.name, metadata=texts)
+                library.torch.save_file(_separate(state), stream.name, metadata=stored)
             except library.SafetensorError as error:
                 raise OSError(str(error)) from error
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,18 @@ from typing import Any
 from torch import Tensor
 
 from wmateacher.checks import positive_int
-from wmateacher.files import Checkpoint, File, OpenCheckpoint, check_output, open_checkpoint, save
+from wmateacher.files import (
+    Checkpoint,
+    File,
+    OpenCheckpoint,
+    check_output,
+    open_checkpoint,
+    partial_name,
+    read_texts,
+    save,
+)
 
-__all__ = ["SHARD_BYTES", "check_target", "is_folder", "open_source", "write"]
+__all__ = ["SHARD_BYTES", "check_target", "folder_of", "is_folder", "open_source", "write"]
 
 SHARD_BYTES = 5 * 10**9
 """The largest size of a shard, which is the default of `save_pretrained` in many versions."""
@@ -38,6 +47,14 @@ def is_folder(source: Checkpoint) -> bool:
     return isinstance(source, str | os.PathLike) and (
         os.path.isdir(source) or os.fspath(source).endswith(_INDEX)
     )
+
+
+def folder_of(source: Checkpoint) -> Path | None:
+    """Return the folder of a checkpoint that is a model folder or the index of one, or None."""
+    if not is_folder(source):
+        return None
+    path = Path(source)  # type: ignore[arg-type]
+    return path if path.is_dir() else path.parent
 
 
 @contextmanager
@@ -132,29 +149,36 @@ def _compare(file: Path, index: Mapping[str, str], shards: Mapping[str, OpenChec
 # --- writing ------------------------------------------------------------------------------------------
 
 
-def check_target(output: File | None, like: Checkpoint) -> None:
+def check_target(output: File | None, inputs: Sequence[Checkpoint]) -> None:
     """Check, before any work is done, that `write` can write an output.
 
     Args:
         output: The file or folder to write.
-        like: The checkpoint whose configuration a folder gets.
+        inputs: The checkpoints that are read. A folder gets the configuration of the last one.
 
     Raises:
-        ValueError: If a file has an unknown suffix, or an existing folder is not empty.
+        ValueError: If a file has an unknown suffix, an existing folder is not empty, or the output is inside
+            of a model folder that is read.
         OSError: If there is no place for it.
     """
     if output is None:
         return
-    path = Path(output)
-    if not (is_folder(like) and not _is_file_name(path)):
-        check_output(path)
+    path = Path(os.path.realpath(output))
+    if not (is_folder(inputs[-1]) and not _is_file_name(path)):
+        check_output(output)
         if path.is_dir():
             raise ValueError(f"the output must be a file, and {str(output)!r} is a folder: name a file in it")
     elif path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(
             f"the folder {str(output)!r} exists and is not empty: choose another name, or delete it"
         )
-    parent = next(p for p in path.absolute().parents if p.exists())
+    for folder in map(folder_of, inputs):
+        if folder is not None and Path(os.path.realpath(folder)) in path.parents:
+            raise ValueError(
+                f"the output {str(output)!r} is inside of the input {str(folder)!r}, whose files it could "
+                "replace: name a place outside of it"
+            )
+    parent = next(p for p in path.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise OSError(f"cannot write {str(output)!r}: {str(parent)!r} is not a folder that you may write to")
 
@@ -171,14 +195,14 @@ def write(state: Mapping[str, Any], output: File, like: Checkpoint, shard_bytes:
     """
     folder = Path(output)
     if not is_folder(like) or _is_file_name(folder):
-        save(state, output)
+        save(state, output, texts=_texts(like))
         return
     positive_int("shard_bytes", shard_bytes)
     source = _weights_file(Path(like))  # type: ignore[arg-type]
     stem = source.name.partition(".")[0].replace("pytorch_model", "model")
     stem = {"diffusion_model": "diffusion_pytorch_model"}.get(stem, stem)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial = partial_name(folder)
+    texts = _texts(like)
     try:
         partial.mkdir(parents=True)
         for file in source.parent.iterdir():
@@ -189,7 +213,7 @@ def write(state: Mapping[str, Any], output: File, like: Checkpoint, shard_bytes:
         count, index = len(shards), {}
         for i, shard in enumerate(shards):
             name = f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
-            save(shard, partial / name)
+            save(shard, partial / name, texts=texts)
             index.update(dict.fromkeys(shard, name))
         if count > 1:
             content = {"metadata": {"total_size": sum(map(_bytes, state.values()))}, "weight_map": index}
@@ -198,6 +222,16 @@ def write(state: Mapping[str, Any], output: File, like: Checkpoint, shard_bytes:
     finally:
         with suppress(OSError):
             shutil.rmtree(partial)
+
+
+def _texts(like: Checkpoint) -> dict[str, str]:
+    """Return the metadata in the first file of a checkpoint."""
+    if isinstance(like, Mapping):
+        return {}
+    file = _weights_file(Path(like)) if is_folder(like) else Path(like)
+    if file.name.endswith(_INDEX):
+        file = file.parent / next(iter(_read_index(file).values()))
+    return read_texts(file)
 
 
 def _is_file_name(path: Path) -> bool:

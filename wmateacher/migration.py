@@ -183,6 +183,11 @@ def _recognise(state: Mapping[str, Any]) -> tuple[Description, _Weights]:
                     f"the state of {source} is incomplete or damaged ({type(error).__name__}: {error}): pass "
                     "all that its state_dict() returned"
                 ) from error
+            if step is not None and step < 0:
+                raise ValueError(
+                    f"the state of {source} has averaged nothing yet: build the teacher from the model, "
+                    "which starts its average, and load nothing"
+                )
             return Description(source, step, kernel), weights
     if state and all(isinstance(value, Tensor) for value in state.values()):
         return Description("timm", None, None), lambda model: state

@@ -144,6 +144,8 @@ def _call(node: ast.expr, text: str) -> Call:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise _refuse(text, "'**' is not allowed")
+        if keyword.arg in kwargs:
+            raise _refuse(text, f"it has {keyword.arg!r} twice")
         kwargs[keyword.arg] = _value(keyword.value, text)
     return Call(_dotted(node.func, text), tuple(_value(a, text) for a in node.args), kwargs)
 

@@ -54,7 +54,8 @@ def combine(
         only: The names of the tensors to average. Default: all floating-point tensors.
 
     Raises:
-        ValueError: If the sources have different tensors, or one that is averaged has NaN or infinite values.
+        ValueError: If the sources have different tensors, one that is averaged has NaN or infinite values, or
+            a sum is beyond the range of the result's dtype.
     """
     specs = matched(sources, last, only)
     names = [n for n, s in specs.items() if s.is_floating and (only is None or n in only)]
@@ -83,6 +84,7 @@ def combine(
                             if not total.sum().isfinite():
                                 refuse_nonfinite(piece, rows[0], source.label)
         for rows in part:
+            _refuse_overflow(sums[rows], specs[rows[0]].dtype, rows[0], sources[last].label)
             _select(result, rows).copy_(sums[rows])
     return result
 
@@ -127,11 +129,26 @@ def matched(
 
 def refuse_nonfinite(tensor: Tensor, name: str, source: str) -> None:
     """Raise a ValueError if a tensor of a source has NaN or infinite values, which no average may contain."""
-    if not tensor.isfinite().all():
+    if not wide(tensor).isfinite().all():  # float8 types have no isfinite
         raise ValueError(
             f"{name!r} has NaN or infinite values in {source}, and so would every average with it: leave "
             "this checkpoint out"
         )
+
+
+def _refuse_overflow(total: Tensor, dtype: torch.dtype, name: str, source: str) -> None:
+    """Raise a ValueError if a sum is beyond the range of the dtype that it is to have."""
+    if total.dtype == dtype:
+        return
+    limits = torch.finfo(dtype)
+    # Half a unit in the last place beyond the largest number still rounds to it.
+    largest = limits.max * (1 + limits.eps / 4)
+    for piece in pieces(torch.view_as_real(total) if total.is_complex() else total):
+        if piece.numel() and max(-piece.min(), piece.max()) > largest:
+            raise ValueError(
+                f"the result of {name!r} is beyond the range of {dtype}, up to {limits.max:g}, which is its "
+                f"dtype in {source}: convert it to float32 there first"
+            )
 
 
 def parts(specs: Mapping[str, TensorSpec], names: Sequence[str], share: float) -> Iterator[list[_Rows]]:

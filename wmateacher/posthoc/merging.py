@@ -70,7 +70,7 @@ def average_checkpoints(
             fit.
     """
     _check_several("checkpoints", checkpoints, 1)
-    check_target(output, checkpoints[-1])
+    check_target(output, checkpoints)
     counts = checkpoint_weights(kernel, len(checkpoints), steps, total_steps)
     state = combine(align(checkpoints, key), lambda name: counts)
     if output is not None:
@@ -142,7 +142,7 @@ def interpolate(
     Raises:
         ValueError: If `alpha` is out of range, or the tensors differ or are not finite.
     """
-    check_target(output, end)
+    check_target(output, [start, end])
     if not 0 <= alpha <= 1:
         raise ValueError(
             f"alpha must be in [0, 1], got {alpha!r}: 0 is the start (pretrained), 1 the end (fine-tuned)"
@@ -188,7 +188,7 @@ def model_stock(
         ValueError: If there are fewer than two fine-tuned models, or the tensors differ or are not finite.
     """
     _check_several("finetuned", finetuned, 2)
-    check_target(output, finetuned[-1])
+    check_target(output, [pretrained, *finetuned])
     sources, count = align([pretrained, *finetuned], key), len(finetuned)
     ratios = _stock_ratios(sources)
     state = combine(sources, lambda name: (1.0 - ratios[name], *[ratios[name] / count] * count))
@@ -263,4 +263,5 @@ def _check_several(argument: str, values: Any, least: int) -> None:
     if isinstance(values, str | os.PathLike | Mapping) or not isinstance(values, Sequence):
         raise TypeError(f"{argument} must be a list of state dicts or files, got {type(values).__name__}")
     if len(values) < least:
-        raise ValueError(f"{argument} must be at least {least}, got {len(values)}")
+        models = "model" if least == 1 else "models"
+        raise ValueError(f"{argument} must be at least {least} {models}, got {len(values)}")

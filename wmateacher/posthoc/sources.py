@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from wmateacher import naming
 from wmateacher.files import Checkpoint, OpenCheckpoint
 from wmateacher.folders import open_source
+from wmateacher.posthoc import suitability
 
 __all__ = ["Source", "align"]
 
@@ -46,23 +47,29 @@ class Source:
             )
 
 
-def align(checkpoints: Sequence[Checkpoint], key: str | None = None) -> list[Source]:
+def align(checkpoints: Sequence[Checkpoint], key: str | None = None, *, check: bool = True) -> list[Source]:
     """Return the checkpoints with names that do not depend on the wrappers of the models that wrote them.
 
     Args:
         checkpoints: The state dicts, files or model folders.
         key: The entry of each that is the state dict, as for `contents.find`.
+        check: Whether to refuse what cannot be averaged. Snapshots say themselves what is averaged in them.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a checkpoint cannot be read, or holds no state dict or several.
+        ValueError: If a checkpoint cannot be read, holds no state dict or several, or cannot be averaged.
     """
+    if check:
+        suitability.check_configurations(checkpoints)
+    labels = [
+        repr(os.fspath(c)) if isinstance(c, str | os.PathLike) else f"state dict {i}"
+        for i, c in enumerate(checkpoints)
+    ]
     keys = []
-    for checkpoint in checkpoints:
+    for checkpoint, label in zip(checkpoints, labels, strict=True):
         with open_source(checkpoint, key) as opened:
+            if check:
+                suitability.check_tensors(opened, label)
             keys.append(list(opened.specs))
     names = naming.align(keys)
-    labels = [
-        f"state dict {i}" if isinstance(c, Mapping) else repr(os.fspath(c)) for i, c in enumerate(checkpoints)
-    ]
     return [Source(c, key, label, n) for c, label, n in zip(checkpoints, labels, names, strict=True)]

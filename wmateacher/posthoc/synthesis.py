@@ -123,7 +123,7 @@ def synthesise(
     Raises:
         ValueError: If there are no snapshots, they come from different runs, or they end before `step`.
     """
-    check_target(output, like={})
+    check_target(output, [{}])
     if not np.isfinite(ridge) or ridge < 0:
         raise ValueError(f"ridge must be a finite number of at least 0, got {ridge!r}")
     files = _chosen_files(snapshots)
@@ -164,7 +164,10 @@ def synthesise(
         target=target,
     )
     state = combine(
-        align(files), lambda name: coefficients, last=last, only=frozenset(headers[last].averaged)
+        align(files, check=False),
+        lambda name: coefficients,
+        last=last,
+        only=frozenset(headers[last].averaged),
     )
     if output is not None:
         save(state, output)
