@@ -335,3 +335,15 @@ def test_metadata_that_is_no_json_is_named(tmp_path, text):
         read_metadata(file)
     assert len(str(caught.value)) < 500
     assert read_texts(file) == {"format": "pt"}
+
+
+def test_what_killed_runs_left_of_a_file_is_removed_once_it_is_old(tmp_path):
+    old, new, mine = (
+        tmp_path / f"state.pt.{part}" for part in ("0123abcd.partial", "0123abce.partial", "partial")
+    )
+    for file in (old, new, mine):
+        file.write_text("half")
+        os.utime(file, (0, 0) if file is not new else None)
+    with write_atomically(tmp_path / "state.pt") as stream:
+        stream.write(b"whole")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "state.pt", new, mine])

@@ -7,7 +7,9 @@ import json
 import math
 import os
 import re
+import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -343,6 +345,7 @@ def write_atomically(file: File) -> Iterator[BinaryIO]:
         with partial.open("rb+") as written:
             os.fsync(written.fileno())
         os.replace(partial, file)
+        _remove_stale(file)
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
@@ -355,6 +358,15 @@ def write_atomically(file: File) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def _remove_stale(file: Path) -> None:
+    """Remove what runs that were killed more than an hour ago had written of a file."""
+    pattern = re.compile(re.escape(file.name) + r"\.[0-9a-f]{8}\.partial")
+    with suppress(OSError):
+        for other in file.parent.iterdir():
+            if pattern.fullmatch(other.name) and time.time() - other.stat().st_mtime > 3600:
+                other.unlink()
 
 
 def partial_name(path: Path) -> Path:
