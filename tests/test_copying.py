@@ -779,6 +779,110 @@ def test_scripted_submodules_are_refused_by_name(make):
         WMATeacher(hidden, "ema(0.5)")
 
 
+# --- global variables -----------------------------------------------------------------------------------
+
+body = nn.Linear(4, 4)
+LAYERS = {"body": body}
+
+
+def through_body(x):
+    return body(x)
+
+
+def through_an_attribute(model, x):
+    return model.body(x)
+
+
+class Globals(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(4, 4)
+
+
+class ByName(Globals):
+    def forward(self, x):
+        return self.head(body(x))
+
+
+class ByWeight(Globals):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.features(x)
+
+    def features(self, x):
+        return self.head(F.linear(x, body.weight)) if x is None else self.head((lambda y: body(y))(x))
+
+
+class ByFunction(Globals):
+    def forward(self, x):
+        return self.head(through_body(x))
+
+
+class ByRegistry(Globals):
+    def forward(self, x):
+        return self.head(LAYERS["body"](x))
+
+
+@pytest.mark.parametrize("kind", [ByName, ByWeight, ByFunction, ByRegistry])
+def test_a_forward_that_uses_a_part_of_the_student_through_a_global_variable_is_refused(kind):
+    name = "LAYERS" if kind is ByRegistry else "body"
+    with pytest.raises(ValueError, match=f"{kind.__name__} computes with, uses the global variable '{name}'"):
+        WMATeacher(kind(), "ema(0.5)")
+    with pytest.raises(ValueError, match=f"such as self.{name}"):
+        WMATeacher(nn.Sequential(plain(), kind()), "ema(0.5)")
+
+
+class ByAttribute(Globals):
+    def forward(self, x):
+        return self.head(through_an_attribute(self, x) + self.body(x))
+
+    def penalty(self):
+        return body.weight.norm()
+
+
+def test_global_variables_that_forward_does_not_use_are_no_reason_to_refuse():
+    student = ByAttribute()
+    teacher = WMATeacher(student, "ema(0.5)")
+    advance(student, teacher)
+    with torch.no_grad():
+        expected = teacher.module.head(2 * teacher.module.body(X))
+        torch.testing.assert_close(teacher(X), expected)
+        assert not torch.allclose(teacher(X), student(X))
+
+
+# --- what libraries add to a module ----------------------------------------------------------------------
+
+
+def test_an_exported_module_has_a_teacher_that_computes_with_the_average():
+    for build in (plain, lambda: nn.Sequential(plain(), nn.BatchNorm1d(4)).eval()):
+        student = torch.export.export(build(), (X,)).module()
+        teacher = WMATeacher(student, "ema(0.5)")
+        advance(student, teacher)
+        check(teacher, build)
+
+
+def test_outputs_that_a_model_collects_through_hooks_are_the_teachers():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    vit = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+    bert = transformers.BertConfig(**sizes, vocab_size=11)
+    tokens = torch.arange(6).view(1, 6)
+    for kind, config, x in (
+        (transformers.ViTModel, vit, torch.randn(1, 3, 16, 16)),
+        (transformers.BertModel, bert, tokens),
+    ):
+        student = kind(config)
+        student(x, output_hidden_states=True)  # installs the hooks
+        teacher = WMATeacher(student, "ema(0.5)")
+        advance(student, teacher)
+        fresh = kind(config).eval()
+        fresh.load_state_dict(teacher.averaged_state_dict())
+        with torch.no_grad():
+            expected = fresh(x, output_hidden_states=True).hidden_states
+            assert len(expected) == 3
+            torch.testing.assert_close(teacher(x, output_hidden_states=True).hidden_states, expected)
+
+
 # --- a teacher inside its student -----------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ _HOOK_TABLES = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks"),
 )
-# The hooks of these packages compute weights, place tensors, or collect outputs for the model's own `forward`.
+# The hooks of these packages compute weights, place tensors, or collect outputs for `forward`.
 _COMPUTING = (
     *("torch.nn.utils.", "torch.distributed.tensor.", "torch.ao."),
     "transformers.utils.output_capturing",
@@ -168,9 +168,8 @@ class _Survey:
             if id(x) in self._seen or id(x) in self._registered or id(x) in self._memo:
                 continue
             self._seen[id(x)] = x
-            if type(x) in weakref.ProxyTypes or isinstance(x, rebinding.TRAINING):
-                self._memo[id(x)] = x
-            elif isinstance(x, FakeTensor):  # notes in an exported graph, which have no values
+            # Fake tensors are notes in an exported graph and have no values.
+            if type(x) in weakref.ProxyTypes or isinstance(x, (*rebinding.TRAINING, FakeTensor)):
                 self._memo[id(x)] = x
             elif isinstance(x, Tensor):
                 yield self._tensor(x, where)

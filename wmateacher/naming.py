@@ -17,7 +17,7 @@ from torch import nn
 
 from wmateacher import walking
 
-__all__ = ["align", "canonical", "is_wrapped", "load_keys", "modules", "resolve", "saved_key", "unwrap"]
+__all__ = ["align", "canonical", "load_keys", "modules", "resolve", "saved_key", "unwrap"]
 
 # The module and the name of each wrapper, the attributes that hold the wrapped module, and whether the keys
 # of `state_dict` have them.
@@ -49,16 +49,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_wrapped(model: nn.Module) -> bool:
-    """Return whether a module or one of its submodules is a wrapper."""
-    return any(map(_wrapper_type, set(map(type, walking.modules(model)))))
-
-
 def canonical(model: nn.Module, keys: Iterable[str]) -> dict[str, str]:
     """Return the canonical names for paths of a module's tensors, or for keys of its `state_dict`."""
-    if not is_wrapped(model):
-        return {key: key for key in keys}
-    return {key: ".".join(_canonical(model, key.split("."))) for key in keys}
+    # Only wrappers' components are left out, so that the other keys, in most models all, stay as they are.
+    split = ((key, key.split(".")) for key in keys)
+    return {k: k if _COMPONENTS.isdisjoint(s) else ".".join(_canonical(model, s)) for k, s in split}
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:

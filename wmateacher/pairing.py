@@ -331,10 +331,10 @@ def state_names(model: nn.Module) -> dict[str, str]:
     names = {id(tensor): name for name, tensor in tensors(model).items()}
     # A tied tensor has one canonical name but a key for every place that uses it.
     persistent = _persistent(model)
-    parameters = list(walking.named_parameters(model, remove_duplicate=False))
-    buffers = [(p, b) for p, b in walking.named_buffers(model, remove_duplicate=False) if p in persistent]
-    keys = naming.canonical(model, [path for path, _ in [*parameters, *buffers]])
-    return {keys[path]: names[id(tensor)] for path, tensor in [*parameters, *buffers]}
+    parameters, buffers = walking.named_tensors(model, remove_duplicate=False)
+    kept = parameters | {path: buffer for path, buffer in buffers.items() if path in persistent}
+    keys = naming.canonical(model, kept)
+    return {keys[path]: names[id(tensor)] for path, tensor in kept.items()}
 
 
 def clone(tensor: Tensor, device: torch.device | None) -> Tensor:

@@ -7,8 +7,10 @@ methods, computes with the original's weights. Here such functions are built ane
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import gc
+import inspect
 import logging
 import sys
 import sysconfig
@@ -115,6 +117,25 @@ def _used_attributes(function: types.FunctionType) -> list[Any]:
     return [table[name] for table in tables for name in names if name in table]
 
 
+def _loaded_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the global variables that a function loads: not an attribute `self.body` if there is a `body`."""
+    used, codes = _used_globals(function), [function.__code__]
+    while used and codes:
+        code = codes.pop()
+        codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
+        loaded = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        yield from ((name, used[name]) for name in used.keys() & loaded)
+
+
+def _methods(kind: type, name: str) -> Iterator[types.FunctionType]:
+    """Yield the methods and property getters of a name in a class and its bases, without decorators."""
+    for base in kind.__mro__:
+        value = vars(base).get(name)
+        value = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
+        if isinstance(value, types.FunctionType):
+            yield inspect.unwrap(value)
+
+
 def _referent(proxy: Any) -> Any:
     """Return the object behind a weak proxy, whose attributes are the object's; None if it is gone."""
     try:
@@ -180,7 +201,41 @@ class Rebinder:
         for kind in () if type(module) in self._kinds else type(module).__mro__:
             if kind.__module__.partition(".")[0] != "torch" and any(map(self._leads, _class_parts(kind))):
                 raise _refusal(path, f"method or attribute of its class {kind.__qualname__}")
+        if type(module) not in self._kinds:
+            self._refuse_globals(type(module))
         self._kinds.add(type(module))
+
+    def _refuse_globals(self, kind: type) -> None:
+        """Refuse a class whose `forward` computes with a global variable that is a part of the original."""
+        seen, stack = set[types.FunctionType](), list(_methods(kind, "forward"))
+        while stack:
+            function = stack.pop()
+            if function in seen:
+                continue
+            seen.add(function)
+            stack.extend(method for name in _names(function) for method in _methods(kind, name))
+            for name, value in _loaded_globals(function):
+                if isinstance(value, types.FunctionType):
+                    stack.append(value)
+                elif self._is_part(value):
+                    raise ValueError(
+                        f"{function.__qualname__}, which the student's {kind.__qualname__} computes with, "
+                        f"uses the global variable {name!r}, which is or holds a part of the student, so that "
+                        "the teacher would compute with the student's weights instead of their average: use the "
+                        f"attribute of the module, such as self.{name}, in place of the global variable"
+                    )
+
+    def _is_part(self, x: Any) -> bool:
+        """Return whether an object is a part of the original, or a collection of modules with one."""
+        if not isinstance(x, dict | list | tuple):
+            x = (x,)
+        values = list(x.values() if isinstance(x, dict) else x)
+        if not all(isinstance(value, nn.Module | Tensor) for value in values):
+            return False
+        modules = [m for v in values if isinstance(v, nn.Module) for m in walking.modules(v)]
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        owned = any(self._memory.owner(t) is not None for t in tensors)
+        return owned or any(id(part) in self._copies for part in (*modules, *tensors))
 
     def _leads(self, x: Any) -> bool:
         """Return whether an object holds a part of the original, directly or through other objects."""

@@ -26,21 +26,19 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> list[tuple
     # A swap walks through a model many times, which is why this is one loop without nested generators.
     seen: set[int] = set()
     found: list[tuple[str, nn.Module]] = []
-    stack: list[tuple[str, nn.Module]] = [("", model)]
+    stack = [("", model)]
     while stack:
         path, module = stack.pop()
         if remove_duplicate:
             if id(module) in seen:
                 continue
             seen.add(id(module))
+        if module is not model and is_teacher(module):
+            continue
         found.append((path, module))
         if children := module._modules:
             prefix = f"{path}." if path else ""
-            stack += [
-                (prefix + name, child)
-                for name, child in reversed(children.items())
-                if child is not None and not is_teacher(child)
-            ]
+            stack += [(prefix + n, child) for n, child in reversed(children.items()) if child is not None]
     return found
 
 
@@ -59,10 +57,13 @@ def named_buffers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
     return _members(named_modules(model, remove_duplicate), "_buffers", remove_duplicate)
 
 
-def named_tensors(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
-    """Return a model's parameters and its buffers by path, without duplicates and those of teachers."""
-    named = named_modules(model)
-    return dict(_members(named, "_parameters", True)), dict(_members(named, "_buffers", True))
+def named_tensors(
+    model: nn.Module, remove_duplicate: bool = True
+) -> tuple[dict[str, nn.Parameter], dict[str, Tensor]]:
+    """Return a model's parameters and its buffers by path, leaving out those of teachers."""
+    named = named_modules(model, remove_duplicate)
+    parameters = dict(_members(named, "_parameters", remove_duplicate))
+    return parameters, dict(_members(named, "_buffers", remove_duplicate))
 
 
 def _members(
