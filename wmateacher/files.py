@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -220,9 +220,9 @@ class Rebinder:
                 elif self._is_part(value):
                     raise ValueError(
                         f"{function.__qualname__}, which the student's {kind.__qualname__} computes with, "
-                        f"uses the global variable {name!r}, which is or holds a part of the student, so that "
-                        "the teacher would compute with the student's weights instead of their average: use the "
-                        f"attribute of the module, such as self.{name}, in place of the global variable"
+                        f"uses the global variable {name!r}, which is or holds a part of the student, so "
+                        "that the teacher would compute with the student's weights instead of their average: "
+                        f"use the attribute of the module, such as self.{name}, in place of it"
                     )
 
     def _is_part(self, x: Any) -> bool:
