@@ -560,8 +560,7 @@ class Cached(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         if mode and self.cache:
-            self.cache = {}
-        return self
+            self.cache = {}  # and many forget to return self
 
     def forward(self, x):
         if self.training:
@@ -574,6 +573,7 @@ class Cached(nn.Module):
 @pytest.mark.parametrize("training", [False, True])
 def test_what_a_module_caches_for_evaluation_follows_its_weights(training):
     student = nn.Sequential(Cached(), nn.Dropout(0.5)).train(training)
+    assert isinstance(WMATeacher(Cached(), "uniform").module, Cached)
     student[1].train(not training)
     teacher = WMATeacher(student, "ema(0.5)")
     x = torch.randn(5, 4)
@@ -581,7 +581,8 @@ def test_what_a_module_caches_for_evaluation_follows_its_weights(training):
     for _ in range(2):
         student[0](x), teacher(x)
         nn.init.normal_(student[0].weight)
-        student[0].train().train(training)
+        student[0].train()
+        student[0].train(training)
         teacher.update()
         average = teacher.averaged_state_dict()["0.weight"]
         torch.testing.assert_close(teacher(x), x @ average.t())

@@ -63,7 +63,10 @@ def build(
         )
     pairing.densify(module)
     module.requires_grad_(False)
-    return (module if device is None else module.to(device)).eval()
+    if device is not None:
+        module.to(device)
+    module.eval()  # which many modules that override `train` forget to return
+    return module
 
 
 def _deep_copy(

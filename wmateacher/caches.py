@@ -53,7 +53,8 @@ class Forget:
         flags = [(module, module.training) for module in self._model.modules()]
         for module in self._modules:
             if not module.training:
-                module.train().eval()
+                module.train(True)
+                module.train(False)
         for module, flag in flags:
             module.training = flag
 
