@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from wmateacher import walking
@@ -80,17 +81,20 @@ def load_keys(model: nn.Module, name: str) -> list[str]:
 def _wrapper(module: nn.Module) -> tuple[tuple[str, ...], bool] | None:
     """Return the attributes of a wrapper's wrapped module and whether `state_dict` shows them."""
     kind: Any = type(module)
-    return _wrapper_type(kind)
+    # torch.compile warns of cached functions.
+    return (_look_up if torch.compiler.is_compiling() else _cached)(kind)
 
 
-@functools.lru_cache(maxsize=1024)
-def _wrapper_type(kind: Any) -> tuple[tuple[str, ...], bool] | None:
+def _look_up(kind: Any) -> tuple[tuple[str, ...], bool] | None:
     for module, name, attributes, saved in _WRAPPERS:
         # If the class of a wrapper has not been imported, nothing is an instance of it.
         base = getattr(sys.modules.get(module), name, None)
         if base is not None and issubclass(kind, base):
             return attributes, saved
     return None
+
+
+_cached = functools.lru_cache(maxsize=1024)(_look_up)
 
 
 def _canonical(module: nn.Module | None, parts: Sequence[str]) -> list[str]:

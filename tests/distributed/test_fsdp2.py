@@ -298,7 +298,7 @@ def test_unfrozen_parameters_are_averaged_from_the_value_that_they_had(folder):
     before = teacher(tokens())
     student.requires_grad_(True)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
-    starts = {name: p.full_tensor() for name, p in student.named_parameters()}
+    starts = {name: p.full_tensor().detach().clone() for name, p in student.named_parameters()}
     student(tokens()).sum().backward()
     optimizer.step()
     assert torch.equal(teacher(tokens()), before)

@@ -6,6 +6,7 @@ import programs
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -97,13 +98,21 @@ def test_two_processes(tmp_path):
         assert rank.stdout.count("average is right") == 2
 
 
+@pytest.fixture
+def new_accelerator():
+    """Forget the process's first Accelerator, whose settings all later ones must share."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("plain_forward", [True, False])
-def test_the_teacher_of_a_prepared_model_computes_with_the_average(plain_forward):
+def test_the_teacher_of_a_prepared_model_computes_with_the_average(plain_forward, new_accelerator):
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     if not plain_forward:
         original = model.forward
         model.forward = lambda x: original(x)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    accelerator = new_accelerator(mixed_precision="bf16", cpu=True)
     student = accelerator.prepare(model)
     teacher = WMATeacher(student, "ema(0.5)")
     with torch.no_grad():
