@@ -32,7 +32,7 @@ CORE = {
     "sharding": {"walking"},
     "kernels": {"checks", "spec"},
     "schedule": {"checks", "kernels"},
-    "pairing": {"checks", "naming", "sharding", "walking"},
+    "pairing": {"averaging", "checks", "naming", "sharding", "walking"},
     "adapters": {"naming"},
     "watching": {"adapters", "walking"},
     "swapping": {"averaging", "adapters", "caches", "sharding", "walking", "watching"},

@@ -160,6 +160,24 @@ def test_without_hooks_a_value_that_is_lost_is_an_error():
     assert teacher.step == 1
 
 
+def test_a_duplicate_takes_parameters_up():
+    student = nn.Linear(2, 2)
+    student.bias.requires_grad_(False)
+    with torch.no_grad():
+        student.bias.zero_()
+    teacher = WMATeacher(student, "uniform", 10)
+    duplicate = copy.deepcopy(teacher)
+    duplicate.student.bias.requires_grad_(True)
+    duplicate(torch.ones(1, 2))
+    Bare(duplicate.student).step()
+    duplicate.update()
+    assert (duplicate.module.bias == 0.5).all()
+    untouched = copy.deepcopy(teacher)
+    untouched.student.bias.requires_grad_(True)
+    untouched.update()
+    assert untouched.roles.shared == ()
+
+
 def test_a_split_average_takes_parameters_up():
     student = nn.Sequential(nn.Linear(64, 4), nn.Linear(4, 2)).bfloat16()
     student[0].requires_grad_(False)

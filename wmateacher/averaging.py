@@ -26,7 +26,7 @@ from torch import Tensor
 
 from wmateacher import caches
 
-__all__ = ["Average", "Update", "copy_", "side_by_side"]
+__all__ = ["Average", "Update", "copy_", "is_vector", "side_by_side"]
 
 # The tensor that holds an average, the value to move it to, and the module's own tensor if it is a third one.
 _Row = tuple[Tensor, ...]
@@ -151,7 +151,7 @@ def side_by_side(averages: Mapping[str, Average]) -> dict[str, Average]:
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, average in averages.items():
         held = average.held
-        if average.beside is not None and not average.split and held.numel() <= _SHORT and _is_vector(held):
+        if average.beside is not None and not average.split and held.numel() <= _SHORT and is_vector(held):
             groups.setdefault((average.own.dtype, held.dtype, held.device), []).append(name)
     for names in groups.values():
         parts = [averages[name].held.reshape(-1) for name in names]
@@ -319,7 +319,8 @@ def _prepare(group: list[tuple[Average, Tensor]], masked: bool) -> list[_Step]:
     return [make(batch, relays[i % len(relays)], *halved) for i, batch in enumerate(batches)]
 
 
-def _is_vector(tensor: Tensor) -> bool:
+def is_vector(tensor: Tensor) -> bool:
+    """Return whether at most one dimension is longer than 1, as in norm gains, biases and logit scales."""
     return sum(length > 1 for length in tensor.shape) <= 1
 
 
@@ -329,7 +330,7 @@ def _are_joined(rows: Sequence[_Row]) -> bool:
     ends = [held.storage_offset() + held.numel() for held in helds]
     return (
         len(rows) > 1
-        and all(map(_is_vector, helds))
+        and all(map(is_vector, helds))
         and len({held.untyped_storage().data_ptr() for held in helds}) == 1
         and all(held.storage_offset() == end for held, end in zip(helds[1:], ends[:-1], strict=True))
         and all(type(row[1]) is Tensor for row in rows)  # other types may have no memory to gather

@@ -50,7 +50,8 @@ def duplicate(student: nn.Module, memo: dict[int, Any], hooks: Hooks) -> nn.Modu
 
     Args:
         student: The student.
-        memo: What to use in place of some of the student's tensors, by their `id`. It is extended.
+        memo: The replacements of some of the student's tensors, by their `id`, as for `copy.deepcopy`, which
+            extends it.
         hooks: Whether the student's forward and backward hooks are left out or copied.
 
     Raises:

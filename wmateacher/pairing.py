@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import checks, naming, sharding, walking
+from wmateacher import averaging, checks, naming, sharding, walking
 from wmateacher.naming import unwrap
 
 __all__ = [
@@ -409,7 +409,7 @@ def accumulator_dtype(tensor: Tensor, dtype: Precision, device: torch.device | N
         device: The device that holds the average; None stands for the tensor's.
     """
     if not isinstance(dtype, torch.dtype):
-        is_vector = sum(length > 1 for length in tensor.shape) <= 1
+        is_vector = averaging.is_vector(tensor)
         has_double = (device or tensor.device).type != "mps"
         own = tensor.dtype.to_real()
         dtype = torch.float64 if is_vector and has_double else at_least_float32(own)

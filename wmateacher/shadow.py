@@ -25,7 +25,6 @@ from wmateacher.rewriting import Watch, renormalised
 __all__ = ["Plan", "Shadow"]
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-_VERSION = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Plan:
         own: The averaged module's tensors.
         update: The function that moves the averaged tensors.
         copied: The tensors that are copied at every snapshot: targets and sources.
-        detector: What looks for NaN in a student before it is averaged; None if nothing does.
+        detector: The detector of NaN in a student before it is averaged, or None for no detection.
         copy: The function that copies `copied` where the device decides whether a snapshot counts; None if
             the host does.
         changed: The names of buffers that changed their structure in the student, which the averaged module
@@ -133,7 +132,7 @@ class Shadow:
         self._renormalised = renormalised(self.module)
         self._plan: Plan | None = None
         self._shared: list[Tensor] = []
-        self._versions: list[int | None] = []
+        self._frozen = Watch({})  # what it shares, as it was at the last update
         self._lost: list[str] = []  # the unfrozen parameters of which the value is lost
         self._start_averages(Binding(student), self.roles.averaged)
         own = pairing.tensors(self.module)
@@ -145,11 +144,12 @@ class Shadow:
         self._look_up_shared()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_watches": ()}
+        return {**self.__dict__, "_plan": None, "_watches": (), "_shared": [], "_frozen": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._watch(Binding(self.module))
+        self._look_up_shared()
 
     # --- averages ----------------------------------------------------------------------------------
 
@@ -235,8 +235,7 @@ class Shadow:
             return
         names = [n for n, t in zip(self.roles.shared, self._shared, strict=True) if t.requires_grad]
         if trained and not self._lost:
-            versions = zip(self.roles.shared, _versions(self._shared), self._versions, strict=True)
-            self._lost = [n for n, now, before in versions if n in names and now != before]
+            self._lost = [name for name in self._frozen.written() if name in names]
         if self._lost:
             raise RuntimeError(
                 f"the student's {pairing.few(self._lost)} was unfrozen and written before the teacher could "
@@ -248,14 +247,14 @@ class Shadow:
 
     def note_shared(self) -> None:
         """Note which values the shared parameters have now; `take_up_unfrozen` compares them."""
-        self._versions = _versions(self._shared)
+        self._frozen.settle()
 
     def _look_up_shared(self) -> None:
         own = pairing.tensors(self.module)
         self._lost = []
         self._shared = [own[name] for name in self.roles.shared]
         self._plan = None
-        self.note_shared()
+        self._frozen = Watch(dict(zip(self.roles.shared, self._shared, strict=True)))
 
     # --- updates ------------------------------------------------------------------------------------
 
@@ -562,14 +561,6 @@ class Shadow:
 
 
 # --- frozen tensors -----------------------------------------------------------------------------------
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int | None]:
-    """Return how often each tensor was written; None for those of inference mode, which do not count."""
-    try:
-        return list(map(_VERSION, tensors))  # no bytecode per tensor
-    except RuntimeError:
-        return [None if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _equal(own: Tensor, given: Tensor) -> bool:
