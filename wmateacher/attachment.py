@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import CodeType
@@ -9,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from wmateacher import zero
 
 __all__ = ["Attachment"]
 
@@ -51,7 +54,7 @@ class Attachment:
         # Each optimizer with those that it holds: it may step them, or the loop may do so itself.
         families = [_family(_hooked(optimizer)) for optimizer in self.optimizers]
         for optimizer, *_ in families:
-            if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+            if not any(id(p) in ours for p in _trained(optimizer)):
                 raise ValueError(
                     f"this {type(optimizer).__name__} trains none of the student's parameters: attach the "
                     "teacher to the optimizer that trains the student it was built from"
@@ -60,15 +63,7 @@ class Attachment:
         self._positions = {id(member): i for i, family in enumerate(families) for member in family}
         self._last: int | None = None  # the position of the latest optimizer in an unfinished round
         self._started = False
-        self._handles = [
-            handle
-            for family in families
-            for member in family
-            for handle in (
-                member.register_step_pre_hook(self._before_step),
-                member.register_step_post_hook(self._after_step),
-            )
-        ]
+        self._handles = [handle for family in families for member in family for handle in self._hook(member)]
 
     @property
     def active(self) -> bool:
@@ -89,6 +84,18 @@ class Attachment:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+    def _hook(self, optimizer: Any) -> Sequence[Any]:
+        """Have an optimizer report its steps, and return the handles that end it."""
+        if zero.is_optimizer(optimizer):
+            before, after = (
+                functools.partial(f, optimizer, (), {}) for f in (self._before_step, self._after_step)
+            )
+            return [zero.StepHooks(optimizer, before, after)]
+        return [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_outermost():
@@ -142,14 +149,17 @@ class Attachment:
         return True
 
 
-def _hooked(optimizer: Any) -> Optimizer:
-    """Return the optimizer that runs the hooks: the one given, or the one in a wrapper without hooks."""
+def _hooked(optimizer: Any) -> Any:
+    """Return the optimizer whose steps are reported: the one given, or the one in a wrapper without hooks."""
+    optimizer = zero.optimizer_of(optimizer)
+    if zero.is_optimizer(optimizer):
+        return optimizer
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"optimizer must be a torch.optim.Optimizer or a list of them, got {type(optimizer).__name__}"
         )
     inner = getattr(optimizer, "optimizer", None)
-    if not _runs_hooks(optimizer) and isinstance(inner, Optimizer):
+    if not _runs_hooks(optimizer) and (isinstance(inner, Optimizer) or zero.is_optimizer(inner)):
         return inner  # Accelerate wraps the optimizer without running its hooks
     if not _runs_hooks(optimizer):
         raise TypeError(
@@ -159,8 +169,17 @@ def _hooked(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def _family(optimizer: Optimizer) -> list[Optimizer]:
+def _trained(optimizer: Any) -> Iterable[Tensor]:
+    """Return the parameters that an optimizer steps."""
+    if zero.is_optimizer(optimizer):
+        return zero.parameters(optimizer)
+    return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def _family(optimizer: Any) -> list[Any]:
     """Return an optimizer and those that it holds, such as the base optimizer of SAM or Lookahead."""
+    if zero.is_optimizer(optimizer):
+        return [optimizer]  # its base optimizer steps once for each group
     inner = [o for o in vars(optimizer).values() if isinstance(o, Optimizer) and _runs_hooks(o)]
     return [optimizer, *inner]
 

@@ -1,9 +1,9 @@
 """Names of tensors without what wrappers add to them, for modules and for state dicts.
 
-DDP, DataParallel, torch.compile, activation checkpointing and Lightning Fabric wrap a module, and the names
-of its tensors get a component such as `module` or `_orig_mod`. In a module, wrappers are recognised by their
-type, so that an attribute of the user's own that is called `module` stays in the name. A state dict has no
-types: there, a component is left out only if the names then match those on the other side.
+DDP, DataParallel, torch.compile, activation checkpointing, DeepSpeed and Lightning Fabric wrap a module, and
+the names of its tensors get a component such as `module` or `_orig_mod`. In a module, wrappers are recognised
+by their type, so that an attribute of the user's own that is called `module` stays in the name. A state dict
+has no types: there, a component is left out only if the names then match those on the other side.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ _WRAPPERS = (
     ("torch.nn.parallel", "DistributedDataParallel", ("module",), True),
     ("torch.nn.parallel", "DataParallel", ("module",), True),
     ("torch._dynamo.eval_frame", "OptimizedModule", ("_orig_mod",), True),
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", ("module",), True),
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
         "ActivationWrapper",

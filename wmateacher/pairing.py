@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, checks, naming, sharding, walking
+from wmateacher import averaging, checks, naming, sharding, walking, zero
 from wmateacher.naming import unwrap
 
 __all__ = [
@@ -251,6 +251,7 @@ def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:
             + ". Pass the model that the teacher was built from; if it has changed since, build a new "
             "teacher for it (add and remove parameters before)"
         )
+    zero.refuse_partitioned(student)
     for name, tensor in teacher.items():
         if student[name].shape != tensor.shape:
             raise ValueError(

@@ -25,6 +25,7 @@ from wmateacher import (
     swapping,
     unfreezing,
     walking,
+    zero,
 )
 from wmateacher import buffers as changing
 from wmateacher.attachment import Attachment
@@ -150,6 +151,7 @@ class WMATeacher(nn.Module):
         copying.refuse_scripted(student)
         swapping.refuse(student, "building a teacher")
         sharding.refuse_fsdp1(student)
+        zero.refuse_partitioned(dict(walking.named_parameters(student)))
         sharding.reshard(sharding.fully_sharded(student))
         roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
         # Tensors that are made in inference mode could not be averaged outside of it.
@@ -344,13 +346,15 @@ class WMATeacher(nn.Module):
         Args:
             optimizer: The optimizer that trains the student, or a list of several in the order in which they
                 step. These count one step once the last one has stepped, or when one of them steps again
-                before that, as after a step that a `GradScaler` skipped.
+                before that, as after a step that a `GradScaler` skipped. With DeepSpeed, the engine or its
+                optimizer.
 
         Returns:
             A handle with a `remove()` method, which is also a context manager.
 
         Raises:
-            TypeError: If `optimizer` is neither a `torch.optim.Optimizer` nor a list of them.
+            TypeError: If `optimizer` is neither a `torch.optim.Optimizer` nor a list of them, nor from
+                DeepSpeed.
             ValueError: If one of the optimizers trains none of the student's parameters.
             RuntimeError: If the teacher is attached already; and later, in the first step, if the optimizers
                 step in another order.
@@ -497,6 +501,7 @@ class WMATeacher(nn.Module):
         adapters.refuse(self._adapters_of(student), "copy_to()")
         self._report_nonfinite()
         self._shadow.copy_to(student)
+        zero.refresh_masters(model)
 
     def averaged_state_dict(self, dtype: torch.dtype | None = None, *, full: bool = False) -> dict[str, Any]:
         """Return a copy of the averaged weights and buffers that the student's `load_state_dict` reads.
