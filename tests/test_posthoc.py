@@ -792,7 +792,9 @@ def test_averaging_needs_little_more_than_the_result(tmp_path):
     command = [sys.executable, "-c", MEASURE, *sizes]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     measured = [line.split() for line in done.stdout.splitlines()]
-    assert [(how, folder) for how, folder, _ in measured] == [(h, f) for f in sizes for h in ("average", "stock")]
+    assert [(how, folder) for how, folder, _ in measured] == [
+        (h, f) for f in sizes for h in ("average", "stock")
+    ]
     for how, folder, peak in measured:
         assert int(peak) < 1.5 * sizes[folder] + 4e6, (how, folder)
     shutil.rmtree(tmp_path)

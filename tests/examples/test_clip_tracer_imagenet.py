@@ -41,6 +41,7 @@ def rows(file):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_what_can_be_learnt_is_learnt(sets, tmp_path, capsys):
     given = (
         "--finetune.learning-rate", "3e-3", "--methods.ft.rate", "1", "--epochs", "15", "--evaluate-every", "0",
@@ -99,6 +100,7 @@ def without_seconds(results):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_killed_three_times_at_random_steps_a_run_ends_with_the_same_numbers(sets, tmp_path):
     given = (
         "--epochs", "20", "--evaluate-every", "30", "--finetune.checkpoint-every", "7",
@@ -127,6 +129,7 @@ def test_killed_three_times_at_random_steps_a_run_ends_with_the_same_numbers(set
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_signal_to_the_whole_group_saves_first_also_with_workers(sets, tmp_path):
     given = ("--epochs", "60", "--finetune.checkpoint-every", "10", "--methods", "flyp", "--workers", "2")
     run = programs.Program(EXAMPLE, *arguments(sets, *given, "--output", str(tmp_path / "out")))
@@ -155,6 +158,7 @@ def go(root, *more, out=None):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("train", ["imagenet-train", pytest.param("anchors.csv", marks=pytest.mark.slow)])
 def test_corrupt_images_are_counted_and_lose_nothing(root, train):
     for file in sorted((root / "imagenet/train").rglob("*.JPEG"))[:2]:
@@ -170,6 +174,7 @@ def test_corrupt_images_are_counted_and_lose_nothing(root, train):
     assert results["methods"]["flyp"]["runs"][0]["unreadable"] == 4  # two in each epoch
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_wrong_folders_and_tables_are_errors_before_anything_runs(root):
     picture(root / "imagenet/train/n00000000/x.JPEG", 0)
     with pytest.raises(
@@ -233,6 +238,7 @@ def test_unknown_values_have_suggestions(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_micro_batches_balanced_batches_and_half_precision_by_the_command_line(sets, tmp_path):
     out = tmp_path / "out"
     results = go(
