@@ -1,4 +1,6 @@
+import functools
 import os
+import sys
 from pathlib import Path
 
 # One thread for this process and for those that tests start: the tensors are small, and tests share their
@@ -59,6 +61,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
         if "slow" in item.keywords and not config.getoption("--runslow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
+
+
+def pytest_collection_finish():
+    """CLIP's vocabulary is read once, not again for each small model."""
+    if open_clip := sys.modules.get("open_clip"):
+        open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
 
 
 @pytest.fixture(autouse=True)

@@ -71,7 +71,10 @@ ROOMS = {
 }
 ENGINE_MAY_USE = {"checks", "collectives", "files", "spec"}
 IMAGES = {"PIL", "open_clip", "sklearn", "timm", "torchmetrics", "torchvision"}
-DECLARATIONS = ["clip.methods", "clip.paper", "clip.recipes", "dino.recipes", "mean_teacher.recipes"]
+DECLARATIONS = [
+    "clip.ablations", "clip.methods", "clip.paper", "clip.plots", "clip.recipes", "dino.recipes",
+    "mean_teacher.recipes",
+]  # fmt: skip
 OPTIONAL = {
     "PIL", "accelerate", "diffusers", "ema_pytorch", "lightning", "matplotlib", "open_clip", "sklearn",
     "tensorboard", "timm", "torch_ema", "torchmetrics", "torchvision", "transformers", "tyro", "webdataset",

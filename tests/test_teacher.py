@@ -109,38 +109,38 @@ def test_realised_weights_equal_the_kernels(kernel, every, precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "split", "float32"])
-@pytest.mark.parametrize("kernel", ["beta(0.5,0.5)", "uniform", "ema(0.99995)"])
-def test_the_weights_of_25_000_updates(kernel, precision):
-    """Students of a thousand steps each are told apart; their weights hold to 1e-3 of themselves."""
-    total = 25_000
+@pytest.mark.parametrize("kernel", ["beta(0.5,0.5)", "uniform", "ema(0.99975)"])
+def test_the_weights_of_5_000_updates(kernel, precision):
+    """Students of 200 steps each are told apart; their weights hold to 1e-5 of themselves."""
+    total = 5_000
     dtype, asked = PRECISIONS[precision]
     student = OneHot(26, dtype)
     teacher = WMATeacher(student, kernel, total, dtype=asked)
     for step in range(1, total + 1):
-        if step % 1000 == 1:
-            student.at(1 + step // 1000)
+        if step % 200 == 1:
+            student.at(1 + step // 200)
         teacher.update()
     weights = teacher.trajectory_weights()
-    expected = np.concatenate([weights[:1], weights[1:].reshape(25, 1000).sum(1)])
-    np.testing.assert_allclose(held(teacher)[:, 1].double().numpy(), expected, rtol=1e-3)
-    np.testing.assert_allclose(held(teacher, "vector").numpy(), expected, rtol=1e-9)
+    expected = np.concatenate([weights[:1], weights[1:].reshape(25, 200).sum(1)])
+    np.testing.assert_allclose(held(teacher)[:, 1].double().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(held(teacher, "vector").numpy(), expected, rtol=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "split", "float32"])
-def test_25_000_small_updates_track_the_float64_average(precision):
+def test_5_000_small_updates_track_the_float64_average(precision):
     dtype, asked = PRECISIONS[precision]
     student = OneHot(64, dtype)
-    teacher = WMATeacher(student, "ema(0.99995)", dtype=asked)
+    teacher = WMATeacher(student, "ema(0.99975)", dtype=asked)
     expected = student.state.detach().double().clone()
     walk = expected.clone()
-    for _ in range(25_000):
+    for _ in range(5_000):
         walk += 0.01 * torch.randn(64, 2, dtype=torch.float64)
         student.state.data.copy_(walk)
         teacher.update()
         expected += teacher.omega * (student.state.detach().double() - expected)
     error = (held(teacher).double() - expected).norm() / expected.norm()
-    assert error < 1e-4
+    assert error < 1e-5
     assert (student.state.detach().double() - expected).norm() / expected.norm() > 0.1  # they are apart
 
 
@@ -155,15 +155,15 @@ class Gains(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("total", "start"),
+    ("total", "start", "steps"),
     [
-        (300_000, 299_000),
-        pytest.param(25_000, 0, marks=pytest.mark.slow),
-        pytest.param(300_000, 0, marks=pytest.mark.slow),
+        (300_000, 299_000, 1_000),
+        (300_000, 150_000, 1_000),
+        pytest.param(25_000, 0, 25_000, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "split"])
-def test_gains_that_drift_by_a_hundredth_do_not_stall(total, start, precision):
+def test_gains_that_drift_by_a_hundredth_do_not_stall(total, start, steps, precision):
     """Float32 near 1 would lose the small updates of a long run: the error is measured against the drift."""
     dtype, asked = PRECISIONS[precision]
     student = Gains(dtype)
@@ -174,7 +174,7 @@ def test_gains_that_drift_by_a_hundredth_do_not_stall(total, start, precision):
         teacher.load_average(
             {n: torch.full(p.shape, mean, dtype=torch.float64) for n, p in names.items()}, start
         )
-    for step in range(start + 1, total + 1):
+    for step in range(start + 1, start + steps + 1):
         if (step - start) % 500 == 1:
             value = torch.tensor(1 + 0.01 * step / total).to(dtype)
             for parameter in names.values():

@@ -127,9 +127,9 @@ def loads(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writers", [1, 2, 4])
-def test_a_state_loads_on_any_number_of_processes(pools, tmp_path, writers):
+def test_a_state_loads_on_any_other_number_of_processes(pools, tmp_path, writers):
     pools("gloo", writers).run(saves, str(tmp_path))
-    for readers in (1, 2, 4):
+    for readers in sorted({1, 2, 4} - {writers}):
         pools("gloo", readers).run(loads, str(tmp_path))
 
 

@@ -41,6 +41,7 @@ def rows(file):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_what_can_be_learnt_is_learnt(sets, tmp_path, capsys):
     given = (
         "--finetune.learning-rate", "3e-3", "--methods.ft.rate", "1", "--epochs", "15", "--evaluate-every", "0",
@@ -99,14 +100,15 @@ def without_seconds(results):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_killed_three_times_at_random_steps_a_run_ends_with_the_same_numbers(sets, tmp_path):
     given = (
-        "--epochs", "20", "--evaluate-every", "30", "--finetune.checkpoint-every", "7",
+        "--epochs", "10", "--evaluate-every", "15", "--finetune.checkpoint-every", "7",
         "--finetune.learning-rate", "1e-3", "--methods", "tracer", "--output",
     )  # fmt: skip
     clip_tracer.main(arguments(sets, *given, str(tmp_path / "whole")))
     checkpoint = tmp_path / "killed/checkpoints/tracer-0.pt"
-    for target in sorted(random.Random(5).sample(range(8, 70), 3)):
+    for target in sorted(random.Random(5).sample(range(8, 28), 3)):
         victim = programs.Program(EXAMPLE, *arguments(sets, *given, str(tmp_path / "killed")))
         victim.until(
             lambda step=target: (
@@ -123,10 +125,11 @@ def test_killed_three_times_at_random_steps_a_run_ends_with_the_same_numbers(set
             (tmp_path / d / what / "tracer-0.csv").read_text() for d in ("whole", "killed")
         )
         assert whole_table == killed_table
-    assert len(rows(tmp_path / "killed/gaps/tracer-0.csv")) == 80
+    assert len(rows(tmp_path / "killed/gaps/tracer-0.csv")) == 40
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_signal_to_the_whole_group_saves_first_also_with_workers(sets, tmp_path):
     given = ("--epochs", "60", "--finetune.checkpoint-every", "10", "--methods", "flyp", "--workers", "2")
     run = programs.Program(EXAMPLE, *arguments(sets, *given, "--output", str(tmp_path / "out")))
@@ -155,6 +158,7 @@ def go(root, *more, out=None):
     return json.loads((out / "results.json").read_text())
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("train", ["imagenet-train", pytest.param("anchors.csv", marks=pytest.mark.slow)])
 def test_corrupt_images_are_counted_and_lose_nothing(root, train):
     for file in sorted((root / "imagenet/train").rglob("*.JPEG"))[:2]:
@@ -170,6 +174,7 @@ def test_corrupt_images_are_counted_and_lose_nothing(root, train):
     assert results["methods"]["flyp"]["runs"][0]["unreadable"] == 4  # two in each epoch
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_wrong_folders_and_tables_are_errors_before_anything_runs(root):
     picture(root / "imagenet/train/n00000000/x.JPEG", 0)
     with pytest.raises(
@@ -233,6 +238,7 @@ def test_unknown_values_have_suggestions(capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_micro_batches_balanced_batches_and_half_precision_by_the_command_line(sets, tmp_path):
     out = tmp_path / "out"
     results = go(
