@@ -112,7 +112,7 @@ class TeacherCallback(Callback):
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"name must be the name of an attribute, got {name!r}")
         if update_every != "epoch":
-            checks.positive_int("update_every ('epoch' or)", update_every)
+            checks.positive_int("update_every, if it is not 'epoch',", update_every)
         kernels.build(kernel)
         self.teacher: WMATeacher | None = None
         self._kernel, self._total_steps, self._every, self._options = (

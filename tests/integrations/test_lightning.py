@@ -1,4 +1,5 @@
 import importlib
+import pickle
 import sys
 from pathlib import Path
 
@@ -249,6 +250,13 @@ def test_an_unknown_horizon_is_an_error(tmp_path):
         ({"total_steps": 0}, "total_steps must be a whole number of at least 1, got 0"),
         ({"optimizer": 1}, "optimizer must be an index below 1, .* got 1"),
         ({"kernel": "betta(1,1)"}, "unknown kernel 'betta'; did you mean 'beta'"),
+        (
+            {"finish_with": "average"},
+            "unknown weights for finish_with 'average'; available: student, teacher",
+        ),
+        ({"update_every": "epochs"}, "update_every, .* must be a whole number of at least 1, got 'epochs'"),
+        ({"name": "my teacher"}, "name must be the name of an attribute, got 'my teacher'"),
+        ({"buffer": "keep"}, "unknown option of TeacherCallback 'buffer'; did you mean 'buffers'"),
     ],
 )
 def test_bad_arguments_say_what_to_do(tmp_path, options, message):
@@ -274,6 +282,15 @@ def test_two_processes(tmp_path, strategy):
     for rank in programs.launch(2, Path(__file__).parent / "lightning_ranks.py", strategy, tmp_path):
         assert rank.returncode == 0, rank.stderr[-3000:]
         assert rank.stdout.count("average is right") == 2
+
+
+@pytest.mark.slow
+def test_the_average_comes_back_from_spawned_processes(tmp_path):
+    program = programs.run(Path(__file__).parent / "lightning_ranks.py", "fork", tmp_path)
+    assert program.returncode == 0, program.stderr[-3000:]
+    assert "the average came back" in program.stdout
+    assert program.stderr.count("TeacherCallback(finish_with='teacher')") == 1
+    pickle.loads(pickle.dumps(TeacherCallback()))  # as spawning does
 
 
 def test_a_teacher_is_a_wmateacher(tmp_path):
