@@ -1,5 +1,6 @@
 import importlib
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -166,6 +167,10 @@ def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path, kept):
     callback, saves = callbacks("crashed")
     resumed, run = fitted(tmp_path, callback, None, saves, path=last, **options)
     assert resumed.teacher.step == run.global_step == 12
+    # A sanity check of the restored average, then two epochs that were left, with two batches each.
+    assert len(resumed.seen) == 6
+    assert all(map(torch.equal, resumed.seen, whole.seen[-6:]))
+    assert torch.equal(resumed.seen[-1], weights(resumed.teacher.module))
     for name, value in whole.teacher.state_dict().items():
         ours = resumed.teacher.state_dict()[name]
         assert torch.equal(ours, value) if isinstance(value, torch.Tensor) else ours == value
@@ -286,7 +291,8 @@ def test_two_processes(tmp_path, strategy):
 
 @pytest.mark.slow
 def test_the_average_comes_back_from_spawned_processes(tmp_path):
-    program = programs.run(Path(__file__).parent / "lightning_ranks.py", "fork", tmp_path)
+    script = Path(__file__).parent / "lightning_ranks.py"  # a process of its own, which may fork
+    program = subprocess.run([sys.executable, script, "fork", tmp_path], capture_output=True, text=True)
     assert program.returncode == 0, program.stderr[-3000:]
     assert "the average came back" in program.stdout
     assert program.stderr.count("TeacherCallback(finish_with='teacher')") == 1
