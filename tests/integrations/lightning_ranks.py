@@ -4,7 +4,6 @@
 """
 
 import sys
-import warnings
 from pathlib import Path
 
 import lightning as L
@@ -92,10 +91,7 @@ def forked(folder):
             strategy="ddp_fork", accelerator="cpu", devices=2, max_epochs=2, callbacks=[callback, saves],
             logger=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            trainer.fit(module, data)
-        assert not any("stays there" in str(w.message) for w in caught)  # it is the processes' own
+        trainer.fit(module, data)
         content = torch.load(folder / f"{weights_after}.ckpt", weights_only=True)
         teacher = next(v for k, v in content["callbacks"].items() if "TeacherCallback" in k)["teacher"]
         assert teacher["_extra_state"]["step"] == 4
