@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -18,8 +18,14 @@ from wmateacher.kernels import KernelLike
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+    from lightning.pytorch.strategies import Strategy
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
     from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities import rank_zero_warn
+
+    from wmateacher.integrations import lightning_steps
+    from wmateacher.integrations.lightning_saving import STUDENT, AveragedIO
 except ImportError as error:
     raise ImportError(
         "wmateacher.integrations.lightning needs Lightning: pip install 'wmateacher[lightning]'"
@@ -27,7 +33,8 @@ except ImportError as error:
 
 __all__ = ["TeacherCallback"]
 
-_STUDENT = "student_state_dict"
+_TUNERS = (BatchSizeFinder, LearningRateFinder)
+_OPTIONS = [p.name for p in inspect.signature(WMATeacher).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 class TeacherCallback(Callback):
@@ -55,9 +62,12 @@ class TeacherCallback(Callback):
         *,
         student: str | None = None,
         name: str = "teacher",
-        optimizer: int | None = None,
+        optimizer: int | Sequence[int] | None = None,
+        update_every: int | Literal["epoch"] = 1,
         evaluate_with: Weights = "student",
+        finish_with: Weights = "student",
         checkpoint: Weights = "student",
+        save_averaged: bool = False,
         module_factory: Callable[[LightningModule], nn.Module] | None = None,
         **options: Any,
     ):
@@ -65,35 +75,61 @@ class TeacherCallback(Callback):
 
         Args:
             kernel: The kernel, as for `WMATeacher`.
-            total_steps: The optimizer steps of the run. None for the Trainer's estimate from its limits and
-                the data, `estimated_stepping_batches`.
+            total_steps: The optimizer steps of the run. None for the Trainer's estimate from its limits, the
+                data and the gradient accumulation.
             student: The path of the submodule to average, such as `"backbone"`; None for the whole
                 LightningModule.
             name: The attribute of the LightningModule that holds the teacher. Several callbacks need
                 different names.
             optimizer: The index of the optimizer whose steps count; None for the one that trains the student.
-            evaluate_with: The weights that validation, test and prediction use.
+                The steps of several count as one if they are a list, in the order in which they step, as for
+                `WMATeacher.attach`.
+            update_every: The number of optimizer steps between two snapshots, or `"epoch"` for one at the end
+                of each epoch. The horizon and the window remain in optimizer steps.
+            evaluate_with: The weights that validation, test and prediction use. With `ckpt_path`, they are
+                that checkpoint's.
+            finish_with: The weights of the module after `fit`. With `"teacher"` the average is copied into
+                it at the end, as `EMAWeightAveraging` does.
             checkpoint: The weights in a checkpoint's `state_dict`, which `load_from_checkpoint` reads. With
                 `"teacher"` the checkpoint has the student's weights as well, and a resumed run trains those.
+            save_averaged: Whether to write a second file beside each checkpoint, `averaged/NAME.ckpt` in the
+                same folder. Its `state_dict` has the averaged weights, and it has no state of the training.
             module_factory: A function that builds the averaged module from the LightningModule, for a
                 student that is sharded by `fully_shard`; see `WMATeacher`.
-            **options: Further options of `WMATeacher`: `update_every`, `dtype`, `device`, `buffers`,
-                `frozen`, `exclude`, `hooks`.
+            **options: Further options of `WMATeacher`: `dtype`, `device`, `buffers`, `frozen`, `exclude`,
+                `nonfinite`, `hooks`.
 
         Raises:
-            ValueError: If `evaluate_with` or `checkpoint` is neither "student" nor "teacher".
+            ValueError: If an argument is out of range, or an option is unknown.
+            TypeError: If no kernel can be built from `kernel`.
         """
-        for argument, value in (("evaluate_with", evaluate_with), ("checkpoint", checkpoint)):
+        for argument, value in (
+            ("evaluate_with", evaluate_with), ("finish_with", finish_with), ("checkpoint", checkpoint),
+        ):  # fmt: skip
             checks.one_of(f"weights for {argument}", value, ("student", "teacher"))
+        for option in options:
+            checks.one_of("option of TeacherCallback", option, _OPTIONS)
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(f"name must be the name of an attribute, got {name!r}")
+        if update_every != "epoch":
+            checks.positive_int("update_every, if it is not 'epoch',", update_every)
+        kernels.build(kernel)
         self.teacher: WMATeacher | None = None
-        self._kernel, self._total_steps, self._options = kernel, total_steps, options
+        self._kernel, self._total_steps, self._every, self._options = (
+            kernel,
+            total_steps,
+            update_every,
+            options,
+        )
         self._student, self._name, self._optimizer = student, name, optimizer
-        self._evaluate_with, self._checkpoint = evaluate_with, checkpoint
+        self._evaluate_with, self._finish_with = evaluate_with, finish_with
+        self._checkpoint, self._save_averaged = checkpoint, save_averaged
         self._module_factory = module_factory
         self._attachment: Attachment | None = None
-        self._restored: Mapping[str, Any] | None = None
-        self._horizon: int | None = None
-        self._swap = ExitStack()
+        self._restored: Mapping[str, Any] | None = None  # a loaded state that no teacher has yet
+        self._fitting = False
+        self._plan: tuple[int | None, int] = (None, 1)  # the horizon and the interval of the present run
+        self._lent = ExitStack()  # what an evaluation gives back at its end
 
     @property
     def state_key(self) -> str:
@@ -102,30 +138,57 @@ class TeacherCallback(Callback):
 
     # --- the run ------------------------------------------------------------------------------------
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take a place before Lightning's tuners, whose trials need the teacher."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        tuners = [i for i, callback in enumerate(callbacks) if isinstance(callback, _TUNERS)]
+        if stage == "fit" and tuners and tuners[0] < callbacks.index(self):
+            others = [c for c in callbacks if c is not self]
+            trainer.callbacks = [*others[: tuners[0]], self, *others[tuners[0] :]]  # type: ignore[attr-defined]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Build the teacher on the student's device, and count the optimizer's steps.
+        """Build the teacher on the student's device.
 
         Raises:
-            ValueError: If the Trainer cannot estimate the number of steps, `student` is not a submodule,
-                `name` is taken, or not exactly one optimizer trains the student.
+            ValueError: If the Trainer cannot estimate the number of steps, `student` is not a submodule, or
+                `name` is taken.
         """
-        student = self._student_of(pl_module)
-        self._horizon = self._estimated(trainer) if self._total_steps is None else self._total_steps
+        self._plan = self._planned(trainer)
         continues = self.teacher is not None and self.teacher is getattr(pl_module, self._name, None)
         if self._restored is not None:
-            self._build(pl_module, student)
+            self._start(pl_module)
             self._restore(self._restored)
         elif continues and trainer.global_step:  # a second `fit` of the same Trainer
             assert self.teacher is not None
-            resuming.extend(self.teacher, self._horizon, rank_zero_warn)
+            resuming.extend(self.teacher, self._plan[0], rank_zero_warn)
         else:
-            self._build(pl_module, student)
-        assert self.teacher is not None
-        self._attachment = self.teacher.attach(self._counted(trainer, student))
+            self._start(pl_module)
+        self._fitting = True
+        self._write_averages(trainer)
+        if self._finish_with == "student" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            rank_zero_warn(
+                "this strategy trains in processes of its own, and the teacher stays there: to have the "
+                "average as the module's weights after fit, pass TeacherCallback(finish_with='teacher'), or "
+                "read it from a checkpoint"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """If the checkpoint of a resumed run has no teacher, average over the remaining steps."""
+        """Count the optimizer's steps from here on: what a tuner has tried before does not count.
+
+        If the checkpoint of a resumed run has no teacher, average over the remaining steps.
+
+        Raises:
+            ValueError: If not exactly one optimizer trains the student and `optimizer` names none.
+        """
         assert self.teacher is not None
+        plan = self._planned(trainer)
+        if plan != self._plan:  # a tuner has changed the batch size
+            self._plan = plan
+            if self.teacher.step:
+                resuming.extend(self.teacher, plan[0], rank_zero_warn)
+            else:
+                self._start(pl_module)
+        self._attachment = self.teacher.attach(self._counted(trainer, self._student_of(pl_module)))
         step, total = trainer.global_step, self.teacher.total_steps
         if self._total_steps is None and total is not None and step and not self.teacher.step:
             missing = f"the checkpoint at step {step} has no {self._name}"
@@ -138,23 +201,39 @@ class TeacherCallback(Callback):
             resuming.warn_if_short(self.teacher, rank_zero_warn)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop counting, and move the teacher to the device on which the Trainer leaves the module."""
-        self._detach()
-        if self.teacher is not None and not resuming.is_sharded(self.teacher):
+        """Stop counting, and leave teacher and module on one device, with the weights of `finish_with`."""
+        self._stop()
+        assert self.teacher is not None
+        if not resuming.is_sharded(self.teacher):
             self.teacher.to(pl_module.device)
+        if self._finish_with == "teacher":
+            self.teacher.copy_to(self._student_of(pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the student its own weights back and stop counting."""
-        self._swap.close()
-        self._detach()
+        self._stop()
 
-    def _detach(self) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what belonged to this run alone: a loaded state, and the teacher of a tuner's trials."""
+        if self._fitting and self.teacher is not None and not self.teacher.step:
+            del pl_module.__dict__[self._name]
+            self.teacher = None
+        self._stop()
+
+    def _stop(self) -> None:
+        self._lent.close()
         if self._attachment is not None:
             self._attachment.remove()
+        self._restored, self._fitting = None, False
 
     # --- building -----------------------------------------------------------------------------------
 
-    def _build(self, pl_module: LightningModule, student: nn.Module) -> None:
+    def _start(self, pl_module: LightningModule) -> None:
+        """Begin a new average of the student as it is."""
+        self.teacher = self._build(pl_module, *self._plan)
+
+    def _build(self, pl_module: LightningModule, total_steps: int | None, update_every: int) -> WMATeacher:
+        """Build a teacher as the module's attribute."""
         old = pl_module.__dict__.pop(self._name, None)
         if not isinstance(old, WMATeacher | None) or hasattr(pl_module, self._name):
             raise ValueError(
@@ -162,27 +241,25 @@ class TeacherCallback(Callback):
                 "for the teacher, TeacherCallback(name=...)"
             )
         factory = self._module_factory
-        self.teacher = WMATeacher(
-            student, self._kernel, self._horizon,
+        teacher = WMATeacher(
+            self._student_of(pl_module), self._kernel, total_steps, update_every=update_every,
             module_factory=None if factory is None else lambda: factory(pl_module), **self._options,
         )  # fmt: skip
         # nn.Module's own __setattr__ would make it a submodule.
-        object.__setattr__(pl_module, self._name, self.teacher)
+        object.__setattr__(pl_module, self._name, teacher)
+        return teacher
 
-    def _estimated(self, trainer: Trainer) -> int | None:
-        """Return the Trainer's number of optimizer steps; None if it is unknown and the kernel needs none."""
-        # `max_steps` limits the steps of all optimizers together, so it says nothing about one of several.
-        several = trainer.max_steps != -1 and len(trainer.optimizers) > 1
-        steps = math.inf if several else trainer.estimated_stepping_batches
-        if math.isfinite(steps) and steps > 0:
-            return int(steps)
-        if kernels.build(self._kernel).needs_horizon:
+    def _planned(self, trainer: Trainer) -> tuple[int | None, int]:
+        """Return the horizon, None if it is unknown and the kernel needs none, and the interval."""
+        every = lightning_steps.steps_per_epoch(trainer) if self._every == "epoch" else self._every
+        total = lightning_steps.total_steps(trainer) if self._total_steps is None else self._total_steps
+        if total is None and kernels.build(self._kernel).needs_horizon:
             raise ValueError(
                 "the Trainer cannot tell how many steps the student's optimizer will take "
                 f"(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}, "
                 f"{len(trainer.optimizers)} optimizers): pass TeacherCallback(total_steps=...)"
             )
-        return None
+        return total, every
 
     def _student_of(self, pl_module: LightningModule) -> nn.Module:
         if self._student is None:
@@ -190,42 +267,77 @@ class TeacherCallback(Callback):
         submodules = {name: m for name, m in pl_module.named_modules(remove_duplicate=False) if name}
         return checks.lookup("submodule for student", self._student, submodules)
 
-    def _counted(self, trainer: Trainer, student: nn.Module) -> Optimizer:
+    def _counted(self, trainer: Trainer, student: nn.Module) -> Optimizer | list[Optimizer]:
         optimizers = trainer.optimizers
         if self._optimizer is not None:
-            if not 0 <= self._optimizer < len(optimizers):
+            given: Any = self._optimizer
+            chosen = given if isinstance(given, list | tuple) else [given]
+            if not all(type(index) is int and 0 <= index < len(optimizers) for index in chosen):
                 raise ValueError(
                     f"optimizer must be an index below {len(optimizers)}, the number of the module's "
-                    f"optimizers, got {self._optimizer}"
+                    f"optimizers, or a list of such, got {self._optimizer!r}"
                 )
-            return optimizers[self._optimizer]
+            return [optimizers[index] for index in chosen]
         ours = {id(p) for p in student.parameters()}
         training = [o for o in optimizers if any(id(p) in ours for g in o.param_groups for p in g["params"])]
         if len(training) != 1:
             raise ValueError(
                 f"{len(training)} of the module's {len(optimizers)} optimizers train the student: "
-                "pass TeacherCallback(optimizer=INDEX), the one whose steps count, or student='...', "
-                "the submodule to average"
+                "pass TeacherCallback(optimizer=INDEX), the one whose steps count, optimizer=[INDEX, INDEX], "
+                "those whose steps together count as one, or student='...', the submodule to average"
             )
         return training[0]
 
     # --- evaluation ---------------------------------------------------------------------------------
 
-    def _swap_in(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._evaluate_with != "teacher":
-            return
-        if self.teacher is None and self._restored is not None:  # a checkpoint is evaluated without `fit`
-            self._horizon = self._restored["total_steps"]
-            self._build(pl_module, self._student_of(pl_module))
-            self._restore(self._restored)
-        if self.teacher is not None:
-            self._swap.enter_context(self.teacher.swap())
+    def _lend(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        teacher = self.teacher if fitting else self._to_evaluate(trainer, pl_module)
+        if self._evaluate_with == "teacher" and teacher is not None:
+            self._lent.enter_context(teacher.swap())
 
-    def _swap_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap.close()
+    def _to_evaluate(self, trainer: Trainer, pl_module: LightningModule) -> WMATeacher | None:
+        """Return the teacher of the checkpoint or, without one, of the module that is evaluated."""
+        own = pl_module.__dict__.get(self._name)
+        path, state = trainer.ckpt_path, self._restored
+        if path is None:
+            if self.teacher is not None and own is self.teacher:
+                return self.teacher
+            if self._evaluate_with == "teacher":
+                rank_zero_warn(
+                    f"this {type(pl_module).__name__} has no {self._name} yet, and its own weights are "
+                    "evaluated: pass ckpt_path=... to evaluate a checkpoint's"
+                )
+            return None
+        if isinstance(own, WMATeacher):  # of a run that goes on after the evaluation
+            del pl_module.__dict__[self._name]
+        self._lent.callback(self._put_back, pl_module, own)
+        if state:
+            every = (
+                state["teacher"]["_extra_state"]["update_every"] if self._every == "epoch" else self._every
+            )
+            teacher = self._build(pl_module, state["total_steps"], every)
+            resuming.restore(teacher, state, None, rank_zero_warn)
+            return teacher
+        if self._evaluate_with == "teacher":
+            raise ValueError(
+                f"{path} has no {self._name} to evaluate: a checkpoint has one if this callback was there "
+                "when it was saved, and save_weights_only was not set; for the weights in its state_dict, "
+                "averaged or not, pass TeacherCallback(evaluate_with='student')"
+            )
+        return None
 
-    on_validation_start = on_test_start = on_predict_start = _swap_in
-    on_validation_end = on_test_end = on_predict_end = _swap_out
+    def _put_back(self, pl_module: LightningModule, own: Any) -> None:
+        if isinstance(pl_module.__dict__.get(self._name), WMATeacher):
+            del pl_module.__dict__[self._name]
+        if own is not None:
+            object.__setattr__(pl_module, self._name, own)
+
+    def _take_back(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._lent.close()
+
+    on_validation_start = on_test_start = on_predict_start = _lend
+    on_validation_end = on_test_end = on_predict_end = _take_back
 
     # --- checkpoints --------------------------------------------------------------------------------
 
@@ -238,38 +350,52 @@ class TeacherCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the teacher's state, once there is a teacher."""
         self._restored = state_dict
-        # Lightning restores a sharded module, and with it the callbacks, after `on_fit_start`.
-        if self._attachment is not None and self._attachment.active:
+        # Lightning restores a sharded module, and with it the callbacks, after `on_fit_start`. So do tuners.
+        if self._fitting:
             self._restore(state_dict)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         assert self.teacher is not None
         self._restored = None
-        resuming.restore(self.teacher, state, self._horizon, rank_zero_warn)
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """With `checkpoint="teacher"`, write the averaged weights as the checkpoint's `state_dict`.
-
-        Raises:
-            ValueError: If the teacher is sharded.
-        """
-        if self._checkpoint != "teacher" or self.teacher is None:
-            return
-        if resuming.is_sharded(self.teacher):
-            raise ValueError(
-                "checkpoint='teacher' does not work with a sharded teacher: leave it out, and save "
-                "teacher.averaged_state_dict(full=True)"
-            )
-        checkpoint[_STUDENT] = dict(checkpoint["state_dict"])
-        prefix = "" if self._student is None else f"{self._student}."
-        averaged = {f"{prefix}{k}": v for k, v in self.teacher.averaged_state_dict().items()}
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], **averaged}
+        resuming.restore(self.teacher, state, self._plan[0], rank_zero_warn)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Continue training from the student's weights, also if the `state_dict` has the teacher's."""
-        if trainer.state.fn == TrainerFn.FITTING and _STUDENT in checkpoint:
-            pl_module.load_state_dict(checkpoint[_STUDENT])
+        """Load the student's weights into the module, also if the `state_dict` has the teacher's."""
+        if STUDENT in checkpoint:
+            pl_module.load_state_dict(checkpoint[STUDENT], strict=pl_module.strict_loading)
+
+    def _write_averages(self, trainer: Trainer) -> None:
+        """Give the Trainer's checkpoints averaged weights, if they are to have them."""
+        if self._checkpoint == "student" and not self._save_averaged:
+            return
+        assert self.teacher is not None
+        strategy = trainer.strategy
+        if (
+            resuming.is_sharded(self.teacher)
+            or type(strategy).save_checkpoint is not Strategy.save_checkpoint
+        ):
+            raise ValueError(
+                f"checkpoint='teacher' and save_averaged=True do not work with {type(strategy).__name__}, "
+                "which writes files of its own: leave them out, and save "
+                "teacher.averaged_state_dict(full=True)"
+            )
+        io = strategy.checkpoint_io
+        while isinstance(io, AveragedIO):
+            if io.owner is self:
+                return
+            io = io.inner
+        strategy.checkpoint_io = AveragedIO(
+            strategy.checkpoint_io,
+            self,
+            self._averaged,
+            replace=self._checkpoint == "teacher",
+            beside=self._save_averaged,
+        )
+
+    def _averaged(self) -> dict[str, Any] | None:
+        if self.teacher is None:
+            return None
+        prefix = "" if self._student is None else f"{self._student}."
+        return {f"{prefix}{key}": value for key, value in self.teacher.averaged_state_dict().items()}

@@ -1,4 +1,7 @@
-"""One rank of a Lightning run: `torchrun lightning_ranks.py ddp|fsdp2 FOLDER`."""
+"""One rank of a Lightning run: `torchrun lightning_ranks.py ddp|fsdp2 FOLDER`.
+
+`lightning_ranks.py fork FOLDER` starts its two processes itself, as ddp_spawn does.
+"""
 
 import sys
 from pathlib import Path
@@ -75,7 +78,37 @@ def fit(kind, folder, epochs, path=None):
     return module
 
 
+def forked(folder):
+    """The average comes back from other processes as the module's weights."""
+    x = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=4)
+    for weights_after in ("student", "teacher"):
+        module, callback = Network(sharded=False), TeacherCallback("uniform", finish_with=weights_after)
+        module.training_step = lambda batch, index, m=module: F.cross_entropy(m.net(batch[0]), batch[1])
+        module.configure_model()
+        saves = ModelCheckpoint(folder, filename=weights_after)
+        trainer = L.Trainer(
+            strategy="ddp_fork", accelerator="cpu", devices=2, max_epochs=2, callbacks=[callback, saves],
+            logger=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(module, data)
+        content = torch.load(folder / f"{weights_after}.ckpt", weights_only=True)
+        teacher = next(v for k, v in content["callbacks"].items() if "TeacherCallback" in k)["teacher"]
+        assert teacher["_extra_state"]["step"] == 4
+        state = {
+            n: teacher[f"module.{n}"] if weights_after == "teacher" else v
+            for n, v in content["state_dict"].items()
+        }
+        assert all(torch.equal(v, state[n].to(v.dtype)) for n, v in module.state_dict().items())
+        assert not all(
+            torch.equal(v, teacher[f"module.{n}"].to(v.dtype)) for n, v in content["state_dict"].items()
+        )
+    print("the average came back", flush=True)
+
+
 def main(kind, folder):
+    if kind == "fork":
+        return forked(folder)
     module = fit(kind, folder / "a", 2)
     teacher = module.teacher
     assert teacher.step == teacher.total_steps == 20, teacher.step

@@ -1,7 +1,9 @@
 """Modules that Lightning Fabric has set up."""
 
 import copy
+from pathlib import Path
 
+import programs
 import pytest
 import torch
 from lightning.fabric import Fabric
@@ -86,3 +88,45 @@ def test_averages_go_to_and_come_from_fabric_modules(wrap):
     x = torch.rand(4, 3)
     assert torch.equal(other(x), teacher(x))
     assert set(naming.canonical(model, model.state_dict()).values()) == teacher.module.state_dict().keys()
+
+
+@pytest.mark.parametrize("order", ["before setup", "after setup"])
+def test_fabric_saves_and_loads_a_teacher(tmp_path, fabric, order):
+    def build():
+        torch.manual_seed(1)
+        plain = Net()
+        teacher = WMATeacher(plain, "uniform", 10) if order == "before setup" else None
+        model, optimizer = fabric.setup(plain, torch.optim.AdamW(plain.parameters(), 1e-2))
+        return model, optimizer, teacher or WMATeacher(model, "uniform", 10)
+
+    def train(model, optimizer, teacher, steps, states=None):
+        with teacher.attach(optimizer):
+            for step in steps:
+                fabric.backward(model(torch.ones(2, 3) * step).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                if states is not None:
+                    states.append(model.state_dict()["module.weight"].clone())
+
+    model, optimizer, teacher = build()
+    states = [model.state_dict()["module.weight"].clone()]
+    train(model, optimizer, teacher, range(3), states)
+    assert teacher.state_dict().keys() == WMATeacher(Net(), "uniform", 10).state_dict().keys()
+    fabric.save(tmp_path / "all.ckpt", {"model": model, "optimizer": optimizer, "teacher": teacher})
+    train(model, optimizer, teacher, range(3, 6), states)
+    resumed = build()
+    fabric.load(tmp_path / "all.ckpt", dict(zip(("model", "optimizer", "teacher"), resumed, strict=True)))
+    assert resumed[2].step == 3
+    train(*resumed, range(3, 6))
+    assert resumed[2].step == teacher.step == 6
+    for name, value in teacher.averaged_state_dict().items():
+        assert torch.equal(resumed[2].averaged_state_dict()[name], value)
+    mean = torch.stack(states).double().mean(0)
+    torch.testing.assert_close(teacher.module.module.weight.double(), mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_sharded_fabric_module_has_a_teacher(tmp_path):
+    for rank in programs.launch(2, Path(__file__).parent / "fabric_ranks.py", tmp_path):
+        assert rank.returncode == 0, rank.stderr[-3000:]
+        assert "the average is restored" in rank.stdout

@@ -1,139 +1,34 @@
 import importlib
+import pickle
+import subprocess
 import sys
 from pathlib import Path
 
-import lightning as L
 import programs
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning_students import (
+    IGNORED,
+    Adversaries,
+    Configured,
+    Network,
+    Plain,
+    Stop,
+    assert_average,
+    data,
+    fitted,
+    trainer,
+    weights,
+)
 from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from wmateacher import WMATeacher, migration
 from wmateacher.integrations.lightning import TeacherCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-]
-BATCHES = 5
-
-
-class Network(L.LightningModule):
-    """A student that is pulled to its teacher; keeps what it passed through."""
-
-    def __init__(self, configured=False):
-        super().__init__()
-        self.states, self.seen = [], []
-        if not configured:
-            self.net = self.layers()
-
-    @staticmethod
-    def layers():
-        torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
-
-    def forward(self, x):
-        return self.net(x)
-
-    def training_step(self, batch, index):
-        x, y = batch
-        logits = self(x)
-        return F.cross_entropy(logits, y) + F.mse_loss(logits, self.teacher(x))
-
-    def validation_step(self, batch, index):
-        self.seen.append(weights(self))
-
-    def on_fit_start(self):
-        self.states.append(weights(self))
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.AdamW(self.parameters(), 1e-2)
-        optimizer.register_step_post_hook(lambda *_: self.states.append(weights(self)))
-        return optimizer
-
-
-class Configured(Network):
-    def __init__(self):
-        super().__init__(configured=True)
-
-    def configure_model(self):
-        if not hasattr(self, "net"):
-            self.net = self.layers()
-
-
-class Adversaries(L.LightningModule):
-    """Two optimizers, stepped by hand: the critic at each batch, the generator at every second."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-        self.generator, self.critic = nn.Linear(4, 4), nn.Linear(4, 1)
-
-    def training_step(self, batch, index):
-        generating, criticising = self.optimizers()
-        for optimizer, sign in ((criticising, 1), (generating, -1)):
-            if optimizer is generating and index % 2:
-                continue
-            optimizer.zero_grad()
-            self.manual_backward(sign * self.critic(self.generator(batch[0])).mean())
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(m.parameters(), 0.1) for m in (self.generator, self.critic)]
-
-
-def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
-
-
-def data(batches=BATCHES):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8 * batches, 4, generator=generator)
-    return DataLoader(TensorDataset(x, (x.sum(1) > 0).long()), batch_size=8)
-
-
-def trainer(tmp_path, *callbacks, **options):
-    options = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, **options}
-    return L.Trainer(
-        callbacks=list(callbacks), accelerator="cpu", devices=1, default_root_dir=tmp_path,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
-
-
-def fitted(tmp_path, callback, module=None, *others, validate=False, path=None, **options):
-    module = Network() if module is None else module
-    run = trainer(tmp_path, callback, *others, **options)
-    run.fit(module, data(), data(2) if validate else None, ckpt_path=path)
-    return module, run
-
-
-def expected(module, teacher):
-    """The definition: the kernel's weights times every state that the student passed through."""
-    states = torch.stack(module.states).double()
-    return torch.from_numpy(teacher.trajectory_weights()) @ states
-
-
-def assert_average(module, teacher):
-    torch.testing.assert_close(
-        weights(teacher.module).double(), expected(module, teacher), rtol=1e-5, atol=1e-6
-    )
-
-
-class Stop(Callback):
-    """Fails in the n-th training batch."""
-
-    def __init__(self, batch, kind=RuntimeError):
-        self.batch, self.kind = batch, kind
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.fit_loop.total_batch_idx + 1 == self.batch:
-            raise self.kind("stopped here")
+pytestmark = [pytest.mark.filterwarnings(line) for line in IGNORED]
 
 
 # --- counting -----------------------------------------------------------------------------------------
@@ -272,6 +167,10 @@ def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path, kept):
     callback, saves = callbacks("crashed")
     resumed, run = fitted(tmp_path, callback, None, saves, path=last, **options)
     assert resumed.teacher.step == run.global_step == 12
+    # A sanity check of the restored average, then two epochs that were left, with two batches each.
+    assert len(resumed.seen) == 6
+    assert all(map(torch.equal, resumed.seen, whole.seen[-6:]))
+    assert torch.equal(resumed.seen[-1], weights(resumed.teacher.module))
     for name, value in whole.teacher.state_dict().items():
         ours = resumed.teacher.state_dict()[name]
         assert torch.equal(ours, value) if isinstance(value, torch.Tensor) else ours == value
@@ -283,10 +182,6 @@ def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path, kept):
 def test_a_submodules_average_is_saved_under_its_name(tmp_path):
     saves = ModelCheckpoint(tmp_path, save_last=True)
     callback = TeacherCallback(student="net.0", checkpoint="teacher")
-
-    class Plain(Network):
-        def training_step(self, batch, index):
-            return F.cross_entropy(self(batch[0]), batch[1])
 
     module, _ = fitted(tmp_path, callback, Plain(), saves, enable_checkpointing=True)
     loaded = Plain.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
@@ -360,6 +255,13 @@ def test_an_unknown_horizon_is_an_error(tmp_path):
         ({"total_steps": 0}, "total_steps must be a whole number of at least 1, got 0"),
         ({"optimizer": 1}, "optimizer must be an index below 1, .* got 1"),
         ({"kernel": "betta(1,1)"}, "unknown kernel 'betta'; did you mean 'beta'"),
+        (
+            {"finish_with": "average"},
+            "unknown weights for finish_with 'average'; available: student, teacher",
+        ),
+        ({"update_every": "epochs"}, "update_every, .* must be a whole number of at least 1, got 'epochs'"),
+        ({"name": "my teacher"}, "name must be the name of an attribute, got 'my teacher'"),
+        ({"buffer": "keep"}, "unknown option of TeacherCallback 'buffer'; did you mean 'buffers'"),
     ],
 )
 def test_bad_arguments_say_what_to_do(tmp_path, options, message):
@@ -387,6 +289,16 @@ def test_two_processes(tmp_path, strategy):
         assert rank.stdout.count("average is right") == 2
 
 
+@pytest.mark.slow
+def test_the_average_comes_back_from_spawned_processes(tmp_path):
+    script = Path(__file__).parent / "lightning_ranks.py"  # a process of its own, which may fork
+    program = subprocess.run([sys.executable, script, "fork", tmp_path], capture_output=True, text=True)
+    assert program.returncode == 0, program.stderr[-3000:]
+    assert "the average came back" in program.stdout
+    assert program.stderr.count("TeacherCallback(finish_with='teacher')") == 1
+    pickle.loads(pickle.dumps(TeacherCallback()))  # as spawning does
+
+
 def test_a_teacher_is_a_wmateacher(tmp_path):
     module, _ = fitted(tmp_path, TeacherCallback(update_every=2, buffers="average"))
     assert isinstance(module.teacher, WMATeacher)
@@ -394,10 +306,6 @@ def test_a_teacher_is_a_wmateacher(tmp_path):
 
 
 def test_lightnings_own_average_is_continued(tmp_path):
-    class Plain(Network):
-        def training_step(self, batch, index):
-            return F.cross_entropy(self(batch[0]), batch[1])
-
     module, saves = Plain(), ModelCheckpoint(tmp_path, save_last=True)
     trainer(tmp_path, EMAWeightAveraging(decay=0.9), saves, enable_checkpointing=True).fit(module, data())
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
