@@ -292,6 +292,11 @@ class Criterion(nn.Module):
             for name, c in self.coefficients.items()
         )
 
+    @property
+    def takes_mask(self) -> bool:
+        """Whether every term takes `mask` and `num_items`."""
+        return self._with_mask >= self.terms.keys()
+
     def __str__(self) -> str:
         return self.spec
 
