@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -28,16 +30,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as 
 class Sentences(Dataset):
     """24 sentences of 6 tokens, and which of two kinds each is."""
 
-    def __init__(self, language=False):
+    def __init__(self, language=False, padded=False):
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(20, (24, 6), generator=generator)
-        self.language = language
+        self.language, self.padded = language, padded
 
     def __len__(self):
         return len(self.tokens)
 
     def __getitem__(self, i):
         tokens = self.tokens[i]
+        if self.language and self.padded:  # the first tokens are a prompt, the last ones padding
+            labels = tokens.clone()
+            labels[: i % 3] = labels[6 - i % 4 :] = -100
+            return {"input_ids": tokens, "labels": labels, "attention_mask": torch.arange(6) < 6 - i % 4}
         return {"input_ids": tokens, "labels": tokens if self.language else int(tokens.sum() > 57)}
 
 
@@ -47,6 +53,16 @@ def classifier():
         BertConfig(
             vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=8,
+        )
+    )  # fmt: skip
+
+
+def llama():
+    torch.manual_seed(1)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
 
@@ -162,11 +178,14 @@ class Gradients(TrainerCallback):
             self.first = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("build", [classifier, language_model])
+@pytest.mark.parametrize("build", [classifier, llama])
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, accumulated):
-    """Its gradient is the whole batch's, whether the model divides its own loss by the batch or not."""
-    data, other = Sentences(language=build is language_model), build()
+    """Its gradient is the whole batch's, whether the model divides its own loss by the batch or not.
+
+    Prompts and padding of the sentences have different lengths, and change nothing.
+    """
+    data, other = Sentences(language=build is llama, padded=True), build()
     with torch.no_grad():
         [p.add_(0.1 * torch.randn_like(p)) for p in other.parameters()]
 
@@ -182,30 +201,32 @@ def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, 
             tmp_path, per_device_train_batch_size=12 // accumulated,
             gradient_accumulation_steps=accumulated, max_steps=1, max_grad_norm=0,
         )  # fmt: skip
-        trainer = Fixed(
-            model,
-            args,
-            train_dataset=data,
-            callbacks=[seen],
-            distillation="mse(logits)",
-            distill_weight=distill_weight,
-        )
+        trainer = Fixed(model, args, train_dataset=data, callbacks=[seen], distill_weight=distill_weight)
         trainer.train()
-        return seen.first
+        return seen.first, trainer.state.log_history[0]["distillation"]
 
     reference, args = build().eval(), arguments(tmp_path, per_device_train_batch_size=12)
     batch = next(iter(Trainer(reference, args, train_dataset=data).get_train_dataloader()))
-    targets = other.eval()(**batch).logits.detach()
-    losses.build("mse(logits)")(reference(**batch).logits, targets).backward()
-    expected = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradient(2.0) - gradient(0.0), 2.0 * expected, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        targets = other.eval()(**batch).logits
+    logits, mask = reference(**batch).logits, torch.ones(12, dtype=bool)
+    if build is llama:  # position i predicts token i + 1; the loss leaves the others out
+        logits, targets, mask = logits[:, :-1], targets[:, :-1], batch["labels"][:, 1:] != -100
+        assert 12 < mask.sum() < 50
+    log_p, log_q = logits[mask].double().log_softmax(-1), targets[mask].double().log_softmax(-1)
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    expected.backward()
+    expected_gradient = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
+    with_term, logged = gradient(2.0)
+    torch.testing.assert_close(with_term - gradient(0.0)[0], 2.0 * expected_gradient, rtol=1e-3, atol=1e-5)
+    assert logged == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_mixin_works_with_any_trainer(tmp_path):
     class Halved(Trainer):
         def compute_loss(self, *args, **kwargs):
-            loss, outputs = super().compute_loss(*args, **{**kwargs, "return_outputs": True})
-            return 0.5 * loss, outputs
+            assert not kwargs["return_outputs"]  # which costs a forward pass in some Trainers
+            return 0.5 * super().compute_loss(*args, **kwargs)
 
     class Both(TeacherMixin, Halved):
         pass
@@ -334,9 +355,11 @@ def test_bad_arguments_say_what_to_do(tmp_path):
     ):
         TeacherTrainer(classifier(), arguments(tmp_path), evaluate_with="techer")
     with pytest.raises(
-        ValueError, match="compares paired, but models of transformers return logits: choose from .*kl"
+        ValueError, match="compares features, but models of transformers return logits: choose from .*kl"
     ):
-        TeacherTrainer(classifier(), arguments(tmp_path), distillation="fd")
+        TeacherTrainer(classifier(), arguments(tmp_path), distillation="cosine")
+    with pytest.raises(TypeError, match="teacher_inputs must be a function of the batch, got 'context'"):
+        TeacherTrainer(classifier(), arguments(tmp_path), teacher_inputs="context")
     with pytest.raises(ValueError, match="distill_weight must be a number of at least 0, got '1'"):
         TeacherTrainer(classifier(), arguments(tmp_path), distill_weight="1")
     with pytest.raises(
@@ -357,7 +380,8 @@ def test_bad_arguments_say_what_to_do(tmp_path):
 
 def test_without_transformers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "wmateacher.integrations.huggingface")
+    for name in [n for n in sys.modules if n.startswith("wmateacher.integrations.huggingface")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'wmateacher\[huggingface\]'"):
         importlib.import_module("wmateacher.integrations.huggingface")
 
