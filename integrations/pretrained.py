@@ -1,4 +1,4 @@
-"""Averages in folders that `from_pretrained` reads, of models of transformers, PEFT, diffusers and their like."""
+"""Averages in folders that `from_pretrained` reads: models of transformers, PEFT, diffusers and others."""
 
 from __future__ import annotations
 
@@ -48,9 +48,10 @@ def save_pretrained(teacher: WMATeacher, folder: File, **options: Any) -> None:
 
 def save_model(teacher: WMATeacher, folder: File, **options: Any) -> None:
     """Write the average as a model folder, without the teacher's state; otherwise as `save_pretrained`."""
-    if not callable(getattr(teacher.module, "save_pretrained", None)):
+    model: Any = teacher.module
+    if not callable(getattr(model, "save_pretrained", None)):
         raise TypeError(
-            f"a {type(teacher.module).__name__} has no save_pretrained, as models of transformers, PEFT and "
+            f"a {type(model).__name__} has no save_pretrained, as models of transformers, PEFT and "
             "diffusers do: save teacher.averaged_state_dict() or, with the clock, teacher.state_dict()"
         )
     if resuming.is_sharded(teacher):
@@ -61,11 +62,11 @@ def save_model(teacher: WMATeacher, folder: File, **options: Any) -> None:
         )
     # Reading the state refuses what must not be saved: lent weights and merged adapters.
     teacher.state_dict()
-    teacher.module.save_pretrained(str(folder), **options)
+    model.save_pretrained(str(folder), **options)
 
 
 def from_pretrained(
-    folder: File, model: nn.Module | type, kernel: KernelLike | None = None, **options: Any
+    folder: File, model: nn.Module | type[Any], kernel: KernelLike | None = None, **options: Any
 ) -> WMATeacher:
     """Return the teacher that `save_pretrained` wrote, with its average and its clock.
 
@@ -78,8 +79,8 @@ def from_pretrained(
         model: The student, to go on training: a model of the same architecture. Or its class, to use the
             average alone: the student is then read from the folder and has the averaged weights, too.
         kernel: The kernel; None for the one in the folder.
-        **options: Further options of `WMATeacher`, as for the teacher that was saved: `update_every` is in the
-            folder, `dtype`, `buffers`, `exclude` and the others are not.
+        **options: Further options of `WMATeacher`, as for the teacher that was saved. The folder holds
+            `update_every`, but not `dtype`, `buffers`, `exclude` and the others.
 
     Raises:
         FileNotFoundError: If the folder holds no teacher.

@@ -17,7 +17,7 @@ __all__ = ["Comparison", "align", "is_causal", "read"]
 
 Kind = Literal["classes", "values", "labels", "paired"]
 
-# Language models without a shift between logits and labels: decoders of encoder-decoder models, and older ones.
+# Language models whose labels are not shifted: decoders of encoder-decoder models, and older ones.
 _NOT_SHIFTED = {
     "BartForCausalLM", "BigBirdPegasusForCausalLM", "BlenderbotForCausalLM", "BlenderbotSmallForCausalLM",
     "CpmAntForCausalLM", "FlaubertWithLMHeadModel", "MBartForCausalLM", "MarianForCausalLM",
@@ -52,7 +52,8 @@ class Comparison:
 
 def is_causal(model: nn.Module) -> bool:
     """Return whether position i of a model's logits predicts label i + 1."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # that of PEFT
+    of_peft: Any = getattr(model, "get_base_model", None)
+    base = of_peft() if callable(of_peft) else model
     names = {c.__name__ for c in type(base).__mro__}
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False) or names & _NOT_SHIFTED:
         return False
@@ -81,8 +82,9 @@ def read(model: nn.Module, outputs: Any, inputs: Mapping[str, Any]) -> Compariso
         return _span(found["start_logits"], found["end_logits"], inputs)
     if heads != ["logits"] or not isinstance(found["logits"], Tensor):
         raise ValueError(
-            f"cannot tell which outputs of {type(model).__name__} to compare, among {', '.join(found) or 'none'}: "
-            f"distillation compares one tensor of logits, or image_embeds and text_embeds; {_OVERRIDE}"
+            f"cannot tell which outputs of {type(model).__name__} to compare, among "
+            f"{', '.join(found) or 'none'}: distillation compares one tensor of logits, or image_embeds and "
+            f"text_embeds; {_OVERRIDE}"
         )
     return _logits(model, found["logits"], inputs)
 
@@ -135,11 +137,10 @@ def _logits(model: nn.Module, logits: Tensor, inputs: Mapping[str, Any]) -> Comp
     if isinstance(shifted, Tensor) and shifted.shape == leading:
         return Comparison(logits, shifted != -100, shifted)
     causal = is_causal(model)
-    if isinstance(labels, Tensor) and not floating and labels.numel() == leading.numel():
-        if labels.ndim == len(leading) + 1 or labels.shape == leading:
-            labels = labels.reshape(leading)
-            targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100) if causal else labels
-            return Comparison(logits, token_mask(labels, causal=causal), targets)
+    if isinstance(labels, Tensor) and not floating and labels.shape in (leading, (*leading, 1)):
+        labels = labels.reshape(leading)
+        targets = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=-100) if causal else labels
+        return Comparison(logits, token_mask(labels, causal=causal), targets)
     if labels is not None:
         raise _misfit(labels, logits)
     return Comparison(logits, None if len(leading) == 1 else _real(inputs, logits, causal))
@@ -168,12 +169,12 @@ def _real(inputs: Mapping[str, Any], logits: Tensor, causal: bool) -> Tensor:
 
 
 def _misfit(labels: Any, logits: Tensor) -> ValueError:
-    given = (
-        f"shape {list(labels.shape)}, {labels.dtype}" if isinstance(labels, Tensor) else type(labels).__name__
-    )
+    given = type(labels).__name__
+    if isinstance(labels, Tensor):
+        given = f"shape {list(labels.shape)}, {labels.dtype}"
     return ValueError(
-        f"the labels ({given}) do not say which positions of the logits {list(logits.shape)} count: there is no "
-        f"label for each position; {_OVERRIDE}"
+        f"the labels ({given}) do not say which positions of the logits {list(logits.shape)} count: there is "
+        f"no label for each position; {_OVERRIDE}"
     )
 
 
@@ -187,8 +188,8 @@ def align(student: Comparison, teacher: Comparison) -> Comparison:
     """
     if student.kind != teacher.kind:
         raise ValueError(
-            f"the teacher's view gives {teacher.kind!r} and the student's {student.kind!r}: teacher_inputs must "
-            "return inputs for the same task"
+            f"the teacher's view gives {teacher.kind!r} and the student's {student.kind!r}: teacher_inputs "
+            "must return inputs for the same task"
         )
     own, other = student.values, teacher.values
     if not isinstance(own, Tensor) or not isinstance(other, Tensor):
@@ -201,20 +202,21 @@ def align(student: Comparison, teacher: Comparison) -> Comparison:
             f"the teacher's view gives logits {list(other.shape)} and the student's {list(own.shape)}: "
             "teacher_inputs must return labels in which the answer is marked and all other tokens are -100"
         )
-    assert student.labels is not None and teacher.labels is not None
+    assert student.labels is not None
+    assert teacher.labels is not None
     if own.shape[0] != other.shape[0]:
         raise ValueError(f"teacher_inputs must keep the batch of {own.shape[0]} rows, got {other.shape[0]}")
     numbers = student.mask.flatten(1).sum(1), teacher.mask.flatten(1).sum(1)
     for row, (ours, theirs) in enumerate(zip(*(n.tolist() for n in numbers), strict=True)):
         if ours != theirs:
             raise ValueError(
-                f"row {row} of the teacher's view has {theirs} answer tokens and the student's {ours}: the labels "
-                "that teacher_inputs returns must mark the same answer (was one of them truncated?)"
+                f"row {row} of the teacher's view has {theirs} answer tokens and the student's {ours}: the "
+                "labels that teacher_inputs returns must mark the same answer (was one of them truncated?)"
             )
     if not torch.equal(student.labels[student.mask], teacher.labels[teacher.mask]):
         raise ValueError(
-            "the answers in the teacher's view are other tokens than the student's: the labels that teacher_inputs "
-            "returns must mark the same answer"
+            "the answers in the teacher's view are other tokens than the student's: the labels that "
+            "teacher_inputs returns must mark the same answer"
         )
     placed = torch.zeros_like(own, dtype=other.dtype)
     placed[student.mask] = other[teacher.mask]

@@ -33,10 +33,11 @@ class TeacherMixin:
     """Add distillation from the average of its own model to a Trainer; a base class before the Trainer's.
 
     The teacher gets the same batch as the model, without dropout and gradient, and the loss is
-    `loss + distill_weight * distillation(model(batch).logits, teacher(batch).logits)`. The distillation is a mean
-    over the tokens that the model's own loss counts: where labels are -100, as padding and prompts are, nothing
-    counts. Like the model's own loss it is a mean over all the batches of an optimizer step and all processes,
-    if the Trainer passes `num_items_in_batch`. Its mean, before its weight, is logged as `distillation`.
+    `loss + distill_weight * distillation(model(batch).logits, teacher(batch).logits)`. The distillation is a
+    mean over the tokens that the model's own loss counts, and not over those whose label is -100, such as
+    prompts and padding. If the Trainer passes `num_items_in_batch`, it is a mean over all the batches of an
+    optimizer step and all processes, like the model's own loss. Its mean, before its weight, is logged as
+    `distillation`.
 
     Example:
         >>> class MyTrainer(TeacherMixin, Trainer): ...
@@ -119,10 +120,10 @@ class TeacherMixin:
     def teacher_inputs(self, inputs: Inputs) -> Inputs:
         """Return the teacher's view of a batch; override it, or pass a function `teacher_inputs`.
 
-        By default, the columns `teacher_NAME` of a batch take the place of NAME for the teacher and are hidden
-        from the model: `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels` hold a prompt with
-        further context, for example. Where the two views differ in their tokens, the answer is aligned by the
-        labels: it is what is not -100, and must be the same in both.
+        By default, the columns `teacher_NAME` of a batch take the place of NAME for the teacher and are
+        hidden from the model. For example, `teacher_input_ids`, `teacher_attention_mask` and `teacher_labels`
+        hold a prompt with further context. The answers of the two views, the tokens whose label is not -100,
+        must be the same, and are compared wherever they stand.
 
         Args:
             inputs: The batch, on the model's device.
@@ -134,8 +135,8 @@ class TeacherMixin:
     def outputs_to_compare(self, outputs: Any, inputs: Inputs) -> Comparison:
         """Return what the distillation compares in the outputs of the model or the teacher.
 
-        Override it for models whose outputs are not one tensor of logits, or whose loss counts other positions
-        than those with a label.
+        Override it for models whose outputs are not one tensor of logits, or whose loss counts other
+        positions than those with a label.
 
         Args:
             outputs: The outputs of the model or the teacher.
@@ -193,13 +194,13 @@ class TeacherMixin:
         family = "paired" if compared.kind == "paired" else "logits"
         if built.family not in (None, family):
             raise ValueError(
-                f"distillation '{built}' compares {built.family}, but this model returns {family}: choose from "
-                f"{', '.join(losses.available(family))}"
+                f"distillation '{built}' compares {built.family}, but this model returns {family}: choose "
+                f"from {', '.join(losses.available(family))}"
             )
         if compared.kind == "values" and _is_blind(built):
             raise ValueError(
-                f"distillation '{built}' is always 0 for the outputs of a regression, of which the softmax is "
-                "1: use distillation='mse(logits)'"
+                f"distillation '{built}' is always 0 for the outputs of a regression, whose softmax is 1: "
+                "use distillation='mse(logits)'"
             )
         self._checked = True
         return built
@@ -217,7 +218,7 @@ class TeacherMixin:
         return count.clamp(min=1) / processes
 
     def _is_scaled(self, items: Any) -> bool:
-        """Return whether the Trainer takes the loss as it is, instead of dividing it by the number of batches."""
+        """Return whether the Trainer takes the loss as it is, instead of dividing it by the batches."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is not None:
             return bool(scaled)
@@ -238,7 +239,7 @@ class TeacherMixin:
         return lacks and comparison.is_causal(model)
 
     def _note(self, part: Tensor, mask: Tensor | None) -> None:
-        """Add a part of the distillation to what is logged, and warn if a teacher that differs says nothing."""
+        """Add a part of the distillation to the log, and warn if a teacher that differs says nothing."""
         if self._sum is None:
             self._first_step = self.state.global_step  # type: ignore[attr-defined]
         self._sum = part if self._sum is None else self._sum + part
@@ -248,9 +249,9 @@ class TeacherMixin:
             if says_nothing and diagnostics.parameter_gap(self.teacher) > _SAME:
                 self._warned = True
                 warnings.warn(
-                    "the distillation is exactly 0, although the teacher's weights differ from the model's: the "
-                    "outputs that are compared do not depend on the weights that are trained, or the loss does not "
-                    "depend on these outputs. Check distillation=, or override outputs_to_compare",
+                    "the distillation is exactly 0, although the teacher's weights differ from the model's: "
+                    "the outputs that are compared do not depend on the weights that are trained, or the "
+                    "loss does not depend on these outputs. Check distillation=, or override outputs_to_compare",
                     stacklevel=2,
                 )
             self._suspect = False
@@ -269,8 +270,8 @@ class TeacherMixin:
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate as the Trainer does, with the weights of `evaluate_with`.
 
-        Before training, the teacher is read from the checkpoint that `TeacherCallback(resume_from=...)` or the
-        model comes from.
+        Before training, the teacher is read from the checkpoint of `TeacherCallback(resume_from=...)`, or
+        from the one that the model comes from.
 
         Raises:
             RuntimeError: If the teacher is to be evaluated and there is none.
@@ -296,8 +297,8 @@ class TeacherMixin:
             return str(folder)
         raise RuntimeError(
             "evaluate_with='teacher' before train(): there is no teacher yet. Train first, or read one: "
-            f"TeacherCallback(resume_from=CHECKPOINT), or a model from_pretrained(CHECKPOINT) whose folder holds "
-            f"{FILE}; evaluate_with='student' evaluates the model itself"
+            "TeacherCallback(resume_from=CHECKPOINT), or a model from_pretrained(CHECKPOINT) whose folder "
+            f"holds {FILE}; evaluate_with='student' evaluates the model itself"
         )
 
     def _load_best_model(self) -> None:
@@ -310,6 +311,7 @@ class TeacherMixin:
             teacher.copy_to(self.model)  # type: ignore[attr-defined]
 
     def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns: list[str]
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         own = [c for c in self._signature_columns if not c.startswith(_PREFIX)]
         self._signature_columns = [*own, *(_PREFIX + c for c in own)]
