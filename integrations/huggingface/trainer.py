@@ -251,7 +251,8 @@ class TeacherMixin:
                 warnings.warn(
                     "the distillation is exactly 0, although the teacher's weights differ from the model's: "
                     "the outputs that are compared do not depend on the weights that are trained, or the "
-                    "loss does not depend on these outputs. Check distillation=, or override outputs_to_compare",
+                    "loss does not depend on these outputs. Check distillation=, or override "
+                    "outputs_to_compare",
                     stacklevel=2,
                 )
             self._suspect = False
