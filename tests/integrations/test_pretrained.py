@@ -129,3 +129,27 @@ def test_an_interrupted_save_leaves_no_clock_beside_other_weights(tmp_path, monk
         save_pretrained(teacher, tmp_path)
     with pytest.raises(FileNotFoundError, match="no teacher.pt"):
         from_pretrained(tmp_path, UNet2DModel)
+
+
+def vector(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
+
+
+def test_the_average_moves_when_its_diffusion_model_does():
+    """The scenarios of diffusers' own tests of its average."""
+    student = unet()
+    teacher = WMATeacher(student, "ema(0.9)")
+    start = vector(teacher.module)
+    teacher.update()
+    assert teacher.step == 1
+    assert torch.equal(vector(teacher.module), start)  # of a student that has not moved
+    positions = [start]
+    for step in (2, 3):
+        train(student, teacher, 1, seed=step)
+        assert teacher.step == step
+        positions.append(vector(teacher.module))
+        torch.testing.assert_close(positions[-1], 0.9 * positions[-2] + 0.1 * vector(student))
+        assert not torch.equal(positions[-1], positions[-2])
+    latest = WMATeacher(student, "ema(0.0)")
+    train(student, latest, 1, seed=4)
+    assert torch.equal(vector(latest.module), vector(student))
