@@ -251,6 +251,19 @@ class WMATeacher(nn.Module):
             f"update_every={self._clock.update_every}"
         )
 
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """False; Accelerate's `prepare` sets it to True on the models that it has prepared."""
+        return False
+
+    @_is_accelerate_prepared.setter
+    def _is_accelerate_prepared(self, value: bool) -> None:
+        raise RuntimeError(
+            "accelerator.prepare() got the teacher, which is not trained and whose clock save_state() cannot "
+            "write as a model's weights: leave it out of prepare(), and call "
+            "accelerator.register_for_checkpointing(teacher)"
+        )
+
     # --- averaging ----------------------------------------------------------------------------------
 
     def update(self, model: nn.Module | None = None) -> None:

@@ -91,6 +91,19 @@ def test_steps_that_the_scaler_skips_do_not_count():
     assert (skipped, teacher.step) == (2, 18)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_teacher_is_registered_and_not_prepared(alone):
+    """A prepared model is saved by safetensors, which holds no clock."""
+    accelerator = Accelerator(cpu=True)
+    model, optimizer, _ = parts()
+    teacher = WMATeacher(model, "ema(0.9)")
+    others = () if alone else (model, optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"leave it out of prepare\(\), .*register_for_checkpointing\(teacher"
+    ):
+        accelerator.prepare(*others, teacher)
+
+
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     for rank in programs.launch(2, Path(__file__).parent / "accelerate_ranks.py", tmp_path):
