@@ -1,4 +1,4 @@
-"""Layers that normalise with the statistics of each batch in train mode, and with running ones in eval mode."""
+"""Layers that normalise with the statistics of each batch in train mode, with running ones in eval mode."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["MODES", "Mode", "frozen", "layers", "looks_far_back", "statistics", 
 Mode = Literal["eval", "train"]
 MODES: tuple[Mode, ...] = ("eval", "train")
 
-# The share of the run above which a kernel's mean age counts as far. On small image classifiers a teacher that
-# copies its student's statistics loses nothing at 0.11, and 11 points at 0.25.
+# The share of the run above which a kernel's mean age counts as far. On small image classifiers a teacher
+# that copies its student's statistics loses nothing at 0.11, and 11 points at 0.25.
 _FAR = 0.2
-_LONG = 100_000  # steps, for kernels that were given no horizon
-_LONGEST = 1_000_000
+# The longest run that is looked at. Of kernels that stretch with the run, a shorter one says the same.
+_LONGEST, _LONGEST_STEPWISE = 100_000, 1_000_000
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -71,8 +71,13 @@ def use_batches(model: nn.Module, without: Collection[str] = (), *, dropout: boo
 
 
 def looks_far_back(kernel: Kernel, total_steps: int | None) -> bool:
-    """Return whether the states in an average are on average older than a fifth of the run."""
-    horizon = min(total_steps or _LONG, _LONGEST)
+    """Return whether the mean age of the states in a finished average is more than a fifth of the run.
+
+    Args:
+        kernel: The kernel.
+        total_steps: The number of steps in the run; None stands for a long one.
+    """
+    horizon = min(total_steps or _LONGEST, _LONGEST_STEPWISE if kernel.stepwise else _LONGEST)
     weights = kernel.profile(horizon)
     return float(weights @ np.arange(horizon, -1, -1)) > _FAR * horizon
 

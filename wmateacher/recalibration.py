@@ -109,7 +109,9 @@ def _measure(
         dist.all_reduce(total)
     *numbers, count = total.split([*map(len, rows), 1])
     if not count:
-        raise ValueError("loader gave no batch: pass one that gives at least one (an iterator may be used up)")
+        raise ValueError(
+            "loader gave no batch: pass one that gives at least one (an iterator may be used up)"
+        )
     values: dict[str, Tensor] = {}
     for layer, row in zip(sums, numbers, strict=True):
         calls, size = row[-1], (len(row) - 1) // 2

@@ -145,7 +145,14 @@ class Shadow:
         self._look_up_shared()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_watches": (), "_statistics": None, "_shared": [], "_frozen": None}
+        return {
+            **self.__dict__,
+            "_plan": None,
+            "_watches": (),
+            "_statistics": None,
+            "_shared": [],
+            "_frozen": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

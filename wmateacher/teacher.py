@@ -110,17 +110,16 @@ class WMATeacher(nn.Module):
                 that they cost no memory and are not saved. One that is unfrozen later is averaged from the
                 value that it had until then. `"copy"` gives the teacher its own.
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
-            mode: `"eval"` normalises with running statistics. `"train"` normalises with the statistics of the
-                teacher's own batch, as the student does and as in mean teacher (Tarvainen & Valpola 2017), and
-                collects running statistics of the teacher's own, which `teacher.eval()`, `swap`, `copy_to` and
-                saved states use. It makes a difference to batch normalisation, and to instance normalisation
-                that tracks statistics. Layers that the student keeps in eval mode stay so. What is averaged
-                does not depend on the mode. Under DDP each process has its own running statistics, as in the
-                student; see `wmateacher.recalibrate`.
+            mode: `"eval"` normalises with running statistics. `"train"` normalises with the statistics of
+                the teacher's own batch, as the student does and as in mean teacher (Tarvainen & Valpola
+                2017), and collects running statistics of the teacher's own, which `teacher.eval()`, `swap`,
+                `copy_to` and saved states use. It makes a difference to batch normalisation, and to instance
+                normalisation that tracks statistics. Layers that the student keeps in eval mode stay so.
+                What is averaged does not depend on the mode. Under DDP each process has its own running
+                statistics, as in the student; `wmateacher.recalibrate` makes them equal.
             dropout: Whether a teacher in `mode="train"` runs dropout and everything else in train mode, too,
-                with random numbers of the global generators. With False only the normalisation layers do:
-                noise on the student's side is what helps (section 3.4 of the paper finds a marginal benefit on
-                the teacher's).
+                with random numbers of the global generators. With False only the normalisation layers are in
+                train mode.
             nonfinite: The policy for students with NaN or infinite values. `"warn"` averages them, and warns
                 when the average is saved, swapped in or copied. `"skip"` leaves such a snapshot out of the
                 average, warns once and lists its step in `skipped`. `"raise"` leaves it out too, and raises a
@@ -204,13 +203,13 @@ class WMATeacher(nn.Module):
             self.module.train()  # layers that merge themselves in eval mode have done so in shared weights
             raise
         self._set_modes()
-        copied = own.keys() & set(roles.copied)
+        copied = any(own[n].is_floating_point() for n in roles.copied if n in own)
         if mode == "eval" and copied and normalisation.looks_far_back(self.kernel, total_steps):
             warnings.warn(
                 f"the student normalises with running statistics, which buffers={buffers!r} copies to the "
-                f"teacher, but they do not fit weights that kernel {str(self.kernel)!r} averages over a large "
-                "part of the run: pass mode='train' for the targets of a loss, or buffers='keep' and call "
-                "wmateacher.recalibrate(teacher, loader) before each evaluation",
+                f"teacher, but they do not fit weights that kernel {str(self.kernel)!r} averages over a "
+                "large part of the run: pass mode='train', or buffers='keep' and call "
+                "wmateacher.recalibrate(teacher, loader) before the teacher is used",
                 stacklevel=2,
             )
         self.register_state_dict_pre_hook(_prepare_state)
@@ -477,9 +476,10 @@ class WMATeacher(nn.Module):
     def train(self, mode: bool = True) -> WMATeacher:
         """Set the training flag of the teacher, which a teacher in `mode="eval"` ignores.
 
-        In `mode="train"`, `train()` normalises with each batch's statistics, as a new teacher does, and `eval()`
-        with the running ones. Running statistics that have been reset, as by `torch.optim.swa_utils.update_bn`,
-        are recomputed by the forward passes between `train()` and the next call of `train` or `eval`.
+        In `mode="train"`, `train()` normalises with each batch's statistics, as a new teacher does, and
+        `eval()` with the running ones. Running statistics that have been reset, as by
+        `torch.optim.swa_utils.update_bn`, are recomputed by the forward passes between `train()` and the next
+        call of `train` or `eval`.
         """
         super().train(mode)
         self._set_modes()
@@ -615,7 +615,13 @@ class WMATeacher(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         # A copy of the teacher is not attached to the optimizer of the original.
-        return {**super().__getstate__(), "_attachment": None, "_lending": None, "_flags": [], "_collecting": False}
+        return {
+            **super().__getstate__(),
+            "_attachment": None,
+            "_lending": None,
+            "_flags": [],
+            "_collecting": False,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

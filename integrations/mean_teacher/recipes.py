@@ -91,10 +91,10 @@ class Settings(settings.Settings):
         unlabelled_batch: Unlabelled images per step.
         momentum: Momentum of SGD.
         rampup: Steps of a sigmoid ramp-up of the consistency's weight.
-        mode: `train`, in which the teacher normalises with the statistics of its own batch, as in the paper, or
-            `eval`, with running statistics.
-        buffers: The policy for the running statistics of a teacher in eval mode: `copy` the student's, `average`
-            them like weights, or `keep` the first.
+        mode: `train` normalises in the teacher with the statistics of its own batch, as the paper does, and
+            `eval` with running statistics.
+        buffers: The policy for the running statistics of a teacher in `eval` mode: `copy` the student's,
+            `average` them like weights, or `keep` the first.
         precision: `fp32`, or `bf16` for autocast with float32 weights.
     """
 
