@@ -1,5 +1,6 @@
 """The test scenarios of other libraries' averages, for this one: the table in the migration guide names them all."""
 
+import copy
 import pickle
 import re
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from wmateacher import WMATeacher, kernels
 
@@ -59,6 +60,45 @@ def test_torchs_average_is_one_that_starts_at_step_1(decay, kernel, use_buffers)
     close(dict(peer.module.named_parameters()), dict(teacher.module.named_parameters()))
 
 
+class Normalised(nn.Module):
+    def __init__(self, layer, norm):
+        super().__init__()
+        self.layer, self.bn = layer, norm
+
+    def forward(self, x):
+        return self.bn(self.layer(x))
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("shape", [(5,), (5, 6, 6)])
+def test_update_bn_computes_the_averages_statistics(shape, momentum):
+    torch.manual_seed(0)
+    if len(shape) == 1:
+        net = Normalised(nn.Linear(5, 7), nn.BatchNorm1d(7, momentum=momentum))
+    else:
+        net = Normalised(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7, momentum=momentum))
+    peer, teacher = AveragedModel(net), WMATeacher(net, "uniform(start_step=1)", buffers="keep")
+    for _ in range(4):
+        step(net)
+        peer.update_parameters(net)
+        teacher.update()
+    x = torch.randn(100, *shape)
+    averaged = copy.deepcopy(teacher.module.layer).double()(x.double()).transpose(0, 1).flatten(1)
+    data = torch.utils.data.TensorDataset
+    for dataset in (data(x), data(x, torch.randn(100))):  # without and with targets
+        loader = torch.utils.data.DataLoader(dataset, batch_size=20)
+        update_bn(loader, peer)
+        update_bn(loader, teacher)
+        own, theirs = teacher.module.bn, peer.module.bn
+        torch.testing.assert_close(own.running_mean, theirs.running_mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own.running_var, theirs.running_var, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(own.running_mean.double(), averaged.mean(1), rtol=1e-5, atol=1e-5)
+        assert own.momentum == momentum
+        assert own.num_batches_tracked == theirs.num_batches_tracked == 5
+    assert not teacher.module.training
+    assert teacher.trajectory_weights()[1:] == pytest.approx(0.25)
+
+
 def test_a_teacher_may_be_pickled():
     teacher = WMATeacher(network(), "ema(0.9)")
     teacher.update()
@@ -86,6 +126,13 @@ def test_an_average_moves_with_its_student_and_only_then():
             assert (now[name] < student).all()
         close(dict(net.named_parameters()), dict(fast.module.named_parameters()))
         before = now
+
+
+@pytest.mark.parametrize(("start", "total"), [(200_000, None), (200_000, 2_000_000), (5_000_000, 5_000_000)])
+def test_a_network_with_batch_normalisation_may_have_an_average_that_starts_very_late(start, total):
+    teacher = WMATeacher(network(), kernels.Ema(0.999, start_step=start), total)
+    teacher.update()
+    assert teacher.omega == 1
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, ModelEmaV3, get_state_dict
+from torch import nn
 from torch.nn import functional as F
 
-from wmateacher import WMATeacher, kernels
+from wmateacher import WMATeacher, kernels, recalibrate
 from wmateacher.integrations.timm import ModelWma
 from wmateacher.migration import PeerEMA
 
@@ -173,6 +175,18 @@ def test_it_is_a_tasks_average(tmp_path):
     other.trainable_module_ema = ModelWma(other.get_trainable_module(), "uniform", 10)
     other.load_checkpoint_state(state["state_dict_ema"], ema=True)
     same(task.trainable_module_ema, other.trainable_module_ema)
+
+
+def test_layers_of_normalisation_and_activation_use_the_teachers_batch():
+    model = nn.Sequential(BatchNormAct2d(3), FrozenBatchNormAct2d(3))
+    model[0].drop = nn.Dropout(0.5)
+    teacher, x = WMATeacher(model, "ema(0.9)", mode="train"), torch.randn(6, 3, 4, 4) + 2
+    expected = model[1](model[0].act(F.batch_norm(x, None, None, training=True)))
+    torch.testing.assert_close(teacher(x), expected)
+    recalibrate(teacher, [x])
+    torch.testing.assert_close(teacher.module[0].running_mean, x.mean((0, 2, 3)))
+    assert not teacher.module[1].running_mean.any()
+    assert not model[0].running_mean.any()
 
 
 def train_task(folder, epochs=EPOCHS, resume=None, compiled=False, accumulate=1, kernel="beta(0.5,0.5)"):
