@@ -31,7 +31,7 @@ from torch import nn
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.results import environment, write_json
 
-PACKAGES = ("lightning", "timm", "transformers", "accelerate")
+PACKAGES = ("lightning", "timm", "transformers", "accelerate", "diffusers", "ema-pytorch")
 WIDTH, BATCH = 1024, 16
 
 LIGHTNING = """
@@ -56,6 +56,18 @@ trainer = Trainer(model, arguments, train_dataset=data{callbacks})
 trainer.train()
 """
 
+LOOP = """
+average = {average}
+for x, y in loader:
+    loss = nn.functional.mse_loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    {update}
+"""
+BY_HAND = """with torch.no_grad():
+        torch._foreach_lerp_(average, list(model.parameters()), 1 - 0.999)"""
+
 PROGRAMS: dict[str, dict[str, str]] = {
     "lightning": {
         "none": LIGHTNING.format(callbacks=""),
@@ -68,6 +80,21 @@ PROGRAMS: dict[str, dict[str, str]] = {
         ),
         "ModelEmaV3": TIMM.format(average="ModelEmaV3(model, decay=0.999)"),
         "ours": TIMM.format(average='ModelWma(model, "ema(0.999)")'),
+    },
+    "torch": {
+        "none": LOOP.replace("average = {average}\n", "").replace("    {update}\n", ""),
+        "AveragedModel": LOOP.format(
+            average="AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))",
+            update="average.update_parameters(model)",
+        ),
+        "by hand": LOOP.format(average="[p.detach().clone() for p in model.parameters()]", update=BY_HAND),
+        "diffusers' EMAModel": LOOP.format(
+            average="EMAModel(model.parameters(), decay=0.999)", update="average.step(model.parameters())"
+        ),
+        "ema-pytorch's EMA": LOOP.format(
+            average="EMA(model, beta=0.999, update_after_step=0, update_every=1)", update="average.update()"
+        ),
+        "ours": LOOP.format(average='WMATeacher(model, "ema(0.999)")', update="average.update()"),
     },
     "transformers": {
         "none": TRANSFORMERS.format(callbacks=""),
@@ -195,6 +222,23 @@ def timm_names(steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def torch_names(steps: int) -> dict[str, Any]:
+    """Return the names that the plain loops use."""
+    from diffusers.training_utils import EMAModel
+    from ema_pytorch import EMA
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    from wmateacher import WMATeacher
+
+    model = network()
+    return {
+        "torch": torch, "nn": nn, "model": model, "loader": batches(steps), "WMATeacher": WMATeacher,
+        "EMAModel": EMAModel, "EMA": EMA, "AveragedModel": AveragedModel,
+        "get_ema_multi_avg_fn": get_ema_multi_avg_fn,
+        "optimizer": torch.optim.AdamW(model.parameters(), 1e-3),
+    }  # fmt: skip
+
+
 def transformers_names(steps: int) -> dict[str, Any]:
     """Return the names that the transformers programs use."""
     from transformers import Trainer, TrainingArguments
@@ -225,6 +269,7 @@ def transformers_names(steps: int) -> dict[str, Any]:
 SETUPS: dict[str, Callable[[int], dict[str, Any]]] = {
     "lightning": lightning_names,
     "timm": timm_names,
+    "torch": torch_names,
     "transformers": transformers_names,
 }
 

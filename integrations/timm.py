@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from wmateacher import WMATeacher, pairing
-from wmateacher.kernels import KernelLike
+from wmateacher.kernels import Array, Kernel, KernelLike, build
 
 __all__ = ["ModelWma"]
 
@@ -17,15 +19,24 @@ __all__ = ["ModelWma"]
 class ModelWma(WMATeacher):
     """A teacher with the methods and the checkpoint keys of `timm.utils.ModelEmaV3`.
 
-    In a script such as timm's `train.py`, replace one line:
+    In `train.py` of timm 1.0, it takes the place of `task.setup_ema(...)`, where the length of the run is not
+    known yet:
 
-        model_ema = ModelWma(model, "beta(0.5,0.5)", total_steps=num_epochs * updates_per_epoch)
+        task.trainable_module_ema = ModelWma(
+            task.get_trainable_module(), "beta(0.5,0.5)", device="cpu" if args.model_ema_force_cpu else None
+        )
 
-    `CheckpointSaver` writes its weights as `state_dict_ema`, and `load_checkpoint(model_ema.module, file,
-    use_ema=True)` reads them, as it reads those of `ModelEmaV3`. The step count is timm's, the number in
-    `update(model, step=num_updates)`, so a resumed run continues the average where it was. timm's file has
-    the model's dtypes, to which averages in higher precision are rounded once; `dtype=torch.float32` resumes
-    a float32 model to the last bit.
+    After the line that creates the scheduler, tell it the length, which kernels without a horizon such as
+    `ema(0.9998)` do not need:
+
+        task.trainable_module_ema.set_total_steps(num_epochs * updates_per_epoch)
+
+    In `legacy_train.py`, and `train.py` before tasks, write `model_ema = ModelWma(model, ...)` instead of
+    `utils.ModelEmaV3(...)`, and `model_ema.set_total_steps(...)`.
+
+    `CheckpointSaver` writes its weights as `state_dict_ema`, which timm's loaders read, as they read those of
+    `ModelEmaV3`. The step count is timm's, the number in `update(model, step=num_updates)`, so a resumed run
+    continues the average where it was.
 
     timm's checkpoints hold the average in the model's dtype, so that vectors, which are averaged in float64,
     are rounded once when a run is resumed. `dtype=torch.float32` makes resuming float32 runs bit-exact.
@@ -49,12 +60,22 @@ class ModelWma(WMATeacher):
             kernel: The kernel, as for `WMATeacher`. `"ema(0.9998)"` keeps the start in the average.
                 `ModelEmaV3(model, decay=0.9998)`, whose first update copies the model, is
                 `migration.PeerEMA(0.9998)`, which has its warm-up too.
-            total_steps: The optimizer steps of the whole run, epochs times updates per epoch.
+            total_steps: The optimizer steps of the whole run, epochs times updates per epoch. If the kernel
+                needs it and this is None, call `set_total_steps` before the first update.
             device: The device of the average, as for `WMATeacher`; `"cpu"` for timm's
                 `--model-ema-force-cpu`.
             **options: Further options of `WMATeacher`.
         """
+        kernel = build(kernel)
+        if kernel.needs_horizon and total_steps is None:
+            kernel = _WithoutHorizon(kernel)
         super().__init__(model, kernel, total_steps, device=device, **{"buffers": "average", **options})
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel, which determines how much each step of the student counts."""
+        kernel = super().kernel
+        return kernel.kernel if isinstance(kernel, _WithoutHorizon) else kernel
 
     def update(self, model: nn.Module | None = None, step: int | None = None) -> None:
         """Count one optimizer step and average the model in.
@@ -66,6 +87,7 @@ class ModelWma(WMATeacher):
 
         Raises:
             ValueError: If `step` was counted already.
+            RuntimeError: If the kernel needs a horizon, and there was none at construction or since.
         """
         if step is not None and step != self.step + 1:
             if step <= self.step:
@@ -91,3 +113,30 @@ class ModelWma(WMATeacher):
         """Return the kernel's retention, timm's decay, at a step; None for the last one."""
         at = np.array([self.step if step is None else step])
         return float(self.kernel.retention(at, self.total_steps)[0])
+
+
+@dataclass(frozen=True)
+class _WithoutHorizon(Kernel):
+    """A kernel whose horizon is not known yet: it gives no weights until it is set."""
+
+    kernel: Kernel
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stepwise", self.kernel.stepwise)
+
+    @property
+    def needs_horizon(self) -> bool:
+        return False
+
+    def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:
+        if total_steps is not None:
+            return self.kernel.retention(steps, total_steps)
+        if steps.any():
+            raise RuntimeError(
+                f"kernel {str(self.kernel)!r} needs total_steps, and ModelWma was built without it: call its "
+                "set_total_steps(num_epochs * updates_per_epoch) before the first update"
+            )
+        return np.zeros(len(steps))
+
+    def __str__(self) -> str:
+        return str(self.kernel)

@@ -45,6 +45,11 @@ def ramp_retention(start, end, warmup):
     return lambda j, total: start + (end - start) * min(1.0, (j - 1) / total / warmup)
 
 
+def late(retention, start):
+    """The retentions of a run that begins at step `start`; until then the average is the latest state."""
+    return lambda j, total: 0.0 if j <= start else retention(j - start, total - start)
+
+
 # Kernel text -> the mass of every step (densities) or the retention of every step.
 DENSITIES = {
     "beta(0.5,0.5)": density_steps(beta_density(0.5, 0.5)),
@@ -63,8 +68,20 @@ RETENTIONS = {
     "ema(0.9)": lambda j, total: 0.9,
     "ema(0.996,1.0,schedule=cosine)": cosine_retention(0.996, 1.0),
     "ema(0.05,0.9,schedule=linear,warmup=0.2)": ramp_retention(0.05, 0.9, 0.2),
+    "ema(half_life=6)": lambda j, total: 0.5 ** (1 / 6),
+    "ema(0.9,start_step=1)": late(lambda j, total: 0.9, 1),
 }
 KERNELS = [*DENSITIES, *RETENTIONS]
+
+# Kernels that start at step 13, for runs of at least that length.
+LATE = {
+    "uniform(start_step=13)": late(lambda j, total: j / (j + 1), 13),
+    "ema(0.9,start_step=13)": late(lambda j, total: 0.9, 13),
+    "ema(half_life=2.5,start_step=13)": late(lambda j, total: 0.5 ** (1 / 2.5), 13),
+    "ema(0.6,1.0,schedule=cosine,start_step=13)": late(cosine_retention(0.6, 1.0), 13),
+    "ema(0.05,0.9,schedule=linear,warmup=0.2,start_step=13)": late(ramp_retention(0.05, 0.9, 0.2), 13),
+}
+RETENTIONS.update(LATE)
 
 
 def step_weights(kernel, total):

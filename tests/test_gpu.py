@@ -152,6 +152,25 @@ def test_offloaded_values_are_those_of_the_last_step(device):
     torch.testing.assert_close(teacher.module.weight.double(), expected)
 
 
+@pytest.mark.parametrize("kernel", ["ema(0.9)", "uniform"])
+def test_a_student_on_two_devices_is_averaged_on_both(kernel, device):
+    student = nn.Sequential(nn.Conv2d(1, 5, 3).to(device), nn.Linear(5, 10))
+    teacher, states = WMATeacher(student, kernel), []
+    for step in range(11):
+        if step:
+            with torch.no_grad():
+                [p.add_(torch.randn_like(p)) for p in student.parameters()]
+            teacher.update()
+        states.append([p.detach().double().clone() for p in student.parameters()])
+    weights = realised(kernel, 10, 1, 10)
+    for index, (own, average) in enumerate(
+        zip(student.parameters(), teacher.module.parameters(), strict=True)
+    ):
+        assert average.device == own.device
+        expected = sum(w * state[index] for w, state in zip(weights, states, strict=True))
+        torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_teacher_moves_between_devices_with_its_average(device):
     student = nn.Linear(6, 6).to(device, torch.bfloat16)
     teacher = WMATeacher(student, "uniform")

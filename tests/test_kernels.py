@@ -18,7 +18,7 @@ def test_profile_is_the_definition(text, total):
     )
 
 
-@pytest.mark.parametrize("text", oracle.KERNELS)
+@pytest.mark.parametrize("text", [*oracle.KERNELS, *oracle.LATE])
 def test_a_kernel_prints_back_to_itself(text):
     kernel = kernels.build(text)
     assert str(kernel) == text
@@ -69,6 +69,31 @@ def test_power_has_the_width_that_it_is_named_for(sigma_rel):
     position = np.arange(20_001) / 20_000
     mean = weights @ position
     assert math.sqrt(weights @ (position - mean) ** 2) == pytest.approx(sigma_rel, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", oracle.LATE)
+@pytest.mark.parametrize("total", [13, 14, 137])
+def test_a_late_start_gives_all_weight_to_the_states_from_there_on(text, total):
+    profile = kernels.build(text).profile(total)
+    np.testing.assert_allclose(profile, oracle.step_weights(text, total), rtol=1e-9, atol=1e-14)
+    assert not profile[:13].any()
+    whole = kernels.build(text.replace(",start_step=13", "").replace("(start_step=13)", ""))
+    np.testing.assert_allclose(profile[13:], whole.profile(total - 13) if total > 13 else 1.0, rtol=1e-12)
+
+
+def test_a_half_life_halves_the_weight_of_a_state():
+    kernel = kernels.Ema(half_life=500)
+    weights = kernel.profile(5000)[1:]
+    np.testing.assert_allclose(weights[500:] / weights[:-500], 2.0, rtol=1e-9)
+    assert kernels.build("ema(half_life=500.0)") == kernel == kernels.Ema(half_life=500.0)
+    assert str(kernel) == "ema(half_life=500)"
+    one, other = kernel.summary(5000), kernels.Ema(0.5 ** (1 / 500)).summary(5000)
+    assert one.mean_age == pytest.approx(other.mean_age)
+    rising = kernels.Ema(half_life=2, final_decay=1.0, schedule="linear")
+    assert kernels.build(str(rising)) == rising
+    np.testing.assert_allclose(
+        rising.profile(30), kernels.Ema(0.5**0.5, 1.0, schedule="linear").profile(30), rtol=1e-12
+    )
 
 
 def test_power_is_the_published_update():
@@ -148,6 +173,13 @@ def test_register_adds_a_kernel(monkeypatch):
         ("ema(0.9,1.0,schedule=sine)", ValueError, "must be linear or cosine .*got 'sine'"),
         ("ema(0.9,schedule=cosine)", ValueError, r"got final_decay=None; write ema\(0.9,1.0,schedule=cosine\)"),
         ("ema(0.9,1.0,schedule=linear,warmup=0)", ValueError, r"warmup must be a fraction of the run"),
+        ("ema", ValueError, r"give either decay or half_life, got decay=None and half_life=None; write ema\(0.999\)"),
+        ("ema(0.9,half_life=5)", ValueError, "give either decay or half_life, got decay=0.9 and half_life=5"),
+        ("ema(half_life=0)", ValueError, "half_life must be a finite number of optimizer steps above 0, got 0"),
+        ("ema(half_life=1,schedule=cosine)", ValueError, r"final_decay=None; write ema\(0.5,1.0,schedule=cosine\)"),
+        ("ema(0.9,start_step=-1)", ValueError, "ema: start_step must be a whole number of .* at least 0, got -1"),
+        ("uniform(start_step=2.5)", ValueError, "uniform: start_step must be a whole number of .*got 2.5"),
+        ("uniform(5)", TypeError, r"write uniform\(start_step=0\)"),
         ("power(sigma_rel=0.5)", ValueError, r"sigma_rel must be in \(0, 0.2887\]"),
         ("power(0.1)", TypeError, r"write power\(sigma_rel=...\)"),
         ("scipy.stats.betta(1,1)", ValueError, "unknown scipy.stats distribution 'betta'; did you mean 'beta'"),

@@ -39,13 +39,18 @@ CORE = {
     "swapping": {"averaging", "adapters", "caches", "sharding", "walking", "watching"},
     "building": {"averaging", "copying", "pairing", "sharding"},
     "shadow": {
-        *("averaging", "buffers", "building", "caches", "copying", "finiteness", "pairing", "rewriting"),
-        *("sharding", "walking"),
+        *("averaging", "buffers", "building", "caches", "copying", "finiteness", "normalisation"),
+        *("pairing", "rewriting", "sharding", "walking"),
+    },
+    "normalisation": {"kernels", "naming", "pairing"},
+    "recalibration": {
+        *("averaging", "caches", "checks", "collectives", "normalisation", "pairing", "sharding", "walking"),
     },
     "states": {"buffers", "naming", "pairing", "shadow", "sharding"},
     "teacher": {
         *("adapters", "attachment", "buffers", "caches", "checks", "copying", "finiteness", "kernels", "naming"),
-        *("pairing", "schedule", "shadow", "sharding", "states", "swapping", "unfreezing", "walking", "zero"),
+        *("normalisation", "pairing", "schedule", "shadow", "sharding", "states", "swapping", "unfreezing"),
+        *("walking", "zero"),
     },
     "distributed": {"collectives", "naming", "pairing", "sharding"},
     "losses": {"checks", "collectives", "spec"},
@@ -57,7 +62,7 @@ CORE = {
     "theory": {"checks", "kernels", "schedule"},
     "migration": {"checks", "kernels", "teacher", "walking"},
     "cli": {"__init__", "checks", "files", "kernels", "posthoc", "theory"},
-    "__init__": {"diagnostics", "kernels", "losses", "migration", "posthoc", "teacher", "theory"},
+    "__init__": {"diagnostics", "kernels", "losses", "migration", "posthoc", "recalibration", "teacher", "theory"},
 }  # fmt: skip
 
 # A room of the integrations -> the rooms that it may import. The adapters are the modules at the top.

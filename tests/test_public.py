@@ -11,7 +11,7 @@ import pytest
 
 import wmateacher
 
-SURFACE = ["WMATeacher", "diagnostics", "kernels", "losses", "migration", "posthoc", "theory"]
+SURFACE = ["WMATeacher", "diagnostics", "kernels", "losses", "migration", "posthoc", "recalibrate", "theory"]
 ROOT = Path(wmateacher.__file__).parent
 FILES = [p.relative_to(ROOT.parent).with_suffix("") for p in sorted(ROOT.rglob("*.py"))]
 MODULES = [".".join(p.parts).removesuffix(".__init__") for p in FILES if "integrations" not in p.parts]

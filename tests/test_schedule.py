@@ -28,6 +28,46 @@ def test_realised_weights_are_the_kernels(kernel, total, every, fraction):
     )
 
 
+@given(
+    kernel=st.sampled_from(list(oracle.LATE)),
+    total=st.integers(13, 90),
+    every=st.sampled_from([1, 2, 3, 7, 50]),
+    fraction=st.floats(0, 1),
+    resume=st.integers(0, 90),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_late_start_holds_for_every_interval_and_resume(kernel, total, every, fraction, resume):
+    step = round(fraction * total)
+    clock = Clock(kernels.build(kernel), total, every)
+    run(clock, min(resume, step))
+    clock = Clock.resumed(clock.state())
+    run(clock, step - clock.step)
+    weights = clock.trajectory_weights()
+    np.testing.assert_allclose(weights, oracle.realised(kernel, total, every, step), rtol=1e-9, atol=1e-12)
+    if step <= 13:  # the latest snapshot
+        assert weights[step if step == total else step - step % every] == 1
+    if not clock.kernel.needs_horizon and step < total:
+        endless = Clock(kernels.build(kernel), None, every)
+        run(endless, step)
+        assert step > total - every or np.array_equal(endless.trajectory_weights(), weights)
+
+
+def test_a_start_after_the_end_of_the_run_is_refused():
+    message = r"'ema\(0.9,start_step=13\)' starts at step 13, after the end of a run of total_steps=12: lower"
+    with pytest.raises(ValueError, match=message):
+        Clock(kernels.build("ema(0.9,start_step=13)"), 12)
+    clock = Clock(kernels.build("ema(0.9,start_step=13)"), 20)
+    run(clock, 5)
+    state = clock.state()
+    with pytest.raises(ValueError, match=message):
+        clock.set_total_steps(12)
+    assert clock.state() == state
+    run(clock, 15)
+    np.testing.assert_allclose(
+        clock.trajectory_weights(), oracle.realised("ema(0.9,start_step=13)", 20, 1, 20)
+    )
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 7, 50])
 def test_ema_at_an_interval_is_its_closed_form(every):
     omegas = [o for o in run(Clock(kernels.build("ema(0.99)"), None, every), 500) if o is not None]

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from wmateacher import kernels, losses
+from wmateacher.recalibration import recalibrate
 from wmateacher.teacher import WMATeacher
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "losses",
     "migration",
     "posthoc",
+    "recalibrate",
     "theory",
 ]
 

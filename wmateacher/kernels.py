@@ -25,7 +25,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -463,22 +463,47 @@ class FunctionDensity(Density):
 # --- kernels without a density ------------------------------------------------------------------------
 
 
+def _checked_start(owner: str, start_step: int) -> int:
+    rule = "a whole number of optimizer steps, at least 0"
+    return int(checks.number(owner, "start_step", start_step, lambda x: x >= 0 and x.is_integer(), rule))
+
+
+def _since(kernel: Uniform | Ema, steps: NDArray[np.int64], total_steps: int | None) -> NDArray[np.int64]:
+    """Return the steps counted from the kernel's `start_step`, 0 before it."""
+    if total_steps is not None and kernel.start_step > total_steps:
+        raise ValueError(
+            f"kernel {str(kernel)!r} starts at step {kernel.start_step}, after the end of a run of "
+            f"total_steps={total_steps}: lower start_step or lengthen the run"
+        )
+    return np.maximum(steps - kernel.start_step, 0)
+
+
 @register("uniform")
 @dataclass(frozen=True)
 class Uniform(Kernel):
     """The running mean of all states, written `uniform`: `r_j = j / (j + 1)`.
 
-    It equals `beta(1,1)` and needs no horizon.
+    It equals `beta(1,1)` and needs no horizon. `uniform(start_step=1000)` is stochastic weight averaging
+    (Izmailov et al. 2018) from step 1000 on; `tail` starts at a fraction of the run instead.
+
+    Args:
+        start_step: The first step whose state is averaged. Until then the teacher is the latest student.
     """
 
     stepwise: ClassVar[bool] = True
+
+    start_step: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _set(self, start_step=_checked_start("uniform", self.start_step))
 
     @property
     def needs_horizon(self) -> bool:  # noqa: D102
         return False
 
     def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:  # noqa: D102
-        return steps / (steps + 1.0)
+        since = _since(self, steps, total_steps)
+        return since / (since + 1.0)
 
 
 @register("power")
@@ -550,9 +575,12 @@ class Ema(Kernel):
     schedule at the fraction `(j - 1) / T` of the run. The schedule reaches `final_decay` after the fraction
     `warmup` and stays there.
 
+    With `start_step=s`, the average is the one of a run that begins at step `s`: `W^s` takes the place of
+    `W^0`, and a schedule takes the `T - s` steps that are left.
+
     Example:
-        >>> print(Ema(0.999), Ema(0.996, 1.0, schedule="cosine"))
-        ema(0.999) ema(0.996,1.0,schedule=cosine)
+        >>> print(Ema(0.999), Ema(0.996, 1.0, schedule="cosine"), Ema(half_life=500, start_step=1000))
+        ema(0.999) ema(0.996,1.0,schedule=cosine) ema(half_life=500,start_step=1000)
 
     Args:
         decay: The retention in [0, 1], called decay by PyTorch and timm. 0.999 keeps 99.9% of the average at
@@ -560,51 +588,74 @@ class Ema(Kernel):
         final_decay: The retention at the end of the schedule; None for a constant one.
         schedule: `linear` or `cosine`, required with `final_decay`.
         warmup: The fraction of the run, in (0, 1], that the schedule takes from `decay` to `final_decay`.
+        half_life: The number of optimizer steps after which a state counts half, above 0. It stands in place
+            of `decay`, which is then `2^(-1 / half_life)`.
+        start_step: The first step whose state is averaged. Until then the teacher is the latest student.
     """
 
     stepwise: ClassVar[bool] = True
 
-    decay: float
+    decay: float | None = None
     final_decay: float | None = None
     schedule: Literal["linear", "cosine"] | None = None
     warmup: float = 1.0
+    half_life: float | None = field(default=None, kw_only=True)
+    start_step: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         def share(x: float) -> bool:
             return 0 <= x <= 1
 
+        if (self.decay is None) == (self.half_life is None):
+            raise ValueError(
+                f"ema: give either decay or half_life, got decay={self.decay} and "
+                f"half_life={self.half_life}; write ema(0.999), or ema(half_life=500) for 2^(-1/500)"
+            )
         rule = "a retention in [0, 1] (0.999 keeps 99.9% of the average at every step)"
-        _set(self, decay=checks.number("ema", "decay", self.decay, share, rule))
+        if self.half_life is None:
+            _set(self, decay=checks.number("ema", "decay", self.decay, share, rule))
+        else:
+            steps = "a finite number of optimizer steps above 0"
+            life = checks.number("ema", "half_life", self.half_life, lambda x: x > 0, steps)
+            # 500 prints as it was written.
+            _set(self, half_life=int(life) if life.is_integer() else life)
+        _set(self, start_step=_checked_start("ema", self.start_step))
         if self.final_decay is None:
             if self.schedule is not None or self.warmup != 1.0:
                 raise ValueError(
                     f"ema: a schedule needs the retention at its end, got final_decay=None; write "
-                    f"ema({self.decay},1.0,schedule={self.schedule or 'cosine'})"
+                    f"ema({self._first_decay},1.0,schedule={self.schedule or 'cosine'})"
                 )
             return
         _set(self, final_decay=checks.number("ema", "final_decay", self.final_decay, share, rule))
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(
                 f"ema: schedule must be linear or cosine if final_decay is given, got {self.schedule!r}; "
-                f"write ema({self.decay},{self.final_decay},schedule=cosine)"
+                f"write ema({self._first_decay},{self.final_decay},schedule=cosine)"
             )
         rule = "a fraction of the run in (0, 1]"
         warmup = checks.number("ema", "warmup", self.warmup, lambda x: 0 < x <= 1, rule)
         _set(self, warmup=warmup)
 
     @property
+    def _first_decay(self) -> float:
+        """The decay, or the one that has the half-life."""
+        return self.decay if self.half_life is None else 2.0 ** (-1.0 / self.half_life)  # type: ignore[return-value]
+
+    @property
     def needs_horizon(self) -> bool:  # noqa: D102
         return self.final_decay is not None
 
     def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:  # noqa: D102
-        kept = np.full(steps.shape, self.decay)
+        since, first = _since(self, steps, total_steps), self._first_decay
+        kept = np.full(steps.shape, first)
         if self.final_decay is not None:
-            progress = (steps - 1) / (self._require(total_steps) * self.warmup)
-            progress = np.clip(progress, 0.0, 1.0)
+            length = max(self._require(total_steps) - self.start_step, 1)
+            progress = np.clip((since - 1) / (length * self.warmup), 0.0, 1.0)
             if self.schedule == "cosine":
                 progress = (1 - np.cos(np.pi * progress)) / 2
-            kept = self.decay + (self.final_decay - self.decay) * progress
-        return np.where(steps > 0, kept, 0.0)
+            kept = first + (self.final_decay - first) * progress
+        return np.where(since > 0, kept, 0.0)
 
 
 def _ema_retention_of_mean_age(mean_age: float, total_steps: int) -> float:

@@ -174,8 +174,15 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     return parameters | buffers
 
 
-def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Sequence[str] = ()) -> Roles:
-    """Decide each tensor's role from the policies of `WMATeacher`.
+def assign(
+    model: nn.Module,
+    *,
+    buffers: Buffers,
+    frozen: Frozen,
+    exclude: Sequence[str] = (),
+    keep: Collection[str] = (),
+) -> Roles:
+    """Decide each tensor's role from the policies of `WMATeacher`, and keep the named buffers in any case.
 
     Raises:
         ValueError: If a policy is unknown, a pattern in `exclude` matches no tensor, or a tensor has no value
@@ -202,9 +209,9 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
     # The average of a buffer that is not saved could not be resumed.
     continuous = {n for n, t in (parameters | others).items() if _is_continuous(t)}
     persistent = set(naming.canonical(model, _persistent(model)).values())
+    kept = set(keep) | (set(others) - excluded if buffers == "keep" else set())
     candidates = set(parameters) | (persistent if buffers == "average" else set())
-    averaged = (candidates & continuous) - shared - excluded
-    kept = set(others) - excluded if buffers == "keep" else set()
+    averaged = (candidates & continuous) - shared - excluded - kept
     copied = (set(parameters) | set(others)) - averaged - shared - kept
 
     def ordered(names: set[str]) -> tuple[str, ...]:

@@ -84,11 +84,12 @@ class Clock:
                 )
                 self._warned = True
             return None
-        self.step += 1
-        if self.step % self.update_every and self.step != total:
+        step = self.step + 1
+        if step % self.update_every and step != total:
+            self.step = step
             return None
-        omega = float(self._omegas(np.array([self.snapshot, self.step]), total)[0])
-        self._previous, self.snapshot = self.snapshot, self.step
+        omega = float(self._omegas(np.array([self.snapshot, step]), total)[0])  # an error counts no step
+        self._previous, self.snapshot, self.step = self.snapshot, step, step
         return omega
 
     def skip(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, buffers, building, caches, copying, pairing, sharding
+from wmateacher import averaging, buffers, building, caches, copying, normalisation, pairing, sharding
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
@@ -91,7 +91,7 @@ class Shadow:
     has the keys of the averaged module under `module.`.
 
     Attributes:
-        module: The averaged module, in eval mode.
+        module: The averaged module.
         roles: The role of each tensor.
         fully_sharded: The submodules that `fully_shard` was applied to.
         shares: Whether it shares frozen parameters with the student.
@@ -132,6 +132,7 @@ class Shadow:
         self._renormalised = renormalised(self.module)
         self._plan: Plan | None = None
         self._shared: list[Tensor] = []
+        self._statistics = Watch({})
         self._frozen = Watch({})  # what it shares, as it was at the last update
         self._lost: list[str] = []  # the unfrozen parameters of which the value is lost
         self._start_averages(Binding(student), self.roles.averaged)
@@ -144,7 +145,14 @@ class Shadow:
         self._look_up_shared()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plan": None, "_watches": (), "_shared": [], "_frozen": None}
+        return {
+            **self.__dict__,
+            "_plan": None,
+            "_watches": (),
+            "_statistics": None,
+            "_shared": [],
+            "_frozen": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -245,9 +253,13 @@ class Shadow:
             )
         self.take_up(names, step)
 
-    def note_shared(self) -> None:
-        """Note which values the shared parameters have now; `take_up_unfrozen` compares them."""
+    def note_values(self) -> None:
+        """Note what the shared parameters and running statistics are now.
+
+        `take_up_unfrozen` and `statistics_were_reset` compare them.
+        """
         self._frozen.settle()
+        self._statistics.settle()
 
     def _look_up_shared(self) -> None:
         own = pairing.tensors(self.module)
@@ -401,13 +413,32 @@ class Shadow:
         # Running statistics that are recalibrated for the average may stay until the next update.
         rounded = {n for n in averages.keys() - holding.keys() if isinstance(own.tensors[n], nn.Parameter)}
         self._watches = Watch(holding), Watch({n: own.local[n] for n in averages if n in rounded})
+        names = normalisation.statistics(self.module)
+        self._statistics = Watch({n: own.local[n] for n in names})
+
+    def statistics_were_reset(self) -> bool:
+        """Return whether running statistics were reset from outside, as `update_bn` does at its start."""
+        own = pairing.tensors(self.module)
+        return bool(names := self._statistics.written()) and all(
+            # A variance starts at 1, a mean and a counter at 0.
+            bool((sharding.local(own[n]) == n.endswith("running_var")).all())
+            for n in names
+        )
+
+    def take_up_statistics(self) -> None:
+        """Let averages of running statistics go on from what the module has in their place."""
+        found = normalisation.statistics(self.module)
+        self.write({n: found[n].clone() for n in self.roles.averaged if n in found})
 
     @contextmanager
-    def guarding(self) -> Iterator[None]:
+    def guarding(self, free: Collection[str] = ()) -> Iterator[None]:
         """Undo what a forward pass inside a `with` block writes to the module's weights.
 
+        Args:
+            free: The names of the averages that it may write.
+
         Raises:
-            RuntimeError: If it wrote to a tensor that holds an average itself.
+            RuntimeError: If it wrote to another tensor that holds an average itself.
         """
         holding, rounded = self._watches
         holding.settle()
@@ -422,7 +453,7 @@ class Shadow:
                 own = Binding(self.module)
                 for name in names:
                     self.average(own, name).restore()
-        names = holding.written()
+        names = [name for name in holding.written() if name not in free]
         if names:
             raise RuntimeError(
                 f"the averaged module's {pairing.few(names)} held the average itself and was written by its "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from wmateacher import (
     copying,
     kernels,
     naming,
+    normalisation,
     pairing,
     sharding,
     states,
@@ -58,7 +59,7 @@ class WMATeacher(nn.Module):
         >>> teacher.update()  # after each optimizer.step()
 
     Attributes:
-        module: The averaged module, in eval mode and in the student's dtype.
+        module: The averaged module, in the student's dtype.
     """
 
     # `walking` recognises teachers by it, so that a teacher may be a submodule of its own student.
@@ -76,6 +77,8 @@ class WMATeacher(nn.Module):
         buffers: pairing.Buffers = "copy",
         frozen: pairing.Frozen = "share",
         exclude: Sequence[str] = (),
+        mode: normalisation.Mode = "eval",
+        dropout: bool = False,
         nonfinite: Nonfinite = "warn",
         hooks: copying.Hooks = "drop",
         module_factory: Callable[[], nn.Module] | None = None,
@@ -102,11 +105,22 @@ class WMATeacher(nn.Module):
                 every update then copies the student through pinned memory and waits for the copy.
             buffers: `"copy"` takes the student's buffers at every snapshot, whatever their shapes are by
                 then, `"average"` averages the floating-point ones, which must keep their shapes, and `"keep"`
-                leaves the teacher's own.
+                leaves the teacher's own. The running statistics of batch normalisation are the teacher's own
+                in any case if `mode="train"`.
             frozen: `"share"` uses the student's own tensors for parameters that do not require grad, so
                 that they cost no memory and are not saved. One that is unfrozen later is averaged from the
                 value that it had until then. `"copy"` gives the teacher its own.
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
+            mode: `"eval"` normalises with running statistics. `"train"` normalises with the statistics of
+                the teacher's own batch, as the student does and as in mean teacher (Tarvainen & Valpola
+                2017), and collects running statistics of the teacher's own, which `teacher.eval()`, `swap`,
+                `copy_to` and saved states use. It makes a difference to batch normalisation, and to instance
+                normalisation that tracks statistics. Layers that the student keeps in eval mode stay so.
+                What is averaged does not depend on the mode. Under DDP each process has its own running
+                statistics, as in the student; `wmateacher.recalibrate` makes them equal.
+            dropout: Whether a teacher in `mode="train"` runs dropout and everything else in train mode, too,
+                with random numbers of the global generators. With False only the normalisation layers are in
+                train mode.
             nonfinite: The policy for students with NaN or infinite values. `"warn"` averages them, and warns
                 when the average is saved, swapped in or copied. `"skip"` leaves such a snapshot out of the
                 average, warns once and lists its step in `skipped`. `"raise"` leaves it out too, and raises a
@@ -133,12 +147,18 @@ class WMATeacher(nn.Module):
                 holds itself in a way that a copy would compute with it (a patched `forward`, for example).
             TypeError: If `model` is not a module, is a teacher or contains a scripted module, or no kernel
                 can be built from `kernel`.
+
+        Warns:
+            UserWarning: If the student's running statistics would be copied for a kernel that looks far back.
         """
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         pairing.check_precision(dtype)
         checks.one_of("nonfinite policy", nonfinite, NONFINITE)
+        checks.one_of("mode", mode, normalisation.MODES)
+        if dropout and mode == "eval":
+            raise ValueError("dropout=True needs mode='train', got mode='eval', in which dropout is off")
         self._clock = Clock(kernels.build(kernel), total_steps, update_every)
         checks.one_of("hooks policy", hooks, copying.HOOKS)
         self._omega = 0.0
@@ -153,7 +173,12 @@ class WMATeacher(nn.Module):
         sharding.refuse_fsdp1(student)
         zero.refuse_partitioned(dict(walking.named_parameters(student)))
         sharding.reshard(sharding.fully_sharded(student))
-        roles = pairing.assign(student, buffers=buffers, frozen=frozen, exclude=exclude)
+        self._mode, self._dropout = mode, dropout
+        self._fixed_layers = normalisation.frozen(student)
+        own = normalisation.statistics(student, self._fixed_layers)
+        roles = pairing.assign(
+            student, buffers=buffers, frozen=frozen, exclude=exclude, keep=own if mode == "train" else ()
+        )
         # Tensors that are made in inference mode could not be averaged outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._shadow = Shadow(
@@ -167,6 +192,8 @@ class WMATeacher(nn.Module):
                 nonfinite=nonfinite,
             )
         self.module = self._shadow.module
+        self._collecting = False  # whether update_bn() is recomputing the running statistics
+        self._flags: list[tuple[nn.Module, bool]] = []  # the modules' modes, if not all in eval mode
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
         self._student = (model,)
         self._adapters = adapters.pairs(student, self.module)
@@ -177,6 +204,16 @@ class WMATeacher(nn.Module):
         except RuntimeError:
             self.module.train()  # layers that merge themselves in eval mode have done so in shared weights
             raise
+        self._set_modes()
+        copied = any(own[n].is_floating_point() for n in roles.copied if n in own)
+        if mode == "eval" and copied and normalisation.looks_far_back(self.kernel, total_steps):
+            warnings.warn(
+                f"the student normalises with running statistics, which buffers={buffers!r} copies to the "
+                f"teacher, but they do not fit weights that kernel {str(self.kernel)!r} averages over a "
+                "large part of the run: pass mode='train', or buffers='keep' and call "
+                "wmateacher.recalibrate(teacher, loader) before the teacher is used",
+                stacklevel=2,
+            )
         self.register_state_dict_pre_hook(_prepare_state)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_load_state)
@@ -295,6 +332,8 @@ class WMATeacher(nn.Module):
         self._refuse_lent("update()")
         swapping.refuse(student, "update()")
         adapters.refuse(self._adapters_of(student), "update()")
+        if self._collecting:
+            self._set_modes()
         refused: RuntimeError | None = None
         try:
             self._settle()
@@ -311,7 +350,7 @@ class WMATeacher(nn.Module):
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
         self._omega = omega or 0.0
-        self._shadow.note_shared()
+        self._shadow.note_values()
         if self._verdict is not None and self._verdict.has_arrived():
             self._settle()
         if refused is not None:
@@ -432,7 +471,7 @@ class WMATeacher(nn.Module):
     # --- using the average --------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the averaged module in eval mode and without gradient.
+        """Run the averaged module in the teacher's mode and without gradient.
 
         Raises:
             RuntimeError: If the student's adapters are merged into frozen weights that the teacher shares,
@@ -443,15 +482,49 @@ class WMATeacher(nn.Module):
         swapping.refuse(self.module, "the teacher's forward pass")
         self._refuse_merged("the teacher's forward pass")
         self._shadow.take_up_unfrozen(self.step)
-        guard = nullcontext() if torch.compiler.is_compiling() else self._shadow.guarding()
+        for module, mode in self._flags:
+            if module.training != mode:  # teacher.module was evaluated, for example
+                module.training = mode
+        free = self.roles.averaged if self._collecting else ()
+        guard = nullcontext() if torch.compiler.is_compiling() else self._shadow.guarding(free)
         with guard, torch.no_grad(), caches.apart():
             return self.module(*args, **kwargs)
 
     def train(self, mode: bool = True) -> WMATeacher:
-        """Set the training flag of the teacher; the averaged module stays in eval mode."""
+        """Set the training flag of the teacher, which a teacher in `mode="eval"` ignores.
+
+        In `mode="train"`, `train()` normalises with each batch's statistics, as a new teacher does, and
+        `eval()` with the running ones. Running statistics that have been reset, as by
+        `torch.optim.swa_utils.update_bn`, are recomputed by the forward passes between `train()` and the next
+        call of `train` or `eval`.
+        """
         super().train(mode)
-        self.module.eval()
+        self._set_modes()
         return self
+
+    def _set_modes(self) -> None:
+        """Put the averaged module's submodules into train or eval mode."""
+        module = self._shadow.module
+        if self._collecting:
+            self._shadow.take_up_statistics()
+        self._collecting = self.training and self._shadow.statistics_were_reset()
+        self._flags = []
+        if self.training and (self._mode == "train" or self._collecting):
+            # What was reset has to be recomputed everywhere.
+            fixed = () if self._collecting else self._fixed_layers
+            normalisation.use_batches(module, fixed, dropout=self._dropout)
+            self._flags = [(m, m.training) for m in module.modules()]
+        else:
+            module.eval()
+
+    @contextmanager
+    def _recalibrating(self) -> Iterator[tuple[nn.Module, Collection[str], Callable[..., None]]]:
+        """Lend `recalibrate` the averaged module, the layers that it leaves out, and what writes averages."""
+        self._refuse_lent("recalibrate()")
+        self._refuse_merged("recalibrate()")
+        self._shadow.take_up_unfrozen(self.step)
+        with self._shadow.guarding(self.roles.averaged):
+            yield self._shadow.module, self._fixed_layers, self._shadow.write
 
     @contextmanager
     def swap(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
@@ -560,10 +633,17 @@ class WMATeacher(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         # A copy of the teacher is not attached to the optimizer of the original.
-        return {**super().__getstate__(), "_attachment": None, "_lending": None}
+        return {
+            **super().__getstate__(),
+            "_attachment": None,
+            "_lending": None,
+            "_flags": [],
+            "_collecting": False,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._set_modes()
         unfreezing.watch(self, _take_up_unfrozen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WMATeacher:

@@ -114,7 +114,8 @@ def fit(
         after_read=read,
         **options,
     )
-    processes.same_buffers(training.student)
+    for network in networks.values():
+        processes.same_buffers(network)
     fitted = Fit(training.student, training.teacher, history)
     if watch is not None:
         fitted.collapsed = watch.verdict(history.values("information"), history.values("used"))

@@ -91,8 +91,10 @@ class Settings(settings.Settings):
         unlabelled_batch: Unlabelled images per step.
         momentum: Momentum of SGD.
         rampup: Steps of a sigmoid ramp-up of the consistency's weight.
-        buffers: The policy for the teacher's BatchNorm statistics: `copy` the student's, `average` them like
-            weights, or `keep` the first.
+        mode: `train` normalises in the teacher with the statistics of its own batch, as the paper does, and
+            `eval` with running statistics.
+        buffers: The policy for the running statistics of a teacher in `eval` mode: `copy` the student's,
+            `average` them like weights, or `keep` the first.
         precision: `fp32`, or `bf16` for autocast with float32 weights.
     """
 
@@ -101,6 +103,7 @@ class Settings(settings.Settings):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     rampup: int = 0
+    mode: Literal["train", "eval"] = "train"
     buffers: Literal["copy", "average", "keep"] = "copy"
     precision: Literal["fp32", "bf16"] = "fp32"
 

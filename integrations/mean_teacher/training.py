@@ -146,7 +146,9 @@ class SemiSupervised(training.Training):
         self.model = processes.parallel(student)
         teacher = None
         if method.kernel is not None:
-            teacher = WMATeacher(student, method.kernel, settings.steps, buffers=settings.buffers)
+            teacher = WMATeacher(
+                student, method.kernel, settings.steps, mode=settings.mode, buffers=settings.buffers
+            )
         super().__init__(method.name, settings, student, teacher)
         self.consistency = Consistency(method.consistency, method.confidence)
         self.monitor = collapse.OutputMonitor(classes).to(self.device)

@@ -9,15 +9,15 @@ import frameworks
 
 
 @pytest.mark.parametrize("framework", frameworks.PROGRAMS)
-def test_programs_run_and_differ_by_one_line(framework, tmp_path, monkeypatch):
+def test_programs_run_and_differ_by_few_lines(framework, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(frameworks, "WIDTH", 8)
     rows = frameworks.measure(framework, steps=2, rounds=1)
     assert all(row["milliseconds"] > 0 for row in rows.values())
     assert rows["ours"]["lines"] == 0
-    assert rows["none"]["lines"] in (1, 2)
-    text = frameworks.table({"frameworks": {framework: rows}})
-    assert [line.split()[1] for line in text.splitlines()[1:]] == list(rows)
+    assert all(row["lines"] in (1, 2) for name, row in rows.items() if name != "ours")
+    text = frameworks.table({"frameworks": {framework: rows}}).splitlines()[1:]
+    assert all(name in line for name, line in zip(rows, text, strict=True))
 
 
 def test_lines_that_change_are_counted():

@@ -11,7 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
-from wmateacher import WMATeacher
+from wmateacher import WMATeacher, recalibrate
 from wmateacher.distributed import check_ranks_agree
 
 STEPS = 5
@@ -113,6 +113,30 @@ def test_running_statistics_are_each_ranks_own(folder):
         else:
             with pytest.raises(RuntimeError, match="'module.1.running_mean' on rank 1"):
                 check_ranks_agree(teacher)
+
+
+@on_ranks(2)
+def test_recalibrated_statistics_are_those_of_all_ranks_batches(folder):
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    student = DistributedDataParallel(build(norm=True))
+    teacher = WMATeacher(student, "ema(0.5)", STEPS, mode="train")
+    student(batch(0, rank)).sum().backward()
+    teacher(batch(0, rank))
+    teacher.update()
+    alone = copy.deepcopy(teacher.module)
+    # Ranks need not have equally many batches.
+    mine = [batch(step, rank) for step in range(2 + rank)]
+    everyones = [batch(step, other) for other in range(size) for step in range(2 + other)]
+    for model in (teacher, student):
+        assert recalibrate(model, mine) == len(everyones)
+    check_ranks_agree(teacher)
+    torch.optim.swa_utils.update_bn(everyones, alone)
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        found = getattr(teacher.module[1], name)
+        torch.testing.assert_close(found, getattr(alone[1], name))
+        torch.testing.assert_close(getattr(student.module[1], name), found)
+    with pytest.raises(ValueError, match="loader gave no batch"):
+        recalibrate(teacher, [])
 
 
 @on_ranks(2, 4)

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from wmateacher import WMATeacher
+from wmateacher import WMATeacher, recalibrate
 from wmateacher.diagnostics import module_gaps, parameter_gap
 
 STEPS = 6
@@ -66,7 +66,7 @@ def tokens(rank=None):
     return torch.arange(6, device=device()).add(rank) % 7
 
 
-def pair(kind=Block, dtype=torch.float32, meta=True, kernel="uniform", **options):
+def pair(kind=Block, dtype=torch.float32, meta=True, kernel="uniform", mode="eval", **options):
     """A sharded student, its teacher, and the same two in one piece, all from the same start."""
     torch.manual_seed(0)
     whole = kind().to(device(), dtype)
@@ -76,8 +76,8 @@ def pair(kind=Block, dtype=torch.float32, meta=True, kernel="uniform", **options
         with torch.device("meta" if meta else device()):
             return shard(kind().to(dtype), **options)
 
-    teacher = WMATeacher(student, kernel, STEPS, module_factory=build)
-    return student, teacher, whole, WMATeacher(whole, kernel, STEPS)
+    teacher = WMATeacher(student, kernel, STEPS, module_factory=build, mode=mode)
+    return student, teacher, whole, WMATeacher(whole, kernel, STEPS, mode=mode)
 
 
 def move(student, whole, seed):
@@ -446,3 +446,30 @@ def test_a_shard_that_is_not_finite_counts_on_every_rank(folder):
         assert teacher.skipped == (1,)
         after = teacher.averaged_state_dict(full=True)
         assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@on_ranks(2)
+def test_a_sharded_teacher_normalises_and_recalibrates_as_one_in_one_piece(folder):
+    student, teacher, whole, reference = pair(mode="train")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for step in range(2):
+        for model, average in ((student, teacher), (whole, reference)):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * (step + 1))
+            average.update()
+        torch.testing.assert_close(teacher(tokens()), reference(tokens()))
+    for statistic in ("running_mean", "running_var"):
+        own, held = getattr(teacher.module.norm, statistic), getattr(student.norm, statistic)
+        torch.testing.assert_close(own, getattr(reference.module.norm, statistic))
+        assert not torch.equal(own, held)
+    state = copy.deepcopy(teacher.state_dict())
+    recalibrate(teacher, [tokens(), tokens(rank + 3)])
+    everyones = [tokens(shift) for shift in [*range(size), *(r + 3 for r in range(size))]]
+    torch.optim.swa_utils.update_bn(everyones, reference)
+    for statistic in ("running_mean", "running_var"):
+        expected = getattr(reference.module.norm, statistic)
+        torch.testing.assert_close(getattr(teacher.module.norm, statistic), expected)
+    assert all(isinstance(p, DTensor) for p in teacher.module.parameters())
+    teacher.load_state_dict(state)
+    assert torch.equal(teacher.module.norm.running_mean, state["module.norm.running_mean"])

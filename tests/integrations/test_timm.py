@@ -1,14 +1,27 @@
-"""timm's own saver, loader, task and ModelEmaV3; the loop is the part of its train.py that touches them."""
+"""timm's own saver, loader, task and ModelEmaV3; the loops are the parts of its scripts that touch them.
+
+timm's scripts are not in its package. If `TIMM_SCRIPTS` names the folder that has its `train.py` and
+`legacy_train.py`, they are run, too.
+"""
+
+import logging
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
 from timm.models import load_checkpoint, resume_checkpoint
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, ModelEmaV3, get_state_dict
+from torch import nn
 from torch.nn import functional as F
 
-from wmateacher import WMATeacher
+from wmateacher import WMATeacher, kernels, recalibrate
 from wmateacher.integrations.timm import ModelWma
 from wmateacher.migration import PeerEMA
 
@@ -162,3 +175,184 @@ def test_it_is_a_tasks_average(tmp_path):
     other.trainable_module_ema = ModelWma(other.get_trainable_module(), "uniform", 10)
     other.load_checkpoint_state(state["state_dict_ema"], ema=True)
     same(task.trainable_module_ema, other.trainable_module_ema)
+
+
+def test_layers_of_normalisation_and_activation_use_the_teachers_batch():
+    model = nn.Sequential(BatchNormAct2d(3), FrozenBatchNormAct2d(3))
+    model[0].drop = nn.Dropout(0.5)
+    teacher, x = WMATeacher(model, "ema(0.9)", mode="train"), torch.randn(6, 3, 4, 4) + 2
+    expected = model[1](model[0].act(F.batch_norm(x, None, None, training=True)))
+    torch.testing.assert_close(teacher(x), expected)
+    recalibrate(teacher, [x])
+    torch.testing.assert_close(teacher.module[0].running_mean, x.mean((0, 2, 3)))
+    assert not teacher.module[1].running_mean.any()
+    assert not model[0].running_mean.any()
+
+
+def train_task(folder, epochs=EPOCHS, resume=None, compiled=False, accumulate=1, kernel="beta(0.5,0.5)"):
+    """What train.py does with a task; the task, and the state that the model had after each update."""
+    task = ClassificationTask(
+        network(), torch.nn.CrossEntropyLoss(), device=torch.device("cpu"), verbose=False
+    )
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), 0.05, momentum=0.9)
+    start = 0 if resume is None else resume_task_checkpoint(task, resume, optimizer, log_info=False)
+    task.trainable_module_ema = ModelWma(
+        task.get_trainable_module(), kernel, device="cpu", dtype=torch.float32
+    )
+    states = [{k: v.double() for k, v in task.get_trainable_module().state_dict().items()}]
+    if resume is not None:
+        load_task_ema_checkpoint(task, resume)
+    if compiled:
+        task.compile(backend="eager")
+        task.compile_ema(backend="eager")
+    folder.mkdir(exist_ok=True)
+    saver = CheckpointSaver(task.get_trainable_module(), optimizer, checkpoint_dir=str(folder), task=task)
+    task.trainable_module_ema.set_total_steps(EPOCHS * UPDATES)
+    for epoch in range(start, epochs):
+        task.get_trainable_module().train()
+        num_updates = epoch * UPDATES
+        for _ in range(UPDATES):
+            generator = torch.Generator().manual_seed(num_updates)
+            for _ in range(accumulate):
+                images = torch.randn(4, 1, 32, 32, generator=generator)
+                loss = task(images, (images.mean((1, 2, 3)) > 0).long())["loss"] / accumulate
+                loss.backward()
+            optimizer.step()
+            num_updates += 1
+            optimizer.zero_grad()
+            task.update_ema(step=num_updates)
+            states.append({k: v.double() for k, v in get_state_dict(task.get_trainable_module()).items()})
+        task.get_eval_model(ema=True).eval()
+        with torch.inference_mode():
+            output = task.get_eval_model(ema=True)(images)
+            torch.testing.assert_close(output, task.trainable_module_ema.module(images))
+        saver.save_checkpoint(epoch, metric=float(epoch))
+    return task, states
+
+
+@pytest.mark.parametrize(("compiled", "accumulate"), [(False, 2), (True, 1)])
+def test_a_task_has_the_kernels_average_also_in_a_resumed_run(tmp_path, compiled, accumulate):
+    options = {"compiled": compiled, "accumulate": accumulate}
+    task, states = train_task(tmp_path / "whole", **options)
+    if not compiled:
+        train_task(tmp_path / "stopped", epochs=2, **options)
+        again, _ = train_task(tmp_path / "stopped", resume=tmp_path / "stopped/last.pth.tar", **options)
+        same(task.trainable_module_ema, again.trainable_module_ema)
+    weights = kernels.Beta(0.5, 0.5).profile(EPOCHS * UPDATES)
+    file = torch.load(tmp_path / "whole/last.pth.tar", weights_only=True)
+    for name, value in file["state_dict_ema"].items():
+        if value.is_floating_point():
+            expected = sum(w * state[name] for w, state in zip(weights, states, strict=True))
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_horizon_may_be_set_until_the_first_update():
+    model = network()
+    late, known = ModelWma(model, "beta(0.5,0.5)"), ModelWma(model, "beta(0.5,0.5)", 9)
+    assert late.kernel == known.kernel == kernels.Beta(0.5, 0.5)
+    with pytest.raises(
+        RuntimeError, match=r"'beta\(0.5,0.5\)' needs total_steps.*set_total_steps\(num_epochs"
+    ):
+        late.update(model, step=1)
+    assert late.step == 0
+    late.set_total_steps(9)
+    for step in range(1, 10):
+        with torch.no_grad():
+            [p.add_(1) for p in model.parameters()]
+        late.update(model, step=step)
+        known.update(model, step=step)
+    same(known, late)
+    assert late.get_extra_state() == known.get_extra_state()
+    with pytest.raises(ValueError, match="after the end of a run of total_steps=5: lower start_step"):
+        ModelWma(model, "ema(0.5,1.0,schedule=cosine,start_step=7)").set_total_steps(5)
+
+
+KERNEL_AND_DEVICE = '"beta(0.5,0.5)", device="cpu" if args.model_ema_force_cpu else None, dtype=torch.float32'
+CHANGES = {  # a script, what builds its average, what does instead, and the average's name
+    "train.py": (
+        r"task\.setup_ema\(.*?\n {8}\)",
+        f"task.trainable_module_ema = ModelWma(task.get_trainable_module(), {KERNEL_AND_DEVICE})",
+        "task.trainable_module_ema",
+    ),
+    "legacy_train.py": (
+        r"model_ema = utils\.ModelEmaV3\(.*?\n {8}\)",
+        f"model_ema = ModelWma(model, {KERNEL_AND_DEVICE})",
+        "model_ema",
+    ),
+}
+
+
+@pytest.fixture
+def run_script(tmp_path, monkeypatch):
+    """A function that changes one of timm's scripts, runs it, and returns its average and its folder."""
+    folder = os.environ.get("TIMM_SCRIPTS")
+    if not folder:
+        pytest.skip("TIMM_SCRIPTS does not name a folder with timm's train.py and legacy_train.py")
+    images = pytest.importorskip("torchvision").datasets.FakeData(24, (3, 32, 32), 2, random_offset=3)
+    for index, (image, label) in enumerate(images):
+        place = tmp_path / "data" / ("train" if index < 16 else "validation") / str(int(label))
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{index}.png")
+
+    def run(script, experiment, *options):
+        pattern, instead, average = CHANGES[script]
+        text, built = re.subn(pattern, instead, (Path(folder) / script).read_text(), flags=re.DOTALL)
+        schedule = "    start_epoch = 0\n"
+        assert built == text.count(schedule) == 1
+        known = (
+            f"    {average}.set_total_steps(num_epochs * updates_per_epoch)\n    averages.append({average})\n"
+        )
+        head = "from wmateacher.integrations.timm import ModelWma\n"
+        changed = tmp_path / script
+        changed.write_text(head + text.replace(schedule, known + schedule))
+        averages = Averages()
+        arguments = [
+            "--data-dir", tmp_path / "data", "--model", "test_resnet", "--num-classes", 2, "--device", "cpu",
+            "--workers", 0, "--batch-size", 2, "--img-size", 32, "--epochs", 4, "--warmup-epochs", 0,
+            "--lr", 0.05, "--no-aug", "--model-ema", "--output", tmp_path / "out", "--experiment", experiment,
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", [str(a) for a in [script, *arguments, *options]])
+        handlers, level = logging.root.handlers[:], logging.root.level
+        try:
+            runpy.run_path(str(changed), {"averages": averages}, run_name="__main__")
+        finally:
+            logging.root.handlers[:] = handlers
+            logging.root.setLevel(level)
+        return averages, tmp_path / "out" / experiment
+
+    return run
+
+
+class Averages(list):
+    """The average of a run, and how often it computed."""
+
+    calls = 0
+
+    def append(self, average):
+        super().append(getattr(average, "_orig_mod", average))
+        if self[0] is average:  # torch.compile does not trace the hook
+            average.module.register_forward_hook(lambda *a: setattr(self, "calls", self.calls + 1))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("script", CHANGES)
+def test_timms_scripts_run_with_it(script, run_script):
+    options = {
+        "plain": [], "cpu": ["--model-ema-force-cpu"], "accumulated": ["--grad-accum-steps", 3],
+        "compiled": ["--torchcompile", "eager"],
+    }  # fmt: skip
+    for experiment, more in options.items():
+        averages, folder = run_script(script, experiment, *more)
+        average, steps = averages[0], 4 * (3 if experiment == "accumulated" else 8)
+        assert (average.step, average.total_steps) == (steps, steps)
+        assert average.trajectory_weights() == pytest.approx(kernels.Beta(0.5, 0.5).profile(steps))
+        # The script validates the student if the average is forced to the CPU.
+        if experiment != "compiled":
+            assert averages.calls == (0 if experiment == "cpu" else 4 * 4)
+        file = torch.load(folder / "last.pth.tar", weights_only=False)
+        assert all(torch.equal(v, average.module.state_dict()[k]) for k, v in file["state_dict_ema"].items())
+        # The images of each epoch are drawn anew, so that a resumed run has other steps, at the same weights.
+        cut = folder / "checkpoint-1.pth.tar"
+        again, _ = run_script(script, f"{experiment}-resumed", "--resume", cut, *more)
+        assert again[0].step == steps
+        assert again[0].trajectory_weights() == pytest.approx(average.trajectory_weights())

@@ -1,0 +1,239 @@
+"""Teachers in train mode: whose statistics normalise, and which running statistics result."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from wmateacher import WMATeacher, kernels, normalisation
+
+
+class Everything(nn.Module):
+    """Every kind of layer with batch statistics, one after another; dropout before the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.lazy = nn.LazyBatchNorm2d()
+        self.flat = nn.BatchNorm1d(3, momentum=None)
+        self.image = nn.BatchNorm2d(3, affine=False)
+        self.volume = nn.BatchNorm3d(3)
+        self.synced = nn.SyncBatchNorm(3)
+        self.untracked = nn.BatchNorm2d(3, track_running_stats=False)
+        self.instance = nn.InstanceNorm2d(3, affine=True, track_running_stats=True)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = self.flat(self.lazy(x).flatten(2)).view_as(x)
+        x = self.volume(self.image(x)[..., None])[..., 0]
+        x = self.instance(self.untracked(self.synced(x)) + 0.1 * x)
+        return self.dropout(x.sin())
+
+
+TRACKING = ("lazy", "flat", "image", "volume", "synced", "instance")
+
+
+def batch(seed):
+    torch.manual_seed(seed)
+    return torch.randn(6, 3, 4, 4, dtype=torch.float64) * (seed + 1) + seed
+
+
+def build():
+    torch.manual_seed(0)
+    student = Everything().double()
+    student(batch(0))
+    return student
+
+
+def train(student, step):
+    """Change every parameter, and every running statistic by a forward pass."""
+    student.train()(batch(step))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def buffers(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def equal(one, other):
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("policy", ["copy", "average", "keep"])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_train_mode_is_a_call_of_the_averaged_weights_in_train_mode(policy, dropout):
+    student = build()
+    teacher = WMATeacher(student, "uniform", 10, mode="train", dropout=dropout, buffers=policy)
+    reference = WMATeacher(student, "uniform", 10)
+    oracle = build()  # a student of its own, whose running statistics are the expected ones
+    oracle.load_state_dict(student.state_dict())
+    oracle.train().dropout.train(dropout)
+    for step in range(1, 5):
+        train(student, step)
+        teacher.update()
+        reference.update()
+        held = buffers(student)
+        for view in range(2):
+            torch.manual_seed(view)
+            out = teacher(x := batch(10 * step + view))
+            torch.manual_seed(view)
+            weights = dict(reference.module.named_parameters())
+            batch(10 * step + view)  # takes as many random numbers
+            expected = functional_call(oracle, {**weights, **dict(oracle.named_buffers())}, x)
+            torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+            assert not out.requires_grad
+        assert equal(buffers(student), held)  # the student's have not changed
+        assert not torch.equal(teacher.module.image.running_mean, student.image.running_mean)
+        for name, value in oracle.named_buffers():
+            torch.testing.assert_close(teacher.module.get_buffer(name), value, rtol=1e-9, atol=1e-9)
+    for name, average in teacher.module.named_parameters():
+        assert torch.equal(average, reference.module.get_parameter(name)), name
+    assert (teacher.trajectory_weights() == reference.trajectory_weights()).all()
+
+
+def test_layers_with_statistics_of_every_kind_are_found():
+    assert tuple(normalisation.layers(build())) == TRACKING
+
+
+def test_eval_uses_the_teachers_own_running_statistics_and_train_returns():
+    student = build()
+    teacher = WMATeacher(student, "ema(0.5)", mode="train")
+    train(student, 1)
+    teacher.update()
+    x = batch(7)
+    in_train = teacher(x)
+    held = buffers(teacher.module)
+    in_eval = teacher.eval()(x)
+    assert equal(buffers(teacher.module), held)
+    assert torch.equal(in_eval, teacher.module.eval()(x))
+    assert not torch.allclose(in_eval, in_train)
+    with teacher.swap():
+        assert torch.equal(student.eval()(x), in_eval)
+    exported = build()
+    teacher.copy_to(exported)
+    assert torch.equal(exported.eval()(x), in_eval)
+    exported.load_state_dict(teacher.averaged_state_dict())
+    assert torch.equal(exported.eval()(x), in_eval)
+    # An evaluation of the module from outside does not end the mode.
+    teacher.train()
+    teacher.module.eval()
+    torch.testing.assert_close(teacher(x), in_train)
+
+
+def test_a_teacher_in_eval_mode_ignores_train():
+    student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    teacher = WMATeacher(student, "ema(0.9)")
+    x, held = torch.randn(8, 3), buffers(teacher.module)
+    expected = teacher(x)
+    assert torch.equal(teacher.train()(x), expected)
+    assert torch.equal(teacher.eval()(x), expected)
+    assert equal(buffers(teacher.module), held)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_in_train_mode_goes_on_bit_for_bit(duplicate, saved):
+    def steps(student, teacher, span):
+        for step in span:
+            train(student, step)
+            teacher(batch(20 + step))
+            teacher.update()
+
+    student = build()
+    teacher = WMATeacher(student, "beta(0.5,0.5)", 6, mode="train")
+    steps(student, teacher, range(1, 4))
+    if saved:
+        twin = build()
+        twin.load_state_dict(student.state_dict())
+        again = WMATeacher(twin, "beta(0.5,0.5)", 6, mode="train")
+        again.load_state_dict(copy.deepcopy(teacher.state_dict()))
+    else:
+        again = duplicate(teacher)
+        twin = again.student
+    steps(student, teacher, range(4, 7))
+    steps(twin, again, range(4, 7))
+    assert equal(buffers(teacher.module), buffers(again.module))
+    assert torch.equal(teacher(batch(9)), again(batch(9)))
+
+
+def test_layers_that_the_student_keeps_in_eval_mode_stay_so():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[2].eval()
+            return self
+
+    student = Frozen(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    student.train()[1].eval()
+    teacher = WMATeacher(student, "ema(0.9)", mode="train")
+    with torch.no_grad():
+        student[1].running_mean.fill_(5)
+    teacher.update()
+    teacher(torch.randn(8, 3) + 2)
+    assert [layer.running_mean.abs().min().item() > 0.1 for layer in teacher.module] == [True, True, False]
+    assert teacher.module[1].running_mean.eq(5).all()  # follows `buffers`, as the weights do
+    student[0].eval()
+    with warnings.catch_warnings():  # running statistics that do not change fit any kernel
+        warnings.simplefilter("error")
+        WMATeacher(student, "uniform")
+    student[0].train()
+    with pytest.warns(UserWarning, match="normalises with running statistics"):
+        WMATeacher(student, "uniform")
+
+
+def test_a_compiled_teacher_normalises_by_its_batch():
+    student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+    teacher = WMATeacher(student, "ema(0.9)", mode="train")
+    plain = copy.deepcopy(teacher)
+    compiled = torch.compile(teacher, backend="eager")
+    x = torch.randn(8, 3)
+    for step in range(3):
+        torch.testing.assert_close(compiled(x), plain(x))
+        assert torch.equal(teacher.module[1].running_var, plain.module[1].running_var)
+        if step == 1:
+            teacher.module.eval()  # evaluated from outside
+            plain.module.eval()
+    torch.testing.assert_close(compiled.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "total", "warns"),
+    [
+        ("ema(0.999)", 20_000, False),
+        ("ema(0.999)", 1_000, True),
+        ("ema(0.9999)", None, False),
+        ("power(sigma_rel=0.1)", None, False),
+        ("tail(0.25)", 400, False),
+        ("beta(0.5,0.5)", 400, True),
+        ("uniform", None, True),
+        ("static", 400, True),
+    ],
+)
+def test_statistics_that_will_not_fit_are_warned_of(kernel, total, warns):
+    assert normalisation.looks_far_back(kernels.build(kernel), total) == warns
+    student = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for options in ({"mode": "train"}, {"buffers": "keep"}, {"buffers": "average"}):
+            WMATeacher(student, kernel, total, **options)
+        WMATeacher(nn.BatchNorm1d(2, track_running_stats=False), kernel, total)
+        if not warns:
+            WMATeacher(student, kernel, total)
+    if warns:
+        with pytest.warns(
+            UserWarning, match=r"pass mode='train', .* wmateacher.recalibrate\(teacher, loader\)"
+        ):
+            WMATeacher(student, kernel, total)
+
+
+def test_unknown_modes_and_dropout_in_eval_mode_are_errors():
+    with pytest.raises(ValueError, match="unknown mode 'training'"):
+        WMATeacher(nn.Linear(2, 2), "uniform", mode="training")
+    with pytest.raises(ValueError, match="dropout=True needs mode='train', got mode='eval'"):
+        WMATeacher(nn.Linear(2, 2), "uniform", dropout=True)
