@@ -85,7 +85,7 @@ def test_an_editable_install_is_a_path_that_type_checkers_follow(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         (path,) = (name for name in archive.namelist() if name.endswith(".pth"))
         assert archive.read(path).decode().strip() == str(tree)
-    assert (tree / "wmateacher/integrations/lightning.py").exists()
+    assert (tree / "wmateacher/integrations/timm.py").exists()
 
 
 WORKS = """

@@ -7,29 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from wmateacher import WMATeacher, checks, kernels
 from wmateacher.attachment import Attachment
 from wmateacher.integrations import resuming
+from wmateacher.integrations.lightning import steps
+from wmateacher.integrations.lightning.saving import STUDENT, AveragedIO
 from wmateacher.integrations.resuming import Weights
 from wmateacher.kernels import KernelLike
-
-try:
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-    from lightning.pytorch.strategies import Strategy
-    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-    from lightning.pytorch.trainer.states import TrainerFn
-    from lightning.pytorch.utilities import rank_zero_warn
-
-    from wmateacher.integrations import lightning_steps
-    from wmateacher.integrations.lightning_saving import STUDENT, AveragedIO
-except ImportError as error:
-    raise ImportError(
-        "wmateacher.integrations.lightning needs Lightning: pip install 'wmateacher[lightning]'"
-    ) from error
 
 __all__ = ["TeacherCallback"]
 
@@ -251,8 +244,8 @@ class TeacherCallback(Callback):
 
     def _planned(self, trainer: Trainer) -> tuple[int | None, int]:
         """Return the horizon, None if it is unknown and the kernel needs none, and the interval."""
-        every = lightning_steps.steps_per_epoch(trainer) if self._every == "epoch" else self._every
-        total = lightning_steps.total_steps(trainer) if self._total_steps is None else self._total_steps
+        every = steps.steps_per_epoch(trainer) if self._every == "epoch" else self._every
+        total = steps.total_steps(trainer) if self._total_steps is None else self._total_steps
         if total is None and kernels.build(self._kernel).needs_horizon:
             raise ValueError(
                 "the Trainer cannot tell how many steps the student's optimizer will take "
