@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher import checks, sharding
-from wmateacher.losses.numerics import kl_divergence
+from wmateacher.losses.divergences import ForwardKL
+from wmateacher.losses.tokens import token_mean
 from wmateacher.teacher import WMATeacher
 
 __all__ = [
@@ -207,7 +208,7 @@ def output_kl(student: Tensor, teacher: Tensor) -> Tensor:
             sides contribute 0.
     """
     _require_same_shape(student, teacher)
-    return kl_divergence(student.float(), teacher.float())
+    return token_mean(ForwardKL(), student, teacher)
 
 
 @torch.no_grad()

@@ -21,6 +21,13 @@ PAIRED = (
 LOGITS = (
     "kl",
     "kl(3.0)",
+    "kl(2.0,top_k=2)",
+    "kl(top_k=3,tail=False,support=student)",
+    "reverse_kl",
+    "reverse_kl(0.5,top_k=2)",
+    "jsd",
+    "jsd(0.1,2.0)",
+    "jsd(0.9,top_k=2,support=teacher)",
     "mse",
     "mse(space=logits)",
     "ce",
@@ -34,6 +41,11 @@ SPECS = PAIRED + LOGITS + FEATURES
 PARAMETERS = {
     "temperature_kl(2.5)": {"temperature": 2.5},
     "kl(3.0)": {"temperature": 3.0},
+    "kl(2.0,top_k=2)": {"temperature": 2.0, "top_k": 2},
+    "kl(top_k=3,tail=False,support=student)": {"top_k": 3, "tail": False, "support": "student"},
+    "reverse_kl(0.5,top_k=2)": {"temperature": 0.5, "top_k": 2},
+    "jsd(0.1,2.0)": {"beta": 0.1, "temperature": 2.0},
+    "jsd(0.9,top_k=2,support=teacher)": {"beta": 0.9, "top_k": 2, "support": "teacher"},
     "mse(space=logits)": {"space": "logits"},
     LOGITS[-1]: {"student_temperature": 0.5, "teacher_temperature": 0.25},
 }

@@ -126,9 +126,51 @@ def ce(student, teacher):
     return mean(cross_entropy(softmax(t), s) for s, t in pairs)
 
 
-def kl(student, teacher, temperature=1.0):
-    pairs = zip(rows_of(student), rows_of(teacher), strict=True)
-    return temperature**2 * mean(kl_row(t / temperature, s / temperature) for s, t in pairs)
+def buckets(own, target, top_k, tail, largest):
+    """Two rows of logits, of which the `top_k` largest of one of them and, with a tail, the rest as one entry."""
+    chosen = sorted(range(len(own)), key=lambda c: -largest[c])[:top_k]
+    rest = [c for c in range(len(own)) if c not in chosen]
+
+    def reduced(row):
+        kept = [row[c] for c in chosen]
+        return [*kept, math.log(sum(math.exp(row[c]) for c in rest))] if tail and rest else kept
+
+    return reduced(own), reduced(target)
+
+
+def tempered(student, teacher, divergence, temperature=1.0, top_k=None, tail=True, support="teacher"):
+    values = []
+    for own, target in zip(rows_of(student), rows_of(teacher), strict=True):
+        if top_k is not None:
+            # The order of the logits is that of the logits divided by the temperature.
+            largest = own if support == "student" else target
+            own, target = buckets(own / temperature, target / temperature, top_k, tail, largest)
+        else:
+            own, target = own / temperature, target / temperature
+        values.append(divergence(own, target))
+    return temperature**2 * mean(values)
+
+
+def jensen_shannon_row(own, target, beta):
+    q, p = softmax(own), softmax(target)
+    m = [beta * a + (1 - beta) * b for a, b in zip(p, q, strict=True)]
+    to_mixture = [sum(x * math.log(x / y) for x, y in zip(side, m, strict=True)) for side in (p, q)]
+    return beta * to_mixture[0] + (1 - beta) * to_mixture[1]
+
+
+def kl(student, teacher, **parameters):
+    return tempered(student, teacher, lambda own, target: kl_row(target, own), **parameters)
+
+
+def reverse_kl(student, teacher, **parameters):
+    return tempered(student, teacher, kl_row, **{"support": "student", **parameters})
+
+
+def jsd(student, teacher, beta=0.5, **parameters):
+    def divergence(own, target):
+        return jensen_shannon_row(own, target, beta)
+
+    return tempered(student, teacher, divergence, **{"support": "student", **parameters})
 
 
 def mse(student, teacher, space="probabilities"):
@@ -196,9 +238,11 @@ ORACLES = {
     "feature_mse": feature_mse,
     "gd": gd,
     "icl": icl,
+    "jsd": jsd,
     "kl": kl,
     "mse": mse,
     "paired_ce": paired_ce,
     "relational": relational,
+    "reverse_kl": reverse_kl,
     "temperature_kl": temperature_kl,
 }

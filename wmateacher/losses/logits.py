@@ -14,21 +14,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from wmateacher import checks
+from wmateacher.losses.divergences import (
+    CrossEntropy,
+    Divergence,
+    ForwardKL,
+    JensenShannon,
+    LogitError,
+    ProbabilityError,
+    SoftTargets,
+    Tempered,
+    TopK,
+)
+from wmateacher.losses.divergences import ReverseKL as ReverseKLDivergence
 from wmateacher.losses.gathering import GatherMode
 from wmateacher.losses.numerics import (
-    cross_entropy,
-    kl_divergence,
     sinkhorn_knopp,
-    soft_cross_entropy,
     upcast,
     working_dtype,
 )
 from wmateacher.losses.registry import add_family, register
+from wmateacher.losses.tokens import token_mean
 
-__all__ = ["DINO", "KL", "MSE", "ce"]
+__all__ = ["DINO", "JSD", "KL", "MSE", "ReverseKL", "ce"]
 
 _TAKES = "a tensor of logits [..., C]"
 
@@ -43,50 +52,132 @@ def _prepare(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
     if student.ndim == 0:
         raise ValueError(f"student must be {_TAKES}, got a 0-d tensor")
     checks.same_shape("a logits loss", student, teacher)
-    return upcast(student, teacher.detach())
+    return student, teacher.detach()
 
 
-_family = add_family("logits", _TAKES, _prepare)
+_family = add_family("logits", _TAKES, _prepare, upcast=upcast)
 
 
 @register("ce", family="logits")
 @_family.standalone
-def ce(student: Tensor, teacher: Tensor) -> Tensor:
+def ce(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, num_items: float | Tensor | None = None
+) -> Tensor:
     """Compute the soft cross-entropy, -sum_c p_T log p_S.
 
     It is `kl` plus the teacher's entropy, and therefore not 0 if both are equal.
     """
-    return soft_cross_entropy(student, teacher)
+    return token_mean(CrossEntropy(), student, teacher, mask, num_items)
+
+
+class _TokenLoss(nn.Module):
+    """The mean of a divergence over the positions that count."""
+
+    divergence: Divergence
+
+    @_family.standalone
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        mask: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor:
+        """Compute the loss of logits `[..., C]`, a 0-d tensor; see `Criterion.forward` for the mask."""
+        return token_mean(self.divergence, student, teacher, mask, num_items)
 
 
 @register("kl", family="logits")
-class KL(nn.Module):
+class KL(_TokenLoss):
     """Distillation at a temperature, tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)).
 
     Hinton et al. 2015, section 2. The factor tau^2 keeps the size of the gradient as tau changes.
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
-        """Set the temperature.
+    def __init__(
+        self, temperature: float = 1.0, top_k: int | None = None, tail: bool = True, support: str = "teacher"
+    ) -> None:
+        """Set the temperature, and which classes to compare.
 
         Args:
             temperature: tau, which divides the logits of both sides.
+            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. Only their
+                probabilities enter: p_c of the K classes as they are, and the sum of all others. None for all.
+            tail: Whether the rest is compared, too. False leaves it out, and makes the K probabilities sum to 1.
+            support: The side whose largest logits are meant: "teacher" or "student".
 
         Raises:
-            ValueError: If it is not a finite number above 0.
+            ValueError: If the temperature is not a finite number above 0, `top_k` is not an integer of at least 1,
+                `tail` is not True or False, or `support` is neither of the two.
         """
         super().__init__()
-        self.temperature = checks.positive("kl", "temperature", temperature)
+        self.divergence = _divergence("kl", ForwardKL(), temperature, top_k, tail, support)
 
-    @_family.standalone
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compute the loss of logits `[..., C]`, a 0-d tensor."""
-        tau = self.temperature
-        return tau**2 * kl_divergence(student / tau, teacher / tau)
+
+@register("reverse_kl", family="logits")
+class ReverseKL(_TokenLoss):
+    """The reverse divergence at a temperature, tau^2 KL(softmax(z_S / tau) || softmax(z_T / tau)).
+
+    It seeks the teacher's largest mode where `kl` covers all (MiniLLM, Gu et al. 2024, section 2.1).
+    """
+
+    def __init__(
+        self, temperature: float = 1.0, top_k: int | None = None, tail: bool = True, support: str = "student"
+    ) -> None:
+        """Set the temperature, and which classes to compare; see `KL`.
+
+        Args:
+            temperature: tau, which divides the logits of both sides.
+            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for all.
+            tail: Whether the rest is compared, too.
+            support: The side whose largest logits are meant: "student" or "teacher".
+
+        Raises:
+            ValueError: As in `KL`.
+        """
+        super().__init__()
+        self.divergence = _divergence("reverse_kl", ReverseKLDivergence(), temperature, top_k, tail, support)
+
+
+@register("jsd", family="logits")
+class JSD(_TokenLoss):
+    """The generalised Jensen-Shannon divergence, tau^2 (beta KL(p_T || m) + (1 - beta) KL(p_S || m)).
+
+    m = beta p_T + (1 - beta) p_S, at the temperature tau. GKD (Agarwal et al. 2024), eq. 1 and appendix; the loss of
+    TRL's GKD (`beta`) and SDFT (`distillation_alpha`) trainers, except for tau^2. It is at most log 2 at beta = 1/2,
+    and tends to 0 at both ends: like beta `kl` as beta goes to 0, like (1 - beta) `reverse_kl` as it goes to 1.
+    TRL's trainers compute `kl` at 0 and `reverse_kl` at 1, which are written so here.
+    """
+
+    def __init__(
+        self,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        tail: bool = True,
+        support: str = "student",
+    ) -> None:
+        """Set the mixture and the temperature, and which classes to compare; see `KL`.
+
+        Args:
+            beta: The teacher's share of the mixture.
+            temperature: tau, which divides the logits of both sides.
+            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for all.
+            tail: Whether the rest is compared, too.
+            support: The side whose largest logits are meant: "student", as in SDPO, or "teacher".
+
+        Raises:
+            ValueError: If beta is not in (0, 1); otherwise as in `KL`.
+        """
+        super().__init__()
+        rule = "in (0, 1); for its limits write kl (beta = 0 in TRL) or reverse_kl (beta = 1)"
+        found = checks.number("jsd", "beta", beta, lambda b: 0 < b < 1, rule)
+        self.divergence = _divergence("jsd", JensenShannon(found), temperature, top_k, tail, support)
 
 
 @register("mse", family="logits")
-class MSE(nn.Module):
+class MSE(_TokenLoss):
     """Mean squared error, the element-wise mean of (p_S - p_T)^2 or of (z_S - z_T)^2.
 
     On probabilities it is the consistency cost of Mean Teacher (Tarvainen & Valpola 2017, section 2).
@@ -102,15 +193,21 @@ class MSE(nn.Module):
             ValueError: If it is neither of the two.
         """
         super().__init__()
-        self.space = checks.one_of("mse space", space, ("probabilities", "logits"))
+        checks.one_of("mse space", space, ("probabilities", "logits"))
+        self.divergence = LogitError() if space == "logits" else ProbabilityError()
 
-    @_family.standalone
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Compute the loss of logits `[..., C]`, a 0-d tensor."""
-        if self.space == "logits":
-            # The difference of equal logits is 0, also of infinite ones, whose subtraction gives NaN.
-            return (student - teacher).masked_fill(student == teacher, 0.0).square().mean()
-        return F.mse_loss(student.softmax(-1), teacher.softmax(-1))
+
+def _divergence(
+    loss: str, divergence: Divergence, temperature: float, top_k: int | None, tail: bool, support: str
+) -> Divergence:
+    tau = checks.positive(loss, "temperature", temperature)
+    checks.one_of(f"{loss} support", support, ("student", "teacher"))
+    if not isinstance(tail, bool):
+        raise ValueError(f"{loss}: tail must be True or False, got {tail!r}")
+    if top_k is not None:
+        k = checks.positive_int(f"{loss}: top_k", top_k)
+        divergence = TopK(divergence, k, tail=tail, of_student=support == "student")
+    return divergence if tau == 1 else Tempered(divergence, tau)
 
 
 @register("dino", family="logits")
@@ -169,7 +266,7 @@ class DINO(nn.Module):
         Raises:
             ValueError: If the last dimension is not `dim`.
         """
-        return cross_entropy(student / self.student_temperature, self.targets(teacher))
+        return token_mean(SoftTargets(), student / self.student_temperature, self.targets(teacher))
 
     @torch.no_grad()
     def targets(self, teacher: Tensor) -> Tensor:

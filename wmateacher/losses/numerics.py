@@ -1,10 +1,4 @@
-"""The numerics that several losses share: the working precision, and divergences written on log-softmax.
-
-Inputs have shape `[..., C]`, with a distribution over the last dimension. Divergences are averaged over the
-other dimensions. Where the teacher's probability is 0, the contribution is 0 whatever the student's is, also
-where both logits are -inf. Where the student's probability alone is exactly 0, the divergence is infinite. A
-row whose logits are all -inf is no distribution and gives NaN.
-"""
+"""The numerics that several losses share: the working precision, labels on the diagonal, Sinkhorn-Knopp."""
 
 from __future__ import annotations
 
@@ -18,13 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
-    "cross_entropy",
     "diagonal_cross_entropy",
     "first_tensor",
     "full_precision",
-    "kl_divergence",
     "sinkhorn_knopp",
-    "soft_cross_entropy",
     "upcast",
     "working_dtype",
 ]
@@ -65,18 +56,6 @@ def first_tensor(value: Any) -> Tensor | None:
     return None
 
 
-def cross_entropy(student: Tensor, targets: Tensor) -> Tensor:
-    """Compute -sum_c p_c log p_S for target probabilities p, averaged over the leading dimensions."""
-    # 0 times -inf would be NaN, and so would its gradient.
-    log_p = student.log_softmax(-1).masked_fill(targets == 0, 0.0)
-    return -(targets * log_p).sum(-1).mean()
-
-
-def soft_cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute the cross-entropy of the student's logits against p_T = softmax(teacher)."""
-    return cross_entropy(student, teacher.softmax(-1))
-
-
 def sinkhorn_knopp(
     logits: Tensor, over_rows: Callable[[Tensor], Tensor] | None = None, iterations: int = 3
 ) -> Tensor:
@@ -101,14 +80,6 @@ def sinkhorn_knopp(
         flat = (flat - over_rows(flat)).masked_fill(masked, -torch.inf)
         flat = flat.log_softmax(-1)
     return flat.exp().reshape(logits.shape)
-
-
-def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Compute KL(p_T || p_S) = sum_c p_T (log p_T - log p_S), averaged over the leading dimensions."""
-    log_p_teacher = teacher.log_softmax(-1)
-    p_teacher = log_p_teacher.exp()
-    log_ratio = (log_p_teacher - student.log_softmax(-1)).masked_fill(p_teacher == 0, 0.0)
-    return (p_teacher * log_ratio).sum(-1).mean()
 
 
 def diagonal_cross_entropy(logits: Tensor, first: int = 0) -> Tensor:

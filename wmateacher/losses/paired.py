@@ -13,6 +13,7 @@ uses "full".
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher import checks
+from wmateacher.losses.divergences import CrossEntropy, ForwardKL
 from wmateacher.losses.gathering import BatchLayout, Gather, GatherMode
 from wmateacher.losses.numerics import (
     diagonal_cross_entropy,
     full_precision,
-    kl_divergence,
-    soft_cross_entropy,
     working_dtype,
 )
 from wmateacher.losses.registry import add_family, register
+from wmateacher.losses.tokens import token_mean
 
 __all__ = [
     "AFD",
@@ -262,6 +263,11 @@ def _logits(rows: PairedEmbeddings, others: PairedEmbeddings) -> tuple[Tensor, T
     return image_to_text, similarity_logits(rows.text, images, rows.logit_scale)
 
 
+# The mean over the rows of `[B, B]` logits, of the student and the teacher.
+_kl_divergence = partial(token_mean, ForwardKL())
+_soft_cross_entropy = partial(token_mean, CrossEntropy())
+
+
 def _both_ways(
     measure: Callable[[Tensor, Tensor], Tensor], student: PairedEmbeddings, teacher: PairedEmbeddings
 ) -> Tensor:
@@ -295,7 +301,7 @@ def crd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     TRACER, term CRD, as in its code (the paper's formula lacks the 1/2); CLIP-KD (Yang et al. 2024), CRD.
     Each side uses its own scale; the widths of student and teacher may differ.
     """
-    return _both_ways(kl_divergence, student, teacher) / 2
+    return _both_ways(_kl_divergence, student, teacher) / 2
 
 
 @register("icl", family="paired", by_rows=True)
@@ -325,7 +331,7 @@ def cross_kd(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     """
     checks.same_shape("cross_kd", student.image, teacher.image)
     crossed, target = _logits(student, teacher), _logits(teacher, teacher)
-    return (kl_divergence(crossed[0], target[0]) + kl_divergence(crossed[1], target[1])) / 2
+    return (_kl_divergence(crossed[0], target[0]) + _kl_divergence(crossed[1], target[1])) / 2
 
 
 @register("gd", family="paired", by_rows=True)
@@ -379,7 +385,7 @@ def paired_ce(student: PairedEmbeddings, teacher: PairedEmbeddings) -> Tensor:
     CaRot (Oh et al. 2024), its self-distillation term; the sum of the directions is not halved. It is 2 `crd`
     plus the teacher's entropies; the widths of student and teacher may differ.
     """
-    return _both_ways(soft_cross_entropy, student, teacher)
+    return _both_ways(_soft_cross_entropy, student, teacher)
 
 
 @register("temperature_kl", family="paired", by_rows=True)

@@ -46,12 +46,15 @@ class Family:
         gather: A function that takes the prepared (student, teacher) and a `GatherMode`. It returns both with
             the rows of other ranks, and a `BatchLayout` if the losses are then means over this rank's rows
             only. Inputs that are gathered already are returned unchanged. None if the family does not gather.
+        upcast: A function that raises (student, teacher), where `prepare` keeps their dtype. Losses that take a mask
+            then receive them as they are, and raise a few rows at a time. None if `prepare` raises them.
     """
 
     name: str
     takes: str
     prepare: Callable[[Any, Any], tuple[Any, Any]]
     gather: Callable[[Any, Any, GatherMode], tuple[Any, Any, BatchLayout | None]] | None = None
+    upcast: Callable[[Any, Any], tuple[Any, Any]] | None = None
 
     def inputs(
         self, student: Any, teacher: Any, gather_mode: GatherMode
@@ -66,17 +69,22 @@ class Family:
         """Decorate a loss so that a direct call returns the same as a criterion built from its name.
 
         Args:
-            loss: A function of (student, teacher), or a method of (self, student, teacher).
+            loss: A function of (student, teacher), or a method of (self, student, teacher). It may take `mask` and
+                `num_items` by keyword.
         """
         signature = inspect.signature(loss)
+        upcast = None if _takes_mask(loss) else self.upcast
 
         @functools.wraps(loss)
         def call(*args: Any, **kwargs: Any) -> Any:
-            *owner, student, teacher = signature.bind(*args, **kwargs).args
+            bound = signature.bind(*args, **kwargs)
+            *owner, student, teacher = bound.args
             with full_precision(student):
                 # A criterion has prepared both for all its terms already; they pass through unchanged.
                 student, teacher, _ = self.inputs(student, teacher, GatherMode())
-                return loss(*owner, student, teacher)
+                if upcast is not None:
+                    student, teacher = upcast(student, teacher)
+                return loss(*owner, student, teacher, **bound.kwargs)
 
         return cast(LossT, call)
 
@@ -86,6 +94,7 @@ class _Entry:
     factory: Callable[..., nn.Module]
     family: Family | None
     by_rows: bool
+    takes_mask: bool
 
 
 _FAMILIES: dict[str, Family] = {}
@@ -97,9 +106,10 @@ def add_family(
     takes: str,
     prepare: Callable[[Any, Any], tuple[Any, Any]],
     gather: Callable[[Any, Any, GatherMode], tuple[Any, Any, BatchLayout | None]] | None = None,
+    upcast: Callable[[Any, Any], tuple[Any, Any]] | None = None,
 ) -> Family:
     """Add a family, so that losses can be registered in it, and return it; see `Family`."""
-    family = _FAMILIES[name] = Family(name, takes, prepare, gather)
+    family = _FAMILIES[name] = Family(name, takes, prepare, gather, upcast)
     return family
 
 
@@ -147,7 +157,7 @@ def register(
                 f"a loss named {name!r} is registered already; choose another name, or pass "
                 "override=True to replace it"
             )
-        _ENTRIES[name] = _Entry(_factory(name, loss), known, by_rows)
+        _ENTRIES[name] = _Entry(_factory(name, loss), known, by_rows, _takes_mask(loss))
         return loss
 
     return add
@@ -270,6 +280,7 @@ class Criterion(nn.Module):
             raise ValueError("a criterion needs at least one term, got none; write for example 'fd + crd'")
         self.terms = nn.ModuleDict(modules)
         self._with_family = frozenset(n for n, f in families.items() if f is not None)
+        self._with_mask = frozenset(n for n in modules if _ENTRIES[n].takes_mask)
         family = _one_family(families)
         self.family = None if family is None else family.name
 
@@ -281,6 +292,11 @@ class Criterion(nn.Module):
             for name, c in self.coefficients.items()
         )
 
+    @property
+    def takes_mask(self) -> bool:
+        """Whether every term takes `mask` and `num_items`."""
+        return self._with_mask >= self.terms.keys()
+
     def __str__(self) -> str:
         return self.spec
 
@@ -289,11 +305,25 @@ class Criterion(nn.Module):
         return self.spec
 
     @overload
-    def __call__(self, student: Any, teacher: Any, *, return_terms: Literal[False] = False) -> Tensor: ...
+    def __call__(
+        self,
+        student: Any,
+        teacher: Any,
+        *,
+        mask: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        return_terms: Literal[False] = False,
+    ) -> Tensor: ...
 
     @overload
     def __call__(
-        self, student: Any, teacher: Any, *, return_terms: Literal[True]
+        self,
+        student: Any,
+        teacher: Any,
+        *,
+        mask: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        return_terms: Literal[True],
     ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -301,13 +331,26 @@ class Criterion(nn.Module):
         return super().__call__(*args, **kwargs)
 
     def forward(
-        self, student: Any, teacher: Any, *, return_terms: bool = False
+        self,
+        student: Any,
+        teacher: Any,
+        *,
+        mask: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+        return_terms: bool = False,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Compute the weighted sum of the terms.
 
         Args:
             student: The student's output, of the kind that the family takes.
             teacher: The teacher's output, which receives no gradient.
+            mask: For logits `[..., C]`: which positions count, a boolean tensor `[...]` (or one of 0 and 1), as
+                `token_mask(labels)` returns it. Each term is then the mean over these alone: whatever the
+                other positions' logits are, even NaN, they change nothing and their gradient is 0. None: all count.
+            num_items: For logits: the divisor of each term's sum over the positions that count, a number or a 0-d
+                tensor. Give the number of these positions in all the batches that make one optimizer step (gradient
+                accumulation), and under DDP, which averages gradients, that of all ranks divided by the number of
+                ranks. None: their number in this batch; if no position counts, the loss is then 0.
             return_terms: Whether to return the value of each term as well, for logging. This computes terms
                 with coefficient 0 too, without gradient.
 
@@ -317,23 +360,37 @@ class Criterion(nn.Module):
             the device.
 
         Raises:
-            TypeError: If an input is not of the kind that the family takes, or a registered function does
-                not return a tensor.
-            ValueError: If shapes do not match, the batch is empty, or a registered function returns more
-                than one number.
+            TypeError: If an input is not of the kind that the family takes, a term takes no mask, or a
+                registered function does not return a tensor.
+            ValueError: If shapes do not match, the batch is empty, the mask has other values than 0 and 1, or a
+                registered function returns more than one number.
         """
+        tokens = {k: v for k, v in (("mask", mask), ("num_items", num_items)) if v is not None}
+        if tokens and (without := [n for n in self.terms if n not in self._with_mask]):
+            raise TypeError(
+                f"{' and '.join(tokens)} cannot be given to {', '.join(without)}, which takes none; losses that do: "
+                f"{', '.join(sorted(n for n, e in _ENTRIES.items() if e.takes_mask))}. For logits, select the rows "
+                "yourself: criterion(student[mask], teacher[mask])"
+            )
         teacher = _detach(teacher)
         inputs: tuple[Any, Any, BatchLayout | None] = (student, teacher, None)
         values: dict[str, Tensor] = {}
         with full_precision(student):
-            if self.family is not None:
-                inputs = _FAMILIES[self.family].inputs(student, teacher, self.gather_mode)
+            family = None if self.family is None else _FAMILIES[self.family]
+            if family is not None:
+                inputs = family.inputs(student, teacher, self.gather_mode)
             *prepared, layout = inputs
+            raised = prepared
+            if family is not None and family.upcast is not None and not self._with_family <= self._with_mask:
+                raised = family.upcast(*prepared)
             for name, term in self.terms.items():
                 counts = self.coefficients[name] != 0
                 if counts or return_terms:
                     with nullcontext() if counts else torch.no_grad():
-                        value = term(*(prepared if name in self._with_family else (student, teacher)))
+                        given = (student, teacher)
+                        if name in self._with_family:
+                            given = prepared if name in self._with_mask else raised
+                        value = term(*given, **tokens)
                     values[name] = _scalar(name, value)
             names = [name for name in values if name in self._with_family]
             if layout is not None and names:
@@ -355,8 +412,8 @@ class _FunctionLoss(nn.Module):
         self.function = function
         self.keywords = dict(parameters)
 
-    def forward(self, student: Any, teacher: Any) -> Tensor:
-        return self.function(student, teacher, **self.keywords)
+    def forward(self, student: Any, teacher: Any, **tokens: Any) -> Tensor:
+        return self.function(student, teacher, **self.keywords, **tokens)
 
     def extra_repr(self) -> str:
         return ", ".join([self.function.__name__, *(f"{k}={v!r}" for k, v in self.keywords.items())])
@@ -375,7 +432,11 @@ def _factory(name: str, loss: Any) -> Callable[..., nn.Module]:
             f"{loss.__name__}{inspect.signature(loss)}"
         )
     signature = inspect.Signature(
-        [p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters[2:]]
+        [
+            p.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for p in parameters[2:]
+            if not (_takes_mask(loss) and p.name in _OF_TOKENS)
+        ]
     )
 
     def factory(*args: Any, **kwargs: Any) -> nn.Module:
@@ -384,6 +445,17 @@ def _factory(name: str, loss: Any) -> Callable[..., nn.Module]:
     # `Call.build` checks a spec's arguments against this signature, and shows it in the error.
     factory.__signature__ = signature  # type: ignore[attr-defined]
     return factory
+
+
+_OF_TOKENS = ("mask", "num_items")
+
+
+def _takes_mask(loss: Any) -> bool:
+    """Return whether a loss, a function or a module class, takes `mask` and `num_items`."""
+    function = loss.forward if isinstance(loss, type) and issubclass(loss, nn.Module) else loss
+    return inspect.isroutine(function) and all(
+        k in inspect.signature(function).parameters for k in _OF_TOKENS
+    )
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
