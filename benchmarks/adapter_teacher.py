@@ -60,7 +60,9 @@ def main() -> None:
     )
     parser.add_argument("--helpers", nargs="+", choices=HELPERS, default=list(HELPERS))
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter (default: 16)")
-    parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"], help="layers of the student")
+    parser.add_argument(
+        "--layers", type=int, default=SMALL["num_hidden_layers"], help="layers of the student"
+    )
     parser.add_argument("--updates", type=int, default=30, help="timed updates (default: 30)")
     parser.add_argument("--output", type=Path, default=Path("runs/adapter-teacher"))
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
 """Trainers of TRL whose teacher or reference model is the kernel-weighted average of the model they train.
 
-`SDFTTrainer` and `SDPOTrainer` distil from the average in place of TRL's own EMA. `DPOTrainer`, `KTOTrainer`,
-`GRPOTrainer` and `RLOOTrainer` use it as the reference model, which so moves with the model. Generation by
-vLLM is left as it is: it samples from the student.
+`SDFTTrainer` and `SDPOTrainer` distil from the average in place of TRL's own EMA, and `SFTTrainer` adds a
+distillation to its loss. `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer` use the average as the
+reference model, which so moves with the model. Generation by vLLM is left as it is: it samples from the student.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from wmateacher import WMATeacher
-from wmateacher.integrations.huggingface import TeacherCallback
+from wmateacher.integrations.huggingface import TeacherCallback, TeacherMixin
 
 try:
     import trl
@@ -31,6 +31,7 @@ __all__ = [
     "RLOOTrainer",
     "SDFTTrainer",
     "SDPOTrainer",
+    "SFTTrainer",
     "TeacherCallback",
 ]
 
@@ -82,6 +83,18 @@ class _Averaging:
     def _average(self) -> nn.Module:
         """Return the average, which before training is the model itself."""
         return self.model if self.teacher is None else self.teacher  # type: ignore[attr-defined]
+
+
+class SFTTrainer(TeacherMixin, trl.SFTTrainer):  # type: ignore[misc]
+    """TRL's `SFTTrainer` with a distillation from the average besides its own loss; see `TeacherMixin`.
+
+    TRL computes its loss without the logits, so that the distillation takes a second forward and backward pass of
+    the student.
+
+    Example:
+        >>> callback = TeacherCallback("beta(0.5,0.5)")
+        >>> trainer = SFTTrainer(model, args, teacher_callback=callback, distillation="kl")  # doctest: +SKIP
+    """
 
 
 # --- self-distillation --------------------------------------------------------------------------------

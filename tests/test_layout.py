@@ -36,7 +36,7 @@ CORE = {
     "adapters": {"naming"},
     "watching": {"adapters", "walking"},
     "swapping": {"averaging", "adapters", "caches", "sharding", "walking", "watching"},
-    "building": {"averaging", "copying", "pairing", "sharding"},
+    "building": {"averaging", "copying", "pairing", "sharding", "walking"},
     "shadow": {
         *("averaging", "buffers", "building", "caches", "copying", "finiteness", "pairing", "rewriting"),
         *("sharding", "walking"),

@@ -78,7 +78,9 @@ def arguments(kind, folder, **options):
     return kind(output_dir=str(folder), **{**defaults, **options})
 
 
-def distil(trainer, folder, model=None, config=sdft.SDFTConfig, callback="beta(0.5,0.5)", peft=None, **options):
+def distil(
+    trainer, folder, model=None, config=sdft.SDFTConfig, callback="beta(0.5,0.5)", peft=None, **options
+):
     """A trainer of self-distillation on CHATS; one of TRL's own if `callback` is None."""
     given = {} if callback is None else {"teacher_callback": TeacherCallback(callback)}
     if config is sdpo.SDPOConfig:
@@ -103,7 +105,10 @@ def losses(trainer):
 @pytest.mark.parametrize("kind", ["SDFT", "SDPO"])
 def test_an_ema_is_the_teacher_that_trl_keeps(tmp_path, folder, kind):
     """Equal to float precision: TRL rounds (1 - a) t + a s in the model's dtype, which is a lerp otherwise."""
-    own, averaged = getattr({"SDFT": sdft, "SDPO": sdpo}[kind], f"{kind}Trainer"), getattr(ours, f"{kind}Trainer")
+    own, averaged = (
+        getattr({"SDFT": sdft, "SDPO": sdpo}[kind], f"{kind}Trainer"),
+        getattr(ours, f"{kind}Trainer"),
+    )
     config = getattr({"SDFT": sdft, "SDPO": sdpo}[kind], f"{kind}Config")
 
     def loaded():
@@ -114,9 +119,7 @@ def test_an_ema_is_the_teacher_that_trl_keeps(tmp_path, folder, kind):
     mine.add_callback(watch)
     assert mine.teacher_model is mine.model  # as it is before training
     mine.train()
-    theirs = distil(
-        own, tmp_path, loaded(), config, None, teacher_model_kind="ema", teacher_update_rate=0.05
-    )
+    theirs = distil(own, tmp_path, loaded(), config, None, teacher_model_kind="ema", teacher_update_rate=0.05)
     theirs.train()
     assert mine.teacher_model is mine.teacher
     assert mine.teacher.step == 3
@@ -149,7 +152,9 @@ def test_a_lora_teacher_costs_the_adapter_and_resumes(tmp_path):
     assert set(teacher.roles.averaged) == set(start)
     assert torch.equal(watch.states[0], weights(trainer("again").model))  # the average starts at the factors
     named = dict(whole.model.named_parameters())
-    assert all(p is named[name] for name, p in teacher.module.named_parameters() if name in teacher.roles.shared)
+    assert all(
+        p is named[name] for name, p in teacher.module.named_parameters() if name in teacher.roles.shared
+    )
     saved = torch.load(tmp_path / "whole/checkpoint-2" / FILE, weights_only=True)["teacher"]
     assert sum(v.numel() for v in saved.values() if isinstance(v, torch.Tensor)) < 2 * sum(
         p.numel() for p in start.values()
@@ -174,13 +179,53 @@ def test_a_lora_teacher_costs_the_adapter_and_resumes(tmp_path):
     assert torch.equal(weights(resumed.teacher.module), weights(teacher.module))
 
 
+def test_sft_learns_from_the_average_on_its_answers(tmp_path):
+    rows = [{"prompt": f"{a} {b}", "completion": " c d e"} for a, b in PAIRS]
+    trainer = ours.SFTTrainer(
+        language_model(), args=arguments(trl.SFTConfig, tmp_path, gradient_accumulation_steps=2),
+        train_dataset=Dataset.from_list(rows), processing_class=tokenizer(),
+        teacher_callback=TeacherCallback("uniform"), distillation="kl", distill_weight=2.0,
+    )  # fmt: skip
+    watch = Watch()
+    trainer.add_callback(watch)
+    trainer.train()
+    assert_average(watch, trainer.teacher)
+    logged = [entry["distillation"] for entry in trainer.state.log_history if "distillation" in entry]
+    assert logged[0] == 0
+    assert logged[1] > 0
+    batch = next(iter(trainer.get_train_dataloader()))
+    model, items = trainer.model.train(), (batch["labels"][:, 1:] != -100).sum()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(model, dict(batch), num_items_in_batch=items)
+    own = trl.SFTTrainer.compute_loss(trainer, model, dict(batch), num_items_in_batch=items)
+    with torch.no_grad():
+        student, teacher = (
+            m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
+            for m in (model, trainer.teacher)
+        )
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    per_token = (p.exp() * (p - q)).sum(-1)
+    expected = per_token[batch["labels"][:, 1:] != -100].mean()
+    torch.testing.assert_close(loss - own, 2 * expected.float(), rtol=1e-4, atol=1e-7)
+    (gradient,) = torch.autograd.grad(loss - own, model.lm_head.weight)
+    assert gradient.abs().max() > 0
+
+
 # --- reference models ---------------------------------------------------------------------------------
 
 REFERRING = {
     "DPO": (PREFERENCES, {}, {}),
     "KTO": (JUDGED, {}, {}),
-    "GRPO": (PROMPTS, {"beta": 0.1, "max_completion_length": 4, "num_generations": 2}, {"reward_funcs": reward}),
-    "RLOO": (PROMPTS, {"beta": 0.1, "max_completion_length": 4, "num_generations": 2}, {"reward_funcs": reward}),
+    "GRPO": (
+        PROMPTS,
+        {"beta": 0.1, "max_completion_length": 4, "num_generations": 2},
+        {"reward_funcs": reward},
+    ),
+    "RLOO": (
+        PROMPTS,
+        {"beta": 0.1, "max_completion_length": 4, "num_generations": 2},
+        {"reward_funcs": reward},
+    ),
 }
 
 
