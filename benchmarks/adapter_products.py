@@ -2,10 +2,10 @@
 
     python benchmarks/adapter_products.py
 
-A LoRA layer adds the product BA of two factors. `WMATeacher` averages B and A, and mean(B) mean(A) is not mean(BA)
-unless one factor is frozen. A small causal transformer learns 200 key-value facts, and then 100 new ones through LoRA.
-The averages of the products are kept exactly, in full matrices. Reported for each rank, learning rate and kernel, at the
-end of the run:
+A LoRA layer adds the product BA of two factors. `WMATeacher` averages B and A, and mean(B) mean(A) is not
+mean(BA) unless one factor is frozen. A small causal transformer learns 200 key-value facts, and then 100 new
+ones through LoRA. The averages of the products are kept exactly, in full matrices. Reported for each rank,
+learning rate and kernel, at the end of the run:
 
 - *factors*: ||mean(B) mean(A) - mean(BA)|| / ||mean(BA)||, the norm over all adapted layers;
 - *student*: ||B_T A_T - mean(BA)|| / ||mean(BA)||, the distance that the teacher exists for;
@@ -179,14 +179,14 @@ def table(results: dict[str, Any]) -> str:
     for row in results["runs"]:
         groups.setdefault((row["rank"], row["rate"], row["kernel"]), []).append(row)
     lines = [
-        f"{'rank':>4} {'rate':>6} {'kernel':14} {'right %':>8} {'factors':>9} {'student':>9} {'KL factors':>11} "
-        f"{'KL student':>11}"
+        f"{'rank':>4} {'rate':>6} {'kernel':14} {'right %':>8} {'factors':>9} {'student':>9} "
+        f"{'KL factors':>11} {'KL student':>11}"
     ]
     for (rank, rate, kernel), rows in groups.items():
         right, *means = (sum(r[c] for r in rows) / len(rows) for c in ("right", *COLUMNS))
         lines.append(
-            f"{rank:4} {rate:6g} {kernel:14} {100 * right:8.1f} {means[0]:9.4f} {means[1]:9.4f} {means[2]:11.2g} "
-            f"{means[3]:11.2g}"
+            f"{rank:4} {rate:6g} {kernel:14} {100 * right:8.1f} {means[0]:9.4f} {means[1]:9.4f} "
+            f"{means[2]:11.2g} {means[3]:11.2g}"
         )
     return "\n".join(lines)
 

@@ -2,10 +2,11 @@
 
     python benchmarks/adapter_teacher.py
 
-The student is a randomly initialised Llama with LoRA on all linear layers. Each teacher is measured in a separate process:
-what it adds to the resident memory (*held*), how far the memory rises in the first two updates (*peak*), and the
-CPU time, on one thread, of an update and of a forward pass of the teacher. A second table computes the memory of teachers of published
-Llama configurations from their tensors' shapes. Runs on Linux only.
+The student is a randomly initialised Llama with LoRA on all linear layers. Each teacher is measured in a
+separate process: what it adds to the resident memory (*held*), how far the memory rises in the first two
+updates (*peak*), and the CPU time, on one thread, of an update and of a forward pass of the teacher. A second
+table computes the memory of teachers of published Llama configurations from their tensors' shapes. Runs on
+Linux only.
 """
 
 from __future__ import annotations
@@ -156,8 +157,8 @@ def computed(config: dict[str, Any], rank: int) -> dict[str, float]:
         model = student(config, rank)
     adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
     base = sum(p.numel() for p in model.parameters()) - adapter
-    # peft keeps adapters in float32, in which they are averaged. A bf16 student's teacher has bf16 weights for
-    # its forward pass, and the float32 average beside them in 4 bytes, or 2 with dtype="split".
+    # peft keeps adapters in float32, in which they are averaged. A bf16 student's teacher has bf16 weights
+    # for its forward pass, and the float32 average beside them in 4 bytes, or 2 with dtype="split".
     return {
         "parameters": base,
         "adapter": adapter,

@@ -2,7 +2,8 @@
 
 `SDFTTrainer` and `SDPOTrainer` distil from the average in place of TRL's own EMA, and `SFTTrainer` adds a
 distillation to its loss. `DPOTrainer`, `KTOTrainer`, `GRPOTrainer` and `RLOOTrainer` use the average as the
-reference model, which so moves with the model. Generation by vLLM is left as it is: it samples from the student.
+reference model, which so moves with the model. Generation by vLLM is left as it is: it samples from the
+student.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ try:
     from trl.experimental import sdft, sdpo
 except ImportError as error:
     raise ImportError("wmateacher.integrations.trl needs TRL: pip install 'wmateacher[trl]'") from error
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, TrainingArguments
 
 __all__ = [
     "TESTED",
@@ -58,13 +59,20 @@ class _Averaging:
 
         Raises:
             TypeError: If `teacher_callback` is not a `TeacherCallback`.
-            ValueError: If the Trainer's own arguments ask for another teacher or reference model.
+            ValueError: If the Trainer's own arguments ask for another teacher or reference model, or for
+                DeepSpeed or FSDP.
         """
         if not isinstance(teacher_callback, TeacherCallback | None):
             raise TypeError(
                 f"teacher_callback must be a TeacherCallback, got {teacher_callback!r}: "
                 "TeacherCallback(kernel=...)"
             )
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, TrainingArguments) and (given.deepspeed or given.fsdp):
+                raise ValueError(
+                    f"{'deepspeed' if given.deepspeed else 'fsdp'}= shards the model, so that this process has "
+                    "no whole model to average: train with DDP, or in a loop of your own with fully_shard"
+                )
         self.teacher_callback = TeacherCallback() if teacher_callback is None else teacher_callback
         super().__init__(*args, **kwargs)
         self.add_callback(self.teacher_callback)  # type: ignore[attr-defined]
@@ -88,8 +96,8 @@ class _Averaging:
 class SFTTrainer(TeacherMixin, trl.SFTTrainer):  # type: ignore[misc]
     """TRL's `SFTTrainer` with a distillation from the average besides its own loss; see `TeacherMixin`.
 
-    TRL computes its loss without the logits, so that the distillation takes a second forward and backward pass of
-    the student.
+    TRL computes its loss without the logits, so that the distillation takes a second forward and backward
+    pass of the student.
 
     Example:
         >>> callback = TeacherCallback("beta(0.5,0.5)")
@@ -194,14 +202,14 @@ class _Preferring(_Referring):
     def __init__(self, model: Any, ref_model: None = None, args: Any = None, **kwargs: Any):
         if ref_model is not None:
             raise ValueError(
-                f"ref_model={type(ref_model).__name__} would be ignored: this Trainer's reference model is the "
-                f"average of teacher_callback. Leave it out, or use trl.{type(self).__name__}"
+                f"ref_model={type(ref_model).__name__} would be ignored: this Trainer's reference model is "
+                f"the average of teacher_callback. Leave it out, or use trl.{type(self).__name__}"
             )
         _refuse_synced(args)
         if args is not None and args.precompute_ref_log_probs:
             raise ValueError(
-                "precompute_ref_log_probs=True computes the reference's log-probabilities once, but the average "
-                "moves in training: set it to False"
+                "precompute_ref_log_probs=True computes the reference's log-probabilities once, but the "
+                "average moves in training: set it to False"
             )
         super().__init__(model, _NoModel(), args, **kwargs)
 
@@ -227,8 +235,8 @@ class _Rewarded(_Referring):
     def __init__(self, model: Any, reward_funcs: Any, args: Any, **kwargs: Any):
         if args is None or args.beta == 0:
             raise ValueError(
-                "beta=0 leaves the reference model out of the loss, so that the average would have no effect: "
-                "pass args with beta > 0, for example 0.04"
+                "beta=0 leaves the reference model out of the loss, so that the average would have no "
+                "effect: pass args with beta > 0, for example 0.04"
             )
         _refuse_synced(args)
         beta, args.beta = args.beta, 0.0  # with which TRL loads no reference model and copies no adapter
@@ -250,8 +258,9 @@ class RLOOTrainer(_Rewarded, trl.RLOOTrainer):  # type: ignore[misc]
 def _refuse_synced(args: Any) -> None:
     if args is not None and args.sync_ref_model:
         raise ValueError(
-            "sync_ref_model=True moves a reference model by TRL's own rule, but this Trainer's is the average of "
-            "teacher_callback: set it to False, and choose the kernel, such as TeacherCallback('ema(0.99)')"
+            "sync_ref_model=True moves a reference model by TRL's own rule, but this Trainer's is the "
+            "average of teacher_callback: set it to False, and choose the kernel, such as "
+            "TeacherCallback('ema(0.99)')"
         )
 
 

@@ -80,8 +80,8 @@ def _deep_copy(
     memo = {id(named[n]): named[n] for n in roles.shared}
     if device is not None:
         memo |= {id(named[n]): pairing.clone(named[n], device) for n in roles.owned}
-    # An 8-bit layer of bitsandbytes keeps its weights in the parameter and, from its first forward pass on, in
-    # `state`, where its copy must find them if the parameter is shared.
+    # An 8-bit layer of bitsandbytes keeps its weights in the parameter and, from its first forward pass on,
+    # in `state`, where its copy must find them if the parameter is shared.
     shared = {id(named[n]) for n in roles.shared}
     for layer in walking.modules(student):
         state = vars(layer).get("state")

@@ -198,8 +198,9 @@ def assign(model: nn.Module, *, buffers: Buffers, frozen: Frozen, exclude: Seque
             )
         if frozen == "copy" and not tensor.requires_grad and _is_quantised(tensor):
             raise ValueError(
-                f"the student's {name!r} is quantised ({type(tensor).__name__}), so that it can be neither averaged "
-                "nor saved in the teacher's state: pass frozen='share', with which the teacher uses the student's own"
+                f"the student's {name!r} is quantised ({type(tensor).__name__}), so that it can be neither "
+                "averaged nor saved in the teacher's state: pass frozen='share', with which the teacher uses "
+                "the student's own"
             )
     empty = [n for n in _empty_buffers(model) if n not in others]
     excluded = _matching(exclude, [*parameters, *others, *empty])

@@ -3,9 +3,11 @@
 import copy
 import importlib
 import os
+from pathlib import Path
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL warns on import that its experimental trainers may change
 
+import programs
 import pytest
 import torch
 import trl
@@ -310,6 +312,13 @@ def test_settings_of_trls_own_reference_are_refused(tmp_path, kind, options, mes
         refer(kind, tmp_path, None, **options)
 
 
+def test_sharded_models_are_refused(tmp_path):
+    args = arguments(trl.KTOConfig, tmp_path)
+    args.fsdp = "full_shard"
+    with pytest.raises(ValueError, match="fsdp= shards the model.*DDP"):
+        ours.KTOTrainer(None, args=args)
+
+
 def test_what_is_no_callback_is_refused(tmp_path):
     with pytest.raises(TypeError, match=r"teacher_callback must be a TeacherCallback, got 'ema\(0.95\)'"):
         SDPOTrainer(language_model(), teacher_callback="ema(0.95)")
@@ -319,3 +328,11 @@ def test_other_versions_of_trl_are_refused_by_name(monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.17.0")
     with pytest.raises(ImportError, match=r"made for TRL 1\.16, found 1\.17\.0: pip install"):
         importlib.reload(ours)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Each rank asserts in the program: the definition of the average, and that both have the same one."""
+    for rank in programs.launch(2, Path(__file__).parent / "trl_ranks.py", tmp_path):
+        assert rank.returncode == 0, rank.stderr[-3000:]
+        assert rank.stdout.count("average is right") == 2
