@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,6 +98,7 @@ class TeacherMixin:
         self.add_callback(self.teacher_callback)  # type: ignore[attr-defined]
         self._distills, self._distillation = distillation is not None, built
         self._distill_weight, self._evaluate_with, self._view = distill_weight, evaluate_with, teacher_inputs
+        self._checked = False  # whether the distillation fits the model's outputs
         self._sum: Tensor | None = None  # of the distillation since the last log
         self._first_step = 0  # that of the last log
         self._suspect, self._warned = False, False  # whether the distillation has been exactly 0
@@ -146,13 +148,13 @@ class TeacherMixin:
         """Return the Trainer's loss, plus the distillation in training."""
         own = _own(inputs)
         if not (self._distills and self.teacher is not None and model.training):
-            return super().compute_loss(model, own, return_outputs, **kwargs)  # type: ignore[misc]
+            return super().compute_loss(model, own, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         seen: list[Any] = []
         hook = model.register_forward_hook(
             lambda module, args, outputs: seen.append(outputs) if torch.is_grad_enabled() else None
         )
         try:
-            result = super().compute_loss(model, dict(own), return_outputs, **kwargs)  # type: ignore[misc]
+            result = super().compute_loss(model, dict(own), return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         finally:
             hook.remove()
         if len(seen) != 1 or self._lacks_logits(seen[0]):
@@ -186,18 +188,20 @@ class TeacherMixin:
         if self._distillation is None:
             self._distillation = losses.build(_AUTO[compared.kind])
         built = self._distillation
+        if self._checked:
+            return built
         family = "paired" if compared.kind == "paired" else "logits"
         if built.family not in (None, family):
             raise ValueError(
                 f"distillation '{built}' compares {built.family}, but this model returns {family}: choose from "
                 f"{', '.join(losses.available(family))}"
             )
-        over_classes = [n for n, term in built.terms.items() if _is_over_classes(n, term)]
-        if compared.kind == "values" and over_classes:
+        if compared.kind == "values" and _is_blind(built):
             raise ValueError(
-                f"distillation '{built}' compares probabilities, and {over_classes[0]} of the outputs of a "
-                "regression is always 0: use distillation='mse(logits)'"
+                f"distillation '{built}' is always 0 for the outputs of a regression, of which the softmax is "
+                "1: use distillation='mse(logits)'"
             )
+        self._checked = True
         return built
 
     def _count(self, items: Any) -> Tensor | None:
@@ -334,11 +338,9 @@ def _reduced(criterion: Criterion, compared: Comparison, targets: Any, count: Te
     return mean if count is None else mean * (number / count)
 
 
-def _is_over_classes(name: str, term: Any) -> bool:
-    """Return whether one of the library's losses compares probabilities over the last dimension."""
-    if name == "mse":
-        return term.space != "logits"
-    return name in ("ce", "dino", "jsd", "kl", "reverse_kl")
+def _is_blind(criterion: Criterion) -> bool:
+    """Return whether a criterion sees no difference between single outputs."""
+    return not copy.deepcopy(criterion)(torch.zeros(1, 1), torch.ones(1, 1)).any()
 
 
 def __dir__() -> list[str]:

@@ -7,20 +7,28 @@ from pathlib import Path
 import programs
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from wmateacher import WMATeacher, losses
-from wmateacher.integrations.huggingface import FILE, TeacherCallback, TeacherMixin, TeacherTrainer
+from wmateacher.integrations.huggingface import (
+    FILE,
+    Comparison,
+    TeacherCallback,
+    TeacherMixin,
+    TeacherTrainer,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator")
 
@@ -28,16 +36,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as 
 class Sentences(Dataset):
     """24 sentences of 6 tokens, and which of two kinds each is."""
 
-    def __init__(self, language=False):
+    def __init__(self, language=False, padded=False):
         generator = torch.Generator().manual_seed(0)
         self.tokens = torch.randint(20, (24, 6), generator=generator)
-        self.language = language
+        self.language, self.padded = language, padded
 
     def __len__(self):
         return len(self.tokens)
 
     def __getitem__(self, i):
         tokens = self.tokens[i]
+        if self.language and self.padded:  # the first tokens are a prompt, the last ones padding
+            labels = tokens.clone()
+            labels[: i % 3] = labels[6 - i % 4 :] = -100
+            return {"input_ids": tokens, "labels": labels, "attention_mask": torch.arange(6) < 6 - i % 4}
         return {"input_ids": tokens, "labels": tokens if self.language else int(tokens.sum() > 57)}
 
 
@@ -47,6 +59,16 @@ def classifier():
         BertConfig(
             vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
             max_position_embeddings=8,
+        )
+    )  # fmt: skip
+
+
+def llama():
+    torch.manual_seed(1)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         )
     )  # fmt: skip
 
@@ -162,11 +184,14 @@ class Gradients(TrainerCallback):
             self.first = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("build", [classifier, language_model])
+@pytest.mark.parametrize("build", [classifier, llama])
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, accumulated):
-    """Its gradient is the whole batch's, whether the model divides its own loss by the batch or not."""
-    data, other = Sentences(language=build is language_model), build()
+    """Its gradient is the whole batch's, whether the model divides its own loss by the batch or not.
+
+    Prompts and padding of the sentences have different lengths, and change nothing.
+    """
+    data, other = Sentences(language=build is llama, padded=True), build()
     with torch.no_grad():
         [p.add_(0.1 * torch.randn_like(p)) for p in other.parameters()]
 
@@ -182,30 +207,32 @@ def test_the_distillation_is_a_mean_over_the_accumulated_batch(tmp_path, build, 
             tmp_path, per_device_train_batch_size=12 // accumulated,
             gradient_accumulation_steps=accumulated, max_steps=1, max_grad_norm=0,
         )  # fmt: skip
-        trainer = Fixed(
-            model,
-            args,
-            train_dataset=data,
-            callbacks=[seen],
-            distillation="mse(logits)",
-            distill_weight=distill_weight,
-        )
+        trainer = Fixed(model, args, train_dataset=data, callbacks=[seen], distill_weight=distill_weight)
         trainer.train()
-        return seen.first
+        return seen.first, trainer.state.log_history[0]["distillation"]
 
     reference, args = build().eval(), arguments(tmp_path, per_device_train_batch_size=12)
     batch = next(iter(Trainer(reference, args, train_dataset=data).get_train_dataloader()))
-    targets = other.eval()(**batch).logits.detach()
-    losses.build("mse(logits)")(reference(**batch).logits, targets).backward()
-    expected = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradient(2.0) - gradient(0.0), 2.0 * expected, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        targets = other.eval()(**batch).logits
+    logits, mask = reference(**batch).logits, torch.ones(12, dtype=bool)
+    if build is llama:  # position i predicts token i + 1; the loss leaves the others out
+        logits, targets, mask = logits[:, :-1], targets[:, :-1], batch["labels"][:, 1:] != -100
+        assert 12 < mask.sum() < 50
+    log_p, log_q = logits[mask].double().log_softmax(-1), targets[mask].double().log_softmax(-1)
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    expected.backward()
+    expected_gradient = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
+    with_term, logged = gradient(2.0)
+    torch.testing.assert_close(with_term - gradient(0.0)[0], 2.0 * expected_gradient, rtol=1e-3, atol=1e-5)
+    assert logged == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_the_mixin_works_with_any_trainer(tmp_path):
     class Halved(Trainer):
         def compute_loss(self, *args, **kwargs):
-            loss, outputs = super().compute_loss(*args, **{**kwargs, "return_outputs": True})
-            return 0.5 * loss, outputs
+            assert not kwargs["return_outputs"]  # which costs a forward pass in some Trainers
+            return 0.5 * super().compute_loss(*args, **kwargs)
 
     class Both(TeacherMixin, Halved):
         pass
@@ -310,10 +337,223 @@ def test_evaluation_with_the_teacher_leaves_the_student_its_weights(tmp_path):
     trainer.model.state_dict()  # not lent any more
 
 
+def evaluated(model):
+    """The loss over all sentences."""
+    rows = [Sentences()[i] for i in range(24)]
+    batch = {
+        "input_ids": torch.stack([r["input_ids"] for r in rows]),
+        "labels": torch.tensor([r["labels"] for r in rows]),
+    }
+    with torch.no_grad():
+        return model.eval()(**batch).loss.item()
+
+
+def test_the_best_average_is_saved_restored_and_evaluated_in_a_new_process(tmp_path):
+    """The metric of each checkpoint is its average's, and so is what the best of them leaves in the model."""
+    args = arguments(
+        tmp_path, eval_strategy="steps", save_strategy="steps", eval_steps=3, save_steps=3, learning_rate=0.1,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    trainer = TeacherTrainer(
+        classifier(), args, train_dataset=Sentences(), eval_dataset=Sentences(), evaluate_with="teacher",
+        teacher_callback=TeacherCallback(save_average=True), processing_class=Processor(),
+    )  # fmt: skip
+    trainer.train()
+    metrics = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min(metrics, key=metrics.get)
+    assert best < 12  # or there is nothing to restore
+    folder = tmp_path / f"checkpoint-{best}"
+    for model in (trainer.model, trainer.teacher.module):
+        assert evaluated(model) == pytest.approx(metrics[best], rel=1e-5)
+    assert trainer.teacher.step == best
+    assert (folder / "average" / "processor.txt").read_text() == "saved"
+    for step, metric in metrics.items():
+        average = BertForSequenceClassification.from_pretrained(tmp_path / f"checkpoint-{step}" / "average")
+        assert evaluated(average) == pytest.approx(metric, rel=1e-5)
+    # A new process has no teacher until it reads one.
+    for model, callback in [
+        (BertForSequenceClassification.from_pretrained(folder), TeacherCallback()),
+        (classifier(), TeacherCallback(resume_from=folder)),
+    ]:
+        student = weights(model)
+        new = TeacherTrainer(
+            model, args, eval_dataset=Sentences(), evaluate_with="teacher", teacher_callback=callback
+        )
+        assert new.evaluate()["eval_loss"] == pytest.approx(metrics[best], rel=1e-5)
+        assert torch.equal(weights(model), student)
+    without = TeacherTrainer(classifier(), args, eval_dataset=Sentences(), evaluate_with="teacher")
+    with pytest.raises(
+        RuntimeError, match=r"there is no teacher yet.*TeacherCallback\(resume_from=CHECKPOINT\)"
+    ):
+        without.evaluate()
+    with pytest.raises(RuntimeError, match="there is no teacher yet"):
+        without.predict(Sentences())
+    nowhere = TeacherCallback(resume_from=tmp_path)
+    without = TeacherTrainer(
+        classifier(), args, eval_dataset=Sentences(), evaluate_with="teacher", teacher_callback=nowhere
+    )
+    with pytest.raises(FileNotFoundError, match="there is no teacher.pt in"):
+        without.evaluate()
+
+
+class Processor:
+    """What the Trainer saves as its `processing_class`."""
+
+    model_input_names = ("input_ids",)
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "processor.txt").write_text("saved")
+
+
+class Rows(Dataset):
+    """Rows of a given batch, with what the Trainer's own collator makes of them."""
+
+    def __init__(self, **columns):
+        self.columns = columns
+
+    def __len__(self):
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, i):
+        return {name: column[i] for name, column in self.columns.items()}
+
+
+def first_step(tmp_path, data, model, **options):
+    """The Trainer after two steps on one batch, and the distillation in the second."""
+    args = arguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=len(data), remove_unused_columns=False
+    )
+    trainer = TeacherTrainer(model, args, train_dataset=data, **options)
+    trainer.train()
+    return trainer, [e["distillation"] for e in trainer.state.log_history if "distillation" in e]
+
+
+def test_the_teacher_sees_a_context_that_the_model_does_not(tmp_path):
+    """The loss compares the same answer; the columns `teacher_*` are hidden from the model."""
+    torch.manual_seed(0)
+    tokens, context = torch.randint(1, 20, (4, 6)), torch.randint(1, 20, (4, 3))
+    labels = tokens.clone()
+
+    def lively():
+        model = llama()
+        torch.nn.init.normal_(model.lm_head.weight)
+        return model
+
+    labels[:, :2] = -100
+    longer = {
+        "input_ids": torch.cat([context, tokens], 1),
+        "labels": torch.cat([torch.full_like(context, -100), labels], 1),
+    }
+    data = Rows(input_ids=tokens, labels=labels, **{f"teacher_{k}": v for k, v in longer.items()})
+    _, (term, _) = first_step(tmp_path, data, lively())
+    with torch.no_grad():  # at the first step the teacher is the student
+        log_q = lively()(input_ids=longer["input_ids"]).logits[:, 4:8].double().log_softmax(-1)
+        log_p = lively()(input_ids=tokens).logits[:, 1:5].double().log_softmax(-1)
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean().item()
+    assert term == pytest.approx(expected, rel=1e-4)
+    plain = Rows(input_ids=tokens, labels=labels)
+    _, (given, _) = first_step(tmp_path, plain, lively(), teacher_inputs=lambda inputs: longer)
+    assert given == term
+    trainer, _ = first_step(tmp_path, data, lively(), eval_dataset=data)
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(ValueError, match="must return labels in which the answer is marked"):
+        first_step(tmp_path, plain, lively(), teacher_inputs=lambda i: {"input_ids": longer["input_ids"]})
+
+
+def test_a_regression_learns_from_its_values_and_refuses_probabilities(tmp_path):
+    tokens = torch.randint(20, (4, 6))
+    data = Rows(input_ids=tokens, labels=torch.arange(4.0))
+    config = classifier().config
+    config.num_labels = 1
+    _, (first, second) = first_step(tmp_path, data, BertForSequenceClassification(config))
+    assert second > 0  # the model has dropout
+    config.problem_type = None
+    with pytest.raises(
+        ValueError, match=r"'kl' is always 0 for the outputs of a regression.*use .*mse\(logits\)"
+    ):
+        first_step(tmp_path, data, BertForSequenceClassification(config), distillation="kl")
+    with pytest.raises(
+        ValueError, match="'fd' compares paired, but this model returns logits: choose from .*kl"
+    ):
+        first_step(tmp_path, data, BertForSequenceClassification(config), distillation="fd")
+
+
+def test_a_distillation_that_is_exactly_0_is_reported_once(tmp_path):
+    class Headless(TeacherTrainer):
+        def outputs_to_compare(self, outputs, inputs):
+            return Comparison(torch.zeros(4, 3))
+
+    data = Rows(input_ids=torch.randint(20, (4, 6)), labels=torch.tensor([0, 1, 0, 1]))
+    args = arguments(tmp_path, max_steps=6)
+    trainer = Headless(classifier(), args, train_dataset=data)
+    with pytest.warns(UserWarning, match="exactly 0, although the teacher's weights differ") as caught:
+        trainer.train()
+    assert len([w for w in caught if "exactly 0" in str(w.message)]) == 1
+    same = TeacherTrainer(llama(), args, train_dataset=Rows(input_ids=data.columns["input_ids"]))
+    same.compute_loss = lambda *unused, **kwargs: sum(p.sum() * 0 for p in same.model.parameters())
+    same.train()  # weights that do not move have a right to a distillation of 0
+
+
+class Fused(Trainer):
+    """A Trainer that computes its loss without building the logits, as those of TRL and Liger's kernels do."""
+
+    forwards = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        def forward(**kwargs):
+            return {"loss": original(**kwargs).loss}
+
+        original, base = model.forward, model
+        base.forward = forward
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            del base.forward
+
+
+def test_logits_that_the_trainer_did_not_build_are_computed(tmp_path):
+    class Both(TeacherMixin, Fused):
+        pass
+
+    tokens = torch.randint(1, 20, (4, 6))
+    args = arguments(tmp_path, max_steps=2, max_grad_norm=0)
+    runs = []
+    for kind in (Both, TeacherTrainer):
+        trainer = kind(llama(), args, train_dataset=Rows(input_ids=tokens, labels=tokens), distill_weight=5.0)
+        trainer.train()
+        runs.append((trainer, [e["distillation"] for e in trainer.state.log_history if "distillation" in e]))
+    assert runs[0][1] == pytest.approx(runs[1][1])
+    assert runs[0][1][1] > 0
+    torch.testing.assert_close(weights(runs[0][0].model), weights(runs[1][0].model))
+
+
+def test_without_distillation_nothing_is_added(tmp_path):
+    class Counting(Trainer):
+        given = ()
+
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            self.given = (*self.given, return_outputs)
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+
+    class Both(TeacherMixin, Counting):
+        pass
+
+    trainer = Both(
+        classifier(), arguments(tmp_path, max_steps=2), train_dataset=Sentences(), distillation=None
+    )
+    trainer.train()
+    assert trainer.given == (False, False)
+    assert trainer.teacher.step == 2
+    assert not any("distillation" in e for e in trainer.state.log_history)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's call
 def test_a_lora_teacher_costs_the_adapter(tmp_path):
     model = get_peft_model(classifier(), LoraConfig(target_modules=["query", "value"], r=2))
-    trainer = TeacherTrainer(model, arguments(tmp_path, save_strategy="epoch"), train_dataset=Sentences())
+    trainer = TeacherTrainer(
+        model, arguments(tmp_path, save_strategy="epoch"), train_dataset=Sentences(),
+        teacher_callback=TeacherCallback(save_average=True),
+    )  # fmt: skip
     trainer.train()
     state = torch.load(tmp_path / "checkpoint-12" / FILE, weights_only=True)["teacher"]
     assert all("lora_" in name for name in state if name != "_extra_state")
@@ -323,6 +563,9 @@ def test_a_lora_teacher_costs_the_adapter(tmp_path):
     assert not any(torch.equal(own[n], p) for n, p in trained.items())
     shared = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert all(own[n].data_ptr() == dict(model.named_parameters())[n].data_ptr() for n in shared)
+    saved = PeftModel.from_pretrained(classifier(), tmp_path / "checkpoint-12" / "average").eval()
+    tokens = Sentences().tokens
+    torch.testing.assert_close(saved(tokens).logits, trainer.teacher(tokens).logits)
 
 
 # --- bad input ----------------------------------------------------------------------------------------
@@ -334,9 +577,11 @@ def test_bad_arguments_say_what_to_do(tmp_path):
     ):
         TeacherTrainer(classifier(), arguments(tmp_path), evaluate_with="techer")
     with pytest.raises(
-        ValueError, match="compares paired, but models of transformers return logits: choose from .*kl"
+        ValueError, match="compares features, but models of transformers return logits: choose from .*kl"
     ):
-        TeacherTrainer(classifier(), arguments(tmp_path), distillation="fd")
+        TeacherTrainer(classifier(), arguments(tmp_path), distillation="cosine")
+    with pytest.raises(TypeError, match="teacher_inputs must be a function of the batch, got 'context'"):
+        TeacherTrainer(classifier(), arguments(tmp_path), teacher_inputs="context")
     with pytest.raises(ValueError, match="distill_weight must be a number of at least 0, got '1'"):
         TeacherTrainer(classifier(), arguments(tmp_path), distill_weight="1")
     with pytest.raises(
@@ -357,7 +602,8 @@ def test_bad_arguments_say_what_to_do(tmp_path):
 
 def test_without_transformers_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "wmateacher.integrations.huggingface")
+    for name in [n for n in sys.modules if n.startswith("wmateacher.integrations.huggingface")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'wmateacher\[huggingface\]'"):
         importlib.import_module("wmateacher.integrations.huggingface")
 
