@@ -69,9 +69,10 @@ class _Averaging:
             )
         for given in (*args, *kwargs.values()):
             if isinstance(given, TrainingArguments) and (given.deepspeed or given.fsdp):
+                name = "deepspeed" if given.deepspeed else "fsdp"
                 raise ValueError(
-                    f"{'deepspeed' if given.deepspeed else 'fsdp'}= shards the model, so that this process has "
-                    "no whole model to average: train with DDP, or in a loop of your own with fully_shard"
+                    f"{name}= shards the model, so that this process has no whole model to average: train "
+                    "with DDP, or in a loop of your own with fully_shard"
                 )
         self.teacher_callback = TeacherCallback() if teacher_callback is None else teacher_callback
         super().__init__(*args, **kwargs)
