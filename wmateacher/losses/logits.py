@@ -51,7 +51,17 @@ def _prepare(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
     teacher = checks.floating_tensor("teacher", teacher, _TAKES)
     if student.ndim == 0:
         raise ValueError(f"student must be {_TAKES}, got a 0-d tensor")
-    checks.same_shape("a logits loss", student, teacher)
+    if student.shape != teacher.shape:
+        fix = "give both the same inputs, or select the positions that both have"
+        if student.shape[:-1] == teacher.shape[:-1]:
+            fix = (
+                "the last dimension must be the same classes or vocabulary in the same order; where one side "
+                "is padded, cut it off: logits[..., :C]"
+            )
+        raise ValueError(
+            f"a logits loss needs student and teacher of equal shape, got student {list(student.shape)} and "
+            f"teacher {list(teacher.shape)}; {fix}"
+        )
     return student, teacher.detach()
 
 
@@ -103,13 +113,15 @@ class KL(_TokenLoss):
         Args:
             temperature: tau, which divides the logits of both sides.
             top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. Only their
-                probabilities enter: p_c of the K classes as they are, and the sum of all others. None for all.
-            tail: Whether the rest is compared, too. False leaves it out, and makes the K probabilities sum to 1.
+                probabilities enter: p_c of the K classes as they are, and the sum of all others. None for
+                all.
+            tail: Whether the rest is compared, too. False leaves it out, and makes the K probabilities sum
+                to 1.
             support: The side whose largest logits are meant: "teacher" or "student".
 
         Raises:
-            ValueError: If the temperature is not a finite number above 0, `top_k` is not an integer of at least 1,
-                `tail` is not True or False, or `support` is neither of the two.
+            ValueError: If the temperature is not a finite number above 0, `top_k` is not an integer of at
+                least 1, `tail` is not True or False, or `support` is neither of the two.
         """
         super().__init__()
         self.divergence = _divergence("kl", ForwardKL(), temperature, top_k, tail, support)
@@ -129,7 +141,8 @@ class ReverseKL(_TokenLoss):
 
         Args:
             temperature: tau, which divides the logits of both sides.
-            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for all.
+            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for
+                all.
             tail: Whether the rest is compared, too.
             support: The side whose largest logits are meant: "student" or "teacher".
 
@@ -144,10 +157,11 @@ class ReverseKL(_TokenLoss):
 class JSD(_TokenLoss):
     """The generalised Jensen-Shannon divergence, tau^2 (beta KL(p_T || m) + (1 - beta) KL(p_S || m)).
 
-    m = beta p_T + (1 - beta) p_S, at the temperature tau. GKD (Agarwal et al. 2024), eq. 1 and appendix; the loss of
-    TRL's GKD (`beta`) and SDFT (`distillation_alpha`) trainers, except for tau^2. It is at most log 2 at beta = 1/2,
-    and tends to 0 at both ends: like beta `kl` as beta goes to 0, like (1 - beta) `reverse_kl` as it goes to 1.
-    TRL's trainers compute `kl` at 0 and `reverse_kl` at 1, which are written so here.
+    m = beta p_T + (1 - beta) p_S, at the temperature tau. GKD (Agarwal et al. 2024), eq. 1 and appendix; the
+    loss of TRL's GKD (`beta`) and SDFT (`distillation_alpha`) trainers, except for tau^2. It is at most log
+    2 at beta = 1/2, and tends to 0 at both ends: like beta `kl` as beta goes to 0, like (1 - beta)
+    `reverse_kl` as it goes to 1. TRL's trainers compute `kl` at 0 and `reverse_kl` at 1, which are written
+    so here.
     """
 
     def __init__(
@@ -163,7 +177,8 @@ class JSD(_TokenLoss):
         Args:
             beta: The teacher's share of the mixture.
             temperature: tau, which divides the logits of both sides.
-            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for all.
+            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for
+                all.
             tail: Whether the rest is compared, too.
             support: The side whose largest logits are meant: "student", as in SDPO, or "teacher".
 
