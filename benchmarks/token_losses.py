@@ -3,10 +3,10 @@
     python benchmarks/token_losses.py
 
 Each cell runs in a separate process: the loss and its gradient for 256 tokens, by wmateacher and as torch's
-functions write it. *Peak* is how far the memory in use rises above the two tensors of logits; one tensor of the
-size of the student's logits is the gradient. *Seconds* is the best of three, on a CPU of one thread, in
-processor time, which other processes hardly change. If liger_kernel is installed and the device is a GPU, its
-Jensen-Shannon divergence is measured, too: it takes log-probabilities, so the log-softmax of both sides is included.
+functions write it. *Peak* is how far the memory in use rises above the two tensors of logits, the gradient
+included. *Seconds* is the best of three, on a CPU of one thread, in processor time, which other processes
+hardly change. If liger_kernel is installed and the device is a GPU, its Jensen-Shannon divergence is
+measured, too: it takes log-probabilities, so the log-softmax of both sides is included.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-"""Losses between logits: Hinton's KL, Mean Teacher's MSE, soft cross-entropy and DINO's.
+"""Losses between logits: KL both ways, Jensen-Shannon, Mean Teacher's MSE, soft cross-entropy and DINO's.
 
 z_S and z_T are the student's and the teacher's logits of one shape `[..., C]`, and p = softmax(z) over the
-last dimension. Every loss is the mean over the leading dimensions.
+last dimension. Every loss is the mean over the leading dimensions. All but `dino` take a `mask` of the
+positions that count (see `wmateacher.losses.tokens.token_mask`) and `num_items`, which divides their sum.
+They are computed a few rows at a time, so that memory does not grow with the vocabulary or the sequence, and
+have no second derivative.
 
 Entries that are masked, with logits of -inf on both sides, contribute 0 to every loss and get no gradient. If
-the teacher's logit alone is -inf, only `mse(space=logits)` is infinite. If the student's alone is -inf, where
-p_T is not 0, `kl`, `ce`, `dino` and `mse(space=logits)` are infinite.
+the teacher's logit alone is -inf, only `mse(space=logits)` and (where p_S is not 0) `reverse_kl` are
+infinite.
+If the student's alone is -inf, where p_T is not 0, `kl`, `ce`, `dino` and `mse(space=logits)` are infinite.
 """
 
 from __future__ import annotations
@@ -83,7 +87,9 @@ def ce(
 class _TokenLoss(nn.Module):
     """The mean of a divergence over the positions that count."""
 
-    divergence: Divergence
+    def divergence(self) -> Divergence:
+        """Return the divergence, as the present attributes set it."""
+        raise NotImplementedError
 
     @_family.standalone
     def forward(
@@ -95,11 +101,35 @@ class _TokenLoss(nn.Module):
         num_items: float | Tensor | None = None,
     ) -> Tensor:
         """Compute the loss of logits `[..., C]`, a 0-d tensor; see `Criterion.forward` for the mask."""
-        return token_mean(self.divergence, student, teacher, mask, num_items)
+        return token_mean(self.divergence(), student, teacher, mask, num_items)
+
+
+class _Tempered(_TokenLoss):
+    """A loss at a temperature, of all classes or of the largest."""
+
+    def __init__(self, name: str, temperature: float, top_k: int | None, tail: bool, support: str) -> None:
+        super().__init__()
+        self.temperature = checks.positive(name, "temperature", temperature)
+        self.support = checks.one_of(f"{name} support", support, ("student", "teacher"))
+        self.top_k = None if top_k is None else checks.positive_int(f"{name}: top_k", top_k)
+        if not isinstance(tail, bool):
+            raise ValueError(f"{name}: tail must be True or False, got {tail!r}")
+        self.tail = tail
+
+    def between_rows(self) -> Divergence:
+        """Return the divergence between two rows of logits, at temperature 1."""
+        raise NotImplementedError
+
+    def divergence(self) -> Divergence:
+        """Return the divergence, as the present attributes set it."""
+        divergence = self.between_rows()
+        if self.top_k is not None:
+            divergence = TopK(divergence, self.top_k, tail=self.tail, of_student=self.support == "student")
+        return divergence if self.temperature == 1 else Tempered(divergence, self.temperature)
 
 
 @register("kl", family="logits")
-class KL(_TokenLoss):
+class KL(_Tempered):
     """Distillation at a temperature, tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)).
 
     Hinton et al. 2015, section 2. The factor tau^2 keeps the size of the gradient as tau changes.
@@ -123,15 +153,18 @@ class KL(_TokenLoss):
             ValueError: If the temperature is not a finite number above 0, `top_k` is not an integer of at
                 least 1, `tail` is not True or False, or `support` is neither of the two.
         """
-        super().__init__()
-        self.divergence = _divergence("kl", ForwardKL(), temperature, top_k, tail, support)
+        super().__init__("kl", temperature, top_k, tail, support)
+
+    def between_rows(self) -> Divergence:
+        """Return the divergence between two rows of logits, at temperature 1."""
+        return ForwardKL()
 
 
 @register("reverse_kl", family="logits")
-class ReverseKL(_TokenLoss):
+class ReverseKL(_Tempered):
     """The reverse divergence at a temperature, tau^2 KL(softmax(z_S / tau) || softmax(z_T / tau)).
 
-    It seeks the teacher's largest mode where `kl` covers all (MiniLLM, Gu et al. 2024, section 2.1).
+    It seeks the teacher's largest mode where `kl` covers all (MiniLLM, Gu et al. 2024).
     """
 
     def __init__(
@@ -149,15 +182,18 @@ class ReverseKL(_TokenLoss):
         Raises:
             ValueError: As in `KL`.
         """
-        super().__init__()
-        self.divergence = _divergence("reverse_kl", ReverseKLDivergence(), temperature, top_k, tail, support)
+        super().__init__("reverse_kl", temperature, top_k, tail, support)
+
+    def between_rows(self) -> Divergence:
+        """Return the divergence between two rows of logits, at temperature 1."""
+        return ReverseKLDivergence()
 
 
 @register("jsd", family="logits")
-class JSD(_TokenLoss):
+class JSD(_Tempered):
     """The generalised Jensen-Shannon divergence, tau^2 (beta KL(p_T || m) + (1 - beta) KL(p_S || m)).
 
-    m = beta p_T + (1 - beta) p_S, at the temperature tau. GKD (Agarwal et al. 2024), eq. 1 and appendix; the
+    m = beta p_T + (1 - beta) p_S, at the temperature tau. GKD (Agarwal et al. 2024), eq. 1; the
     loss of TRL's GKD (`beta`) and SDFT (`distillation_alpha`) trainers, except for tau^2. It is at most log
     2 at beta = 1/2, and tends to 0 at both ends: like beta `kl` as beta goes to 0, like (1 - beta)
     `reverse_kl` as it goes to 1. TRL's trainers compute `kl` at 0 and `reverse_kl` at 1, which are written
@@ -185,10 +221,13 @@ class JSD(_TokenLoss):
         Raises:
             ValueError: If beta is not in (0, 1); otherwise as in `KL`.
         """
-        super().__init__()
+        super().__init__("jsd", temperature, top_k, tail, support)
         rule = "in (0, 1); for its limits write kl (beta = 0 in TRL) or reverse_kl (beta = 1)"
-        found = checks.number("jsd", "beta", beta, lambda b: 0 < b < 1, rule)
-        self.divergence = _divergence("jsd", JensenShannon(found), temperature, top_k, tail, support)
+        self.beta = checks.number("jsd", "beta", beta, lambda b: 0 < b < 1, rule)
+
+    def between_rows(self) -> Divergence:
+        """Return the divergence between two rows of logits, at temperature 1."""
+        return JensenShannon(self.beta)
 
 
 @register("mse", family="logits")
@@ -208,21 +247,11 @@ class MSE(_TokenLoss):
             ValueError: If it is neither of the two.
         """
         super().__init__()
-        checks.one_of("mse space", space, ("probabilities", "logits"))
-        self.divergence = LogitError() if space == "logits" else ProbabilityError()
+        self.space = checks.one_of("mse space", space, ("probabilities", "logits"))
 
-
-def _divergence(
-    loss: str, divergence: Divergence, temperature: float, top_k: int | None, tail: bool, support: str
-) -> Divergence:
-    tau = checks.positive(loss, "temperature", temperature)
-    checks.one_of(f"{loss} support", support, ("student", "teacher"))
-    if not isinstance(tail, bool):
-        raise ValueError(f"{loss}: tail must be True or False, got {tail!r}")
-    if top_k is not None:
-        k = checks.positive_int(f"{loss}: top_k", top_k)
-        divergence = TopK(divergence, k, tail=tail, of_student=support == "student")
-    return divergence if tau == 1 else Tempered(divergence, tau)
+    def divergence(self) -> Divergence:
+        """Return the divergence, as the present attributes set it."""
+        return LogitError() if self.space == "logits" else ProbabilityError()
 
 
 @register("dino", family="logits")

@@ -367,8 +367,9 @@ class Criterion(nn.Module):
         if tokens and (without := [n for n in self.terms if n not in self._with_mask]):
             able = ", ".join(sorted(n for n, e in _ENTRIES.items() if e.takes_mask))
             raise TypeError(
-                f"{' and '.join(tokens)} cannot be given to {', '.join(without)}; losses that take a mask: "
-                f"{able}. For other losses between logits, select the rows: criterion(student[mask], teacher[mask])"
+                f"{' and '.join(tokens)} cannot be given to {', '.join(without)}; "
+                f"losses that take a mask: {able}. "
+                "For others between logits, select the rows: criterion(student[mask], teacher[mask])"
             )
         teacher = _detach(teacher)
         inputs: tuple[Any, Any, BatchLayout | None] = (student, teacher, None)

@@ -206,8 +206,9 @@ def _sum(
         rows: slice | Tensor = slice(start, min(start + size, count))
         if chosen is not None:
             rows = chosen[rows]
-        logits = (_rows(side, rows).to(dtype) for side in (student, teacher))
-        value, derivative = divergence(*logits, gradient is not None)
+        value, derivative = divergence(
+            _rows(student, rows).to(dtype), _rows(teacher, rows).to(dtype), gradient is not None
+        )
         values.append(value if dropped is None else value.masked_fill_(dropped[rows], 0.0))
         if gradient is not None and derivative is not None and factor is not None:
             derivative.mul_(factor)
