@@ -37,7 +37,7 @@ CORE = {
     "adapters": {"naming"},
     "watching": {"adapters", "walking"},
     "swapping": {"averaging", "adapters", "caches", "sharding", "walking", "watching"},
-    "building": {"averaging", "copying", "pairing", "sharding"},
+    "building": {"averaging", "copying", "pairing", "sharding", "walking"},
     "shadow": {
         *("averaging", "buffers", "building", "caches", "copying", "finiteness", "normalisation"),
         *("pairing", "rewriting", "sharding", "walking"),

@@ -14,6 +14,8 @@ from wmateacher.integrations.mean_teacher import experiment as mean_teacher
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import adapter_products  # noqa: E402
+import adapter_teacher  # noqa: E402
 import checkpoint_memory  # noqa: E402
 import frameworks  # noqa: E402
 import memory  # noqa: E402
@@ -40,6 +42,8 @@ def tables(folder):
         ]
     makers = {
         "posthoc-synthesis": posthoc_synthesis.table,
+        "adapter-products": adapter_products.table,
+        "adapter-teacher": adapter_teacher.table,
         "checkpoint-memory": checkpoint_memory.table,
         "frameworks": frameworks.table,
         "train-throughput": train_throughput.table,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, copying, pairing, sharding
+from wmateacher import averaging, copying, pairing, sharding, walking
 from wmateacher.pairing import Binding, Roles
 
 __all__ = ["build"]
@@ -80,6 +80,13 @@ def _deep_copy(
     memo = {id(named[n]): named[n] for n in roles.shared}
     if device is not None:
         memo |= {id(named[n]): pairing.clone(named[n], device) for n in roles.owned}
+    # An 8-bit layer of bitsandbytes keeps its weights in the parameter and, from its first forward pass on,
+    # in `state`, where its copy must find them if the parameter is shared.
+    shared = {id(named[n]) for n in roles.shared}
+    for layer in walking.modules(student):
+        state = vars(layer).get("state")
+        if hasattr(state, "SCB") and id(getattr(layer, "weight", None)) in shared:
+            memo[id(state)] = state
     return copying.duplicate(student, memo, hooks)
 
 

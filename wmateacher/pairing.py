@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -202,6 +203,12 @@ def assign(
                 f"the student's {name!r} is on the meta device and has no value: materialise and initialise "
                 "the student before building the teacher, whose average starts at its weights"
             )
+        if frozen == "copy" and not tensor.requires_grad and _is_quantised(tensor):
+            raise ValueError(
+                f"the student's {name!r} is quantised ({type(tensor).__name__}), so that it can be neither "
+                "averaged nor saved in the teacher's state: pass frozen='share', with which the teacher uses "
+                "the student's own"
+            )
     empty = [n for n in _empty_buffers(model) if n not in others]
     excluded = _matching(exclude, [*parameters, *others, *empty])
     shared = {n for n, p in parameters.items() if frozen == "share" and not p.requires_grad}
@@ -241,6 +248,14 @@ def _is_continuous(tensor: Tensor) -> bool:
     """Whether a tensor has an average. Counters have none, and sparse and expanded tensors hold none."""
     numbers = tensor.is_floating_point() or tensor.is_complex()
     return numbers and tensor.layout == torch.strided and unexpanded(tensor) is tensor
+
+
+def _is_quantised(tensor: Tensor) -> bool:
+    """Whether a parameter is of a class that packs its values, such as bitsandbytes' and torchao's."""
+    if not isinstance(tensor, nn.Parameter) or isinstance(tensor, DTensor):
+        return False
+    packs = type(tensor) is not nn.Parameter and not (tensor.is_floating_point() or tensor.is_complex())
+    return packs or is_traceable_wrapper_subclass(tensor)
 
 
 def match(teacher: Mapping[str, Tensor], student: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ A state is checked completely before anything of it is written.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ def complete(shadow: Shadow, module: nn.Module, state: dict[str, Any], prefix: s
     own, full = Binding(shadow.module), {}
     keys = [k.removeprefix(prefix) for k in state if k.startswith(prefix)]
     written = {key: state.pop(prefix + path) for path, key in naming.canonical(module, keys).items()}
+    for key in _with_shared(module, written, shadow.roles.shared):
+        del written[key]
     for key, name in pairing.state_names(module).items():
         if name in shadow.roles.shared:
             written.pop(key, None)
@@ -74,9 +76,11 @@ def load(
     names = pairing.state_names(module)
     modules = naming.modules(shadow.module)
     places = [n for n in changed if n.rpartition(".")[0] in modules and n not in shadow.roles.averaged]
+    every = naming.canonical(module, module.state_dict()).values()
+    lent = _with_shared(module, every, shadow.roles.shared)
     known = {
         **names,
-        **dict.fromkeys(naming.canonical(module, module.state_dict()).values()),
+        **dict.fromkeys(k for k in every if k not in lent),
         **dict.fromkeys(places),
     }
     given = {k.removeprefix(home): k for k in state if k.startswith(home)}
@@ -156,6 +160,23 @@ def match_average(shadow: Shadow, average: Mapping[str, Tensor]) -> dict[str, Te
     )
     _check_ties("average", found, names)
     return {names[k]: value for k, value in found.items()}
+
+
+def _with_shared(module: nn.Module, keys: Iterable[str], shared: Collection[str]) -> set[str]:
+    """Return the canonical keys of what layers save besides tensors, if their parameters are shared.
+
+    Quantised layers save the scales of their weights so. The scales are the student's, like the weights.
+    """
+    names, modules = pairing.state_names(module), naming.modules(module)
+    lenders = {key.rpartition(".")[0] for key, name in names.items() if name in shared}
+
+    def layer(key: str) -> str:
+        while key and key not in modules:
+            key = key.rpartition(".")[0]
+        return key
+
+    others = [k for k in keys if k not in names and not k.endswith("_extra_state")]
+    return {key for key in others if layer(key) in lenders}
 
 
 def _check_ties(what: str, found: Mapping[str, Tensor], names: Mapping[str, str]) -> None:

@@ -37,7 +37,7 @@ def measure(record: Record, options: Options) -> None:
         # Both logits are read and the gradient is written.
         return {**found, "floor_milliseconds": 3 * student.nbytes / bandwidth / 1e6}
 
-    for spec in ("kl", "kl(2.0)", "mse(logits)"):
+    for spec in ("kl", "kl(2.0)", "kl(top_k=100)", "reverse_kl", "jsd", "ce", "mse", "mse(logits)"):
         criterion = losses.build(spec)
         record.attempt(
             f"{spec}, {tokens:,} tokens of {vocabulary:,}",

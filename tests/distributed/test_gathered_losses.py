@@ -251,3 +251,25 @@ def test_low_precision_gathers_in_float32(folder):
     assert total.dtype == torch.float32
     total.backward()
     assert all(torch.isfinite(p.grad).all() for p in towers.parameters())
+
+
+@on_ranks(2)
+def test_the_mean_over_the_tokens_of_all_ranks(folder):
+    """Under DDP, which averages gradients, with the number of tokens on all ranks divided by their number."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    generator = torch.Generator().manual_seed(3)
+    x, teacher = torch.randn(2, size, 6, 5, dtype=torch.float64, generator=generator).to(device())
+    mask = torch.arange(6, device=device()) < torch.arange(1, size + 1, device=device())[:, None] * 2
+    criterion = losses.build("kl(2.0) + reverse_kl + jsd(0.3) + ce")
+    alone = nn.Linear(5, 5, dtype=torch.float64).to(device())
+    for parameter in alone.parameters():
+        torch.distributed.broadcast(parameter.data, 0)
+    student = DistributedDataParallel(copy.deepcopy(alone))
+    expected = criterion(alone(x), teacher, mask=mask)
+    expected.backward()
+    loss = criterion(student(x[rank]), teacher[rank], mask=mask[rank], num_items=mask.sum() / size)
+    loss.backward()
+    close(gradients(student.module), gradients(alone))
+    total = loss.detach()
+    torch.distributed.all_reduce(total)
+    close(total / size, expected.detach())

@@ -140,7 +140,13 @@ def test_dino_may_be_called_twice_before_backward():
             torch.zeros(2, 4),
             ValueError,
             r"a logits loss needs student and teacher of equal shape, got student \[2, 3\] and "
-            r"teacher \[2, 4\]; give both the same inputs",
+            r"teacher \[2, 4\]; the last dimension must be the same classes or vocabulary .* cut it off",
+        ),
+        (
+            torch.zeros(2, 5, 3),
+            torch.zeros(2, 6, 3),
+            ValueError,
+            r"got student \[2, 5, 3\] and teacher \[2, 6, 3\]; give both the same inputs, or select",
         ),
         (torch.zeros(0, 3), torch.zeros(0, 3), ValueError, r"at least 1, got shape \[0, 3\]"),
         (torch.tensor(1.0), torch.tensor(1.0), ValueError, "got a 0-d tensor"),

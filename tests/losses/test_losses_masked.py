@@ -71,18 +71,44 @@ def one_sided(spec, student, teacher, center):
     parameters, name = {"temperature": 1.0, **PARAMETERS.get(spec, {})}, name_of(spec)
     if spec == "mse(space=logits)":
         return np.mean((student - teacher) ** 2)
+    tau = parameters["temperature"]
     if name == "dino":
         student = student / parameters.get("student_temperature", 0.1)
         teacher = (teacher - center) / parameters.get("teacher_temperature", 0.04)
-    elif name == "kl":
-        student, teacher = (x / parameters["temperature"] for x in (student, teacher))
+    student, teacher = student / tau, teacher / tau
+    if "top_k" in parameters:
+        largest = {"student": student, "teacher": teacher}
+        support = largest[parameters.get("support", "teacher" if name == "kl" else "student")]
+        chosen = np.argsort(-support, axis=-1)
+        top, rest = np.split(chosen, [parameters["top_k"]], axis=-1)
+        student, teacher = (
+            np.concatenate(
+                [
+                    np.take_along_axis(x, top, -1),
+                    *(
+                        [np.log(np.exp(np.take_along_axis(x, rest, -1)).sum(-1, keepdims=True))]
+                        if parameters.get("tail", True)
+                        else []
+                    ),
+                ],
+                -1,
+            )
+            for x in (student, teacher)
+        )
     q, p = (np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (student, teacher))
+
+    def divergence(a, b):
+        with np.errstate(divide="ignore"):
+            return (a * (np.log(np.where(a > 0, a, 1.0)) - np.where(a > 0, np.log(b), 0.0))).sum(-1).mean()
+
     if name == "mse":
         return np.mean((p - q) ** 2)
-    with np.errstate(divide="ignore"):
-        gain = np.log(np.where(p > 0, p, 1.0)) if name == "kl" else np.zeros_like(p)
-        lost = np.where(p > 0, np.log(q), 0.0)
-    return parameters["temperature"] ** 2 * np.mean((p * (gain - lost)).sum(-1))
+    if name == "jsd":
+        beta = parameters.get("beta", 0.5)
+        m = beta * p + (1 - beta) * q
+        return tau**2 * (beta * divergence(p, m) + (1 - beta) * divergence(q, m))
+    entropy = 0.0 if "kl" in name else divergence(p, np.ones_like(p))
+    return tau**2 * (divergence(q, p) if name == "reverse_kl" else divergence(p, q) - entropy)
 
 
 @every_loss
@@ -97,8 +123,11 @@ def test_an_entry_that_is_masked_on_one_side_has_the_value_of_the_definition(spe
         # An entry of which the teacher is sure: of the others its probability may be 0 in this precision.
         pair[masked][0, 1, (teacher[0, 1].double().numpy() - center).argmax()] = -INF
     value = one_sided(spec, *(t.double().numpy() for t in pair.values()), center)
-    infinite = {"student": "space" in spec or name_of(spec) != "mse", "teacher": "space" in spec}
-    assert np.isinf(value) == infinite.get(masked, False)
+    infinite = {
+        "student": "space" in spec or name_of(spec) not in ("mse", "reverse_kl", "jsd"),
+        "teacher": "space" in spec or name_of(spec) == "reverse_kl",
+    }
+    assert "top_k" in spec or np.isinf(value) == infinite.get(masked, False)
     assert criterion(**pair).item() == pytest.approx(value, rel=1e-4)
 
 

@@ -303,7 +303,18 @@ class TestRegister:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".registry", ".paired", ".logits", ".features", ".gathering", ".numerics"]
+    "name",
+    [
+        "",
+        ".registry",
+        ".paired",
+        ".logits",
+        ".features",
+        ".gathering",
+        ".numerics",
+        ".divergences",
+        ".tokens",
+    ],
 )
 def test_modules_show_public_names_only(name):
     module = importlib.import_module("wmateacher.losses" + name)

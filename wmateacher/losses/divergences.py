@@ -1,11 +1,12 @@
-"""The losses between two rows of logits, each with its gradient: the formulas behind `kl`, `jsd` and others.
+"""The losses between rows of logits, each with its gradient: the formulas behind `kl`, `jsd` and the others.
 
-z_S and z_T are the student's and the teacher's logits `[N, C]` of N positions, p = softmax(z). `value` returns
-the N losses, `gradient` their derivatives by the student's logits, `[N, C]`. Inputs are in the working
-precision and are not written to.
+A divergence is called with the student's and the teacher's logits `[N, C]` of N positions, in the working
+precision. It returns the N losses and, if asked, their derivatives by the student's logits `[N, C]`. Its
+inputs are not written to. z_S and z_T are the logits, and p = softmax(z) over a row.
 
-Where an entry's own share is 0 in the limit, it is 0 here: entries with logits of -inf on both sides, and those
-whose weight (p_T, for the reverse divergences p_S) is 0.
+The gradients are written by hand, because each reuses what the value has computed, in place. Entries whose
+weight is 0 (p_T in `ForwardKL` and the cross-entropies, p_S in `ReverseKL`) contribute 0, even if a logit is
+-inf. A row with a NaN gives NaN.
 """
 
 from __future__ import annotations
@@ -35,39 +36,34 @@ def __dir__() -> list[str]:
 
 
 class Divergence(Protocol):
-    """A loss of every row, and its gradient."""
+    """A loss between rows of logits."""
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the loss of each row, shape `[N]`."""
-        ...
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Return the derivative of each row's loss by the student's logits, a new tensor `[N, C]`."""
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool, /) -> tuple[Tensor, Tensor | None]:
+        """Return the loss of each row, `[N]`, and with `gradient` the derivatives, a new tensor `[N, C]`."""
         ...
 
 
 class ForwardKL:
     """KL(p_T || p_S) = sum_c p_T (log p_T - log p_S), with the gradient p_S - p_T."""
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
-        log_p = teacher.log_softmax(-1)
-        p = log_p.exp()
-        return _expectation(p, log_p.sub_(student.log_softmax(-1)))
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return student.softmax(-1).sub_(teacher.softmax(-1))
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
+        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+        p, unknown = log_p.exp(), _unknown(log_q, log_p)
+        value = _weigh(p, log_p.sub_(log_q), unknown).sum(-1)
+        return value, log_q.exp_().sub_(p) if gradient else None
 
 
 class ReverseKL:
     """KL(p_S || p_T) = sum_c p_S (log p_S - log p_T), with the gradient p_S (log p_S - log p_T - KL)."""
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return ForwardKL().value(teacher, student)
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
-        log_p = student.log_softmax(-1)
-        p = log_p.exp()
-        return _centred(p, log_p.sub_(teacher.log_softmax(-1)))
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
+        log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+        q, unknown = log_q.exp(), _unknown(log_q, log_p)
+        parts = _weigh(q, log_q.sub_(log_p), unknown)
+        value = parts.sum(-1)
+        return value, _centre(parts, q, value) if gradient else None
 
 
 class JensenShannon:
@@ -79,64 +75,62 @@ class JensenShannon:
     def __init__(self, beta: float) -> None:
         self.beta = beta
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
         log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
-        log_m = self._log_mixture(log_q, log_p)
-        own = _expectation(log_q.exp(), log_q.sub_(log_m))
-        return own.mul_(1 - self.beta).add_(_expectation(log_p.exp(), log_p.sub_(log_m)), alpha=self.beta)
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
-        log_q = student.log_softmax(-1)
-        log_m = self._log_mixture(log_q, teacher.log_softmax(-1))
-        return _centred(log_q.exp(), log_q.sub_(log_m)).mul_(1 - self.beta)
-
-    def _log_mixture(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        return torch.logaddexp(log_q + math.log1p(-self.beta), log_p + math.log(self.beta))
+        log_m = torch.logaddexp(log_q + math.log1p(-self.beta), log_p + math.log(self.beta))
+        unknown = _unknown(log_q, log_p)
+        of_teacher = _weigh(log_p.exp(), log_p.sub_(log_m), unknown).sum(-1)
+        q = log_q.exp()
+        parts = _weigh(q, log_q.sub_(log_m), unknown).mul_(1 - self.beta)
+        of_student = parts.sum(-1)
+        value = of_student + self.beta * of_teacher
+        return value, _centre(parts, q, of_student) if gradient else None
 
 
 class SoftTargets:
     """The cross-entropy -sum_c p_c log p_S against target probabilities p, which take the teacher's place."""
 
-    def value(self, student: Tensor, targets: Tensor) -> Tensor:
-        return _expectation(targets, student.log_softmax(-1)).neg_()
-
-    def gradient(self, student: Tensor, targets: Tensor) -> Tensor:
-        return student.softmax(-1).mul_(targets.sum(-1, keepdim=True)).sub_(targets)
+    def __call__(self, student: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
+        log_q = student.log_softmax(-1)
+        value = _weigh(targets, log_q.clone(), _unknown(log_q, targets)).sum(-1).neg_()
+        if not gradient:
+            return value, None
+        return value, log_q.exp_().mul_(targets.sum(-1, keepdim=True)).sub_(targets)
 
 
 class CrossEntropy:
     """-sum_c p_T log p_S, with the gradient p_S - p_T."""
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return SoftTargets().value(student, teacher.softmax(-1))
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return ForwardKL().gradient(student, teacher)
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
+        return SoftTargets()(student, teacher.softmax(-1), gradient)
 
 
 class ProbabilityError:
-    """mean_c (p_S - p_T)^2."""
+    """mean_c (p_S - p_T)^2, with the gradient 2/C p_S (p_S - p_T - sum_c p_S (p_S - p_T))."""
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return student.softmax(-1).sub_(teacher.softmax(-1)).square_().mean(-1)
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
         q = student.softmax(-1)
-        return _centred(q, (q - teacher.softmax(-1)).mul_(2 / q.shape[-1]))
+        error = q - teacher.softmax(-1)
+        value = torch.linalg.vecdot(error, error).div_(q.shape[-1])
+        if not gradient:
+            return value, None
+        parts = error.mul_(q).mul_(2 / q.shape[-1])
+        return value, _centre(parts, q, parts.sum(-1))
 
 
 class LogitError:
-    """mean_c (z_S - z_T)^2."""
+    """mean_c (z_S - z_T)^2, with the gradient 2/C (z_S - z_T)."""
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self._difference(student, teacher).square_().mean(-1)
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self._difference(student, teacher).mul_(2 / student.shape[-1])
-
-    def _difference(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
         # The difference of equal logits is 0, also of infinite ones, whose subtraction gives NaN.
-        return (student - teacher).masked_fill_(student == teacher, 0.0)
+        error = (student - teacher).masked_fill_(student == teacher, 0.0)
+        value = torch.linalg.vecdot(error, error).div_(error.shape[-1])
+        return value, error.mul_(2 / error.shape[-1]) if gradient else None
 
 
 class Tempered:
@@ -145,13 +139,11 @@ class Tempered:
     def __init__(self, divergence: Divergence, temperature: float) -> None:
         self.divergence, self.temperature = divergence, temperature
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
         tau = self.temperature
-        return self.divergence.value(student / tau, teacher / tau).mul_(tau**2)
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
-        tau = self.temperature
-        return self.divergence.gradient(student / tau, teacher / tau).mul_(tau)
+        value, derivative = self.divergence(student / tau, teacher / tau, gradient)
+        return value.mul_(tau**2), None if derivative is None else derivative.mul_(tau)
 
 
 class TopK:
@@ -164,25 +156,22 @@ class TopK:
     def __init__(self, divergence: Divergence, k: int, *, tail: bool, of_student: bool) -> None:
         self.divergence, self.k, self.tail, self.of_student = divergence, k, tail, of_student
 
-    def value(self, student: Tensor, teacher: Tensor) -> Tensor:
-        index = self._support(student, teacher)
-        return self.divergence.value(self._buckets(student, index), self._buckets(teacher, index))
-
-    def gradient(self, student: Tensor, teacher: Tensor) -> Tensor:
-        index = self._support(student, teacher)
-        buckets = self._buckets(student, index)
-        of_buckets = self.divergence.gradient(buckets, self._buckets(teacher, index))
-        if self.tail:
-            # Without anything in the bucket its logit is -inf, and all entries that are not overwritten are, too.
-            rest = buckets[:, -1:].clamp_min(torch.finfo(buckets.dtype).min)
-            gradient = (student - rest).exp_().mul_(of_buckets[:, -1:])
-        else:
-            gradient = torch.zeros_like(student)
-        return gradient.scatter_(-1, index, of_buckets[:, : index.shape[-1]])
-
-    def _support(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the losses and, if asked, their derivatives."""
         logits = student if self.of_student else teacher
-        return logits.topk(min(self.k, logits.shape[-1]), -1, sorted=False).indices
+        index = logits.topk(min(self.k, logits.shape[-1]), -1, sorted=False).indices
+        buckets = self._buckets(student, index)
+        value, of_buckets = self.divergence(buckets, self._buckets(teacher, index), gradient)
+        if of_buckets is None:
+            return value, None
+        if self.tail:
+            # An empty bucket has the logit -inf, and then all entries that are not overwritten below are
+            # -inf.
+            rest = buckets[:, -1:].clamp_min(torch.finfo(buckets.dtype).min)
+            derivative = (student - rest).exp_().mul_(of_buckets[:, -1:])
+        else:
+            derivative = torch.zeros_like(student)
+        return value, derivative.scatter_(-1, index, of_buckets[:, : index.shape[-1]])
 
     def _buckets(self, logits: Tensor, index: Tensor) -> Tensor:
         largest = logits.gather(-1, index)
@@ -192,12 +181,20 @@ class TopK:
         return torch.cat([largest, rest], -1)
 
 
-def _expectation(p: Tensor, x: Tensor) -> Tensor:
-    """Return sum_c p_c x_c, where p_c = 0 gives 0 whatever x_c is; x is overwritten."""
-    return x.masked_fill_(p == 0, 0.0).mul_(p).sum(-1)
+def _weigh(p: Tensor, x: Tensor, unknown: Tensor) -> Tensor:
+    """Return p x in the place of x, where p = 0 gives 0 whatever x is; rows that are `unknown` stay NaN."""
+    # NaN stands for 0 times infinity, or for infinity minus infinity where p is 0, but not in rows that are
+    # NaN.
+    x.mul_(p).nan_to_num_(0.0, torch.inf, -torch.inf)
+    x[:, :1].masked_fill_(unknown, torch.nan)  # which makes the row's sum and gradient NaN
+    return x
 
 
-def _centred(p: Tensor, x: Tensor) -> Tensor:
-    """Return p (x - sum_c p_c x_c), where p_c = 0 gives 0 whatever x_c is; x is overwritten."""
-    x.masked_fill_(p == 0, 0.0)
-    return x.sub_(torch.linalg.vecdot(p, x)[:, None]).mul_(p)
+def _unknown(*rows: Tensor) -> Tensor:
+    """Return which rows `[N, 1]` are NaN: softmax makes all of a row NaN if one logit is."""
+    return torch.stack([r[:, :1].isnan() for r in rows]).any(0)
+
+
+def _centre(parts: Tensor, q: Tensor, total: Tensor) -> Tensor:
+    """Return parts - q total, the gradient of a sum of q x by the logits; both tensors are overwritten."""
+    return parts.sub_(q.mul_(total[:, None]))

@@ -1,11 +1,15 @@
-"""Losses between logits: Hinton's KL, Mean Teacher's MSE, soft cross-entropy and DINO's.
+"""Losses between logits: KL both ways, Jensen-Shannon, Mean Teacher's MSE, soft cross-entropy and DINO's.
 
 z_S and z_T are the student's and the teacher's logits of one shape `[..., C]`, and p = softmax(z) over the
-last dimension. Every loss is the mean over the leading dimensions.
+last dimension. Every loss is the mean over the leading dimensions. All but `dino` take a `mask` of the
+positions that count (see `wmateacher.losses.tokens.token_mask`) and `num_items`, which divides their sum.
+They are computed a few rows at a time, so that memory does not grow with the vocabulary or the sequence, and
+have no second derivative.
 
 Entries that are masked, with logits of -inf on both sides, contribute 0 to every loss and get no gradient. If
-the teacher's logit alone is -inf, only `mse(space=logits)` is infinite. If the student's alone is -inf, where
-p_T is not 0, `kl`, `ce`, `dino` and `mse(space=logits)` are infinite.
+the teacher's logit alone is -inf, only `mse(space=logits)` and (where p_S is not 0) `reverse_kl` are
+infinite.
+If the student's alone is -inf, where p_T is not 0, `kl`, `ce`, `dino` and `mse(space=logits)` are infinite.
 """
 
 from __future__ import annotations
@@ -51,7 +55,17 @@ def _prepare(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
     teacher = checks.floating_tensor("teacher", teacher, _TAKES)
     if student.ndim == 0:
         raise ValueError(f"student must be {_TAKES}, got a 0-d tensor")
-    checks.same_shape("a logits loss", student, teacher)
+    if student.shape != teacher.shape:
+        fix = "give both the same inputs, or select the positions that both have"
+        if student.shape[:-1] == teacher.shape[:-1]:
+            fix = (
+                "the last dimension must be the same classes or vocabulary in the same order; where one side "
+                "is padded, cut it off: logits[..., :C]"
+            )
+        raise ValueError(
+            f"a logits loss needs student and teacher of equal shape, got student {list(student.shape)} and "
+            f"teacher {list(teacher.shape)}; {fix}"
+        )
     return student, teacher.detach()
 
 
@@ -73,7 +87,9 @@ def ce(
 class _TokenLoss(nn.Module):
     """The mean of a divergence over the positions that count."""
 
-    divergence: Divergence
+    def divergence(self) -> Divergence:
+        """Return the divergence, as the present attributes set it."""
+        raise NotImplementedError
 
     @_family.standalone
     def forward(
@@ -85,11 +101,35 @@ class _TokenLoss(nn.Module):
         num_items: float | Tensor | None = None,
     ) -> Tensor:
         """Compute the loss of logits `[..., C]`, a 0-d tensor; see `Criterion.forward` for the mask."""
-        return token_mean(self.divergence, student, teacher, mask, num_items)
+        return token_mean(self.divergence(), student, teacher, mask, num_items)
+
+
+class _Tempered(_TokenLoss):
+    """A loss at a temperature, of all classes or of the largest."""
+
+    def __init__(self, name: str, temperature: float, top_k: int | None, tail: bool, support: str) -> None:
+        super().__init__()
+        self.temperature = checks.positive(name, "temperature", temperature)
+        self.support = checks.one_of(f"{name} support", support, ("student", "teacher"))
+        self.top_k = None if top_k is None else checks.positive_int(f"{name}: top_k", top_k)
+        if not isinstance(tail, bool):
+            raise ValueError(f"{name}: tail must be True or False, got {tail!r}")
+        self.tail = tail
+
+    def between_rows(self) -> Divergence:
+        """Return the divergence between two rows of logits, at temperature 1."""
+        raise NotImplementedError
+
+    def divergence(self) -> Divergence:
+        """Return the divergence, as the present attributes set it."""
+        divergence = self.between_rows()
+        if self.top_k is not None:
+            divergence = TopK(divergence, self.top_k, tail=self.tail, of_student=self.support == "student")
+        return divergence if self.temperature == 1 else Tempered(divergence, self.temperature)
 
 
 @register("kl", family="logits")
-class KL(_TokenLoss):
+class KL(_Tempered):
     """Distillation at a temperature, tau^2 KL(softmax(z_T / tau) || softmax(z_S / tau)).
 
     Hinton et al. 2015, section 2. The factor tau^2 keeps the size of the gradient as tau changes.
@@ -103,23 +143,28 @@ class KL(_TokenLoss):
         Args:
             temperature: tau, which divides the logits of both sides.
             top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. Only their
-                probabilities enter: p_c of the K classes as they are, and the sum of all others. None for all.
-            tail: Whether the rest is compared, too. False leaves it out, and makes the K probabilities sum to 1.
+                probabilities enter: p_c of the K classes as they are, and the sum of all others. None for
+                all.
+            tail: Whether the rest is compared, too. False leaves it out, and makes the K probabilities sum
+                to 1.
             support: The side whose largest logits are meant: "teacher" or "student".
 
         Raises:
-            ValueError: If the temperature is not a finite number above 0, `top_k` is not an integer of at least 1,
-                `tail` is not True or False, or `support` is neither of the two.
+            ValueError: If the temperature is not a finite number above 0, `top_k` is not an integer of at
+                least 1, `tail` is not True or False, or `support` is neither of the two.
         """
-        super().__init__()
-        self.divergence = _divergence("kl", ForwardKL(), temperature, top_k, tail, support)
+        super().__init__("kl", temperature, top_k, tail, support)
+
+    def between_rows(self) -> Divergence:
+        """Return the divergence between two rows of logits, at temperature 1."""
+        return ForwardKL()
 
 
 @register("reverse_kl", family="logits")
-class ReverseKL(_TokenLoss):
+class ReverseKL(_Tempered):
     """The reverse divergence at a temperature, tau^2 KL(softmax(z_S / tau) || softmax(z_T / tau)).
 
-    It seeks the teacher's largest mode where `kl` covers all (MiniLLM, Gu et al. 2024, section 2.1).
+    It seeks the teacher's largest mode where `kl` covers all (MiniLLM, Gu et al. 2024).
     """
 
     def __init__(
@@ -129,25 +174,30 @@ class ReverseKL(_TokenLoss):
 
         Args:
             temperature: tau, which divides the logits of both sides.
-            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for all.
+            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for
+                all.
             tail: Whether the rest is compared, too.
             support: The side whose largest logits are meant: "student" or "teacher".
 
         Raises:
             ValueError: As in `KL`.
         """
-        super().__init__()
-        self.divergence = _divergence("reverse_kl", ReverseKLDivergence(), temperature, top_k, tail, support)
+        super().__init__("reverse_kl", temperature, top_k, tail, support)
+
+    def between_rows(self) -> Divergence:
+        """Return the divergence between two rows of logits, at temperature 1."""
+        return ReverseKLDivergence()
 
 
 @register("jsd", family="logits")
-class JSD(_TokenLoss):
+class JSD(_Tempered):
     """The generalised Jensen-Shannon divergence, tau^2 (beta KL(p_T || m) + (1 - beta) KL(p_S || m)).
 
-    m = beta p_T + (1 - beta) p_S, at the temperature tau. GKD (Agarwal et al. 2024), eq. 1 and appendix; the loss of
-    TRL's GKD (`beta`) and SDFT (`distillation_alpha`) trainers, except for tau^2. It is at most log 2 at beta = 1/2,
-    and tends to 0 at both ends: like beta `kl` as beta goes to 0, like (1 - beta) `reverse_kl` as it goes to 1.
-    TRL's trainers compute `kl` at 0 and `reverse_kl` at 1, which are written so here.
+    m = beta p_T + (1 - beta) p_S, at the temperature tau. GKD (Agarwal et al. 2024), eq. 1; the
+    loss of TRL's GKD (`beta`) and SDFT (`distillation_alpha`) trainers, except for tau^2. It is at most log
+    2 at beta = 1/2, and tends to 0 at both ends: like beta `kl` as beta goes to 0, like (1 - beta)
+    `reverse_kl` as it goes to 1. TRL's trainers compute `kl` at 0 and `reverse_kl` at 1, which are written
+    so here.
     """
 
     def __init__(
@@ -163,17 +213,21 @@ class JSD(_TokenLoss):
         Args:
             beta: The teacher's share of the mixture.
             temperature: tau, which divides the logits of both sides.
-            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for all.
+            top_k: K, to compare the K classes with the largest logits, and the rest as one bucket. None for
+                all.
             tail: Whether the rest is compared, too.
             support: The side whose largest logits are meant: "student", as in SDPO, or "teacher".
 
         Raises:
             ValueError: If beta is not in (0, 1); otherwise as in `KL`.
         """
-        super().__init__()
+        super().__init__("jsd", temperature, top_k, tail, support)
         rule = "in (0, 1); for its limits write kl (beta = 0 in TRL) or reverse_kl (beta = 1)"
-        found = checks.number("jsd", "beta", beta, lambda b: 0 < b < 1, rule)
-        self.divergence = _divergence("jsd", JensenShannon(found), temperature, top_k, tail, support)
+        self.beta = checks.number("jsd", "beta", beta, lambda b: 0 < b < 1, rule)
+
+    def between_rows(self) -> Divergence:
+        """Return the divergence between two rows of logits, at temperature 1."""
+        return JensenShannon(self.beta)
 
 
 @register("mse", family="logits")
@@ -193,21 +247,11 @@ class MSE(_TokenLoss):
             ValueError: If it is neither of the two.
         """
         super().__init__()
-        checks.one_of("mse space", space, ("probabilities", "logits"))
-        self.divergence = LogitError() if space == "logits" else ProbabilityError()
+        self.space = checks.one_of("mse space", space, ("probabilities", "logits"))
 
-
-def _divergence(
-    loss: str, divergence: Divergence, temperature: float, top_k: int | None, tail: bool, support: str
-) -> Divergence:
-    tau = checks.positive(loss, "temperature", temperature)
-    checks.one_of(f"{loss} support", support, ("student", "teacher"))
-    if not isinstance(tail, bool):
-        raise ValueError(f"{loss}: tail must be True or False, got {tail!r}")
-    if top_k is not None:
-        k = checks.positive_int(f"{loss}: top_k", top_k)
-        divergence = TopK(divergence, k, tail=tail, of_student=support == "student")
-    return divergence if tau == 1 else Tempered(divergence, tau)
+    def divergence(self) -> Divergence:
+        """Return the divergence, as the present attributes set it."""
+        return LogitError() if self.space == "logits" else ProbabilityError()
 
 
 @register("dino", family="logits")

@@ -46,8 +46,9 @@ class Family:
         gather: A function that takes the prepared (student, teacher) and a `GatherMode`. It returns both with
             the rows of other ranks, and a `BatchLayout` if the losses are then means over this rank's rows
             only. Inputs that are gathered already are returned unchanged. None if the family does not gather.
-        upcast: A function that raises (student, teacher), where `prepare` keeps their dtype. Losses that take a mask
-            then receive them as they are, and raise a few rows at a time. None if `prepare` raises them.
+        upcast: A function that raises (student, teacher), where `prepare` keeps their dtype. Losses that
+            take a mask then receive them as they are, and raise a few rows at a time. None if `prepare`
+            raises them.
     """
 
     name: str
@@ -69,8 +70,8 @@ class Family:
         """Decorate a loss so that a direct call returns the same as a criterion built from its name.
 
         Args:
-            loss: A function of (student, teacher), or a method of (self, student, teacher). It may take `mask` and
-                `num_items` by keyword.
+            loss: A function of (student, teacher), or a method of (self, student, teacher). It may take
+                `mask` and `num_items` by keyword.
         """
         signature = inspect.signature(loss)
         upcast = None if _takes_mask(loss) else self.upcast
@@ -344,13 +345,15 @@ class Criterion(nn.Module):
         Args:
             student: The student's output, of the kind that the family takes.
             teacher: The teacher's output, which receives no gradient.
-            mask: For logits `[..., C]`: which positions count, a boolean tensor `[...]` (or one of 0 and 1), as
-                `token_mask(labels)` returns it. Each term is then the mean over these alone: whatever the
-                other positions' logits are, even NaN, they change nothing and their gradient is 0. None: all count.
-            num_items: For logits: the divisor of each term's sum over the positions that count, a number or a 0-d
-                tensor. Give the number of these positions in all the batches that make one optimizer step (gradient
-                accumulation), and under DDP, which averages gradients, that of all ranks divided by the number of
-                ranks. None: their number in this batch; if no position counts, the loss is then 0.
+            mask: For logits `[..., C]`: which positions count, a boolean tensor `[...]` (or one of 0 and 1),
+                as `token_mask(labels)` returns it. Each term is then the mean over these alone: whatever the
+                other positions' logits are, even NaN, they change nothing and their gradient is 0. None: all
+                count.
+            num_items: For logits: the divisor of each term's sum over the positions that count, a number or
+                a 0-d tensor. Give the number of these positions in all the batches that make one optimizer
+                step (gradient accumulation), and under DDP, which averages gradients, that of all ranks
+                divided by the number of ranks. None: their number in this batch; if no position counts, the
+                loss is then 0.
             return_terms: Whether to return the value of each term as well, for logging. This computes terms
                 with coefficient 0 too, without gradient.
 
@@ -362,15 +365,16 @@ class Criterion(nn.Module):
         Raises:
             TypeError: If an input is not of the kind that the family takes, a term takes no mask, or a
                 registered function does not return a tensor.
-            ValueError: If shapes do not match, the batch is empty, the mask has other values than 0 and 1, or a
-                registered function returns more than one number.
+            ValueError: If shapes do not match, the batch is empty, the mask has other values than 0 and 1,
+                or a registered function returns more than one number.
         """
         tokens = {k: v for k, v in (("mask", mask), ("num_items", num_items)) if v is not None}
         if tokens and (without := [n for n in self.terms if n not in self._with_mask]):
+            able = ", ".join(sorted(n for n, e in _ENTRIES.items() if e.takes_mask))
             raise TypeError(
-                f"{' and '.join(tokens)} cannot be given to {', '.join(without)}, which takes none; losses that do: "
-                f"{', '.join(sorted(n for n, e in _ENTRIES.items() if e.takes_mask))}. For logits, select the rows "
-                "yourself: criterion(student[mask], teacher[mask])"
+                f"{' and '.join(tokens)} cannot be given to {', '.join(without)}; "
+                f"losses that take a mask: {able}. "
+                "For others between logits, select the rows: criterion(student[mask], teacher[mask])"
             )
         teacher = _detach(teacher)
         inputs: tuple[Any, Any, BatchLayout | None] = (student, teacher, None)
@@ -380,17 +384,18 @@ class Criterion(nn.Module):
             if family is not None:
                 inputs = family.inputs(student, teacher, self.gather_mode)
             *prepared, layout = inputs
-            raised = prepared
             if family is not None and family.upcast is not None and not self._with_family <= self._with_mask:
                 raised = family.upcast(*prepared)
+            else:
+                raised = tuple(prepared)
             for name, term in self.terms.items():
                 counts = self.coefficients[name] != 0
                 if counts or return_terms:
                     with nullcontext() if counts else torch.no_grad():
-                        given = (student, teacher)
-                        if name in self._with_family:
-                            given = prepared if name in self._with_mask else raised
-                        value = term(*given, **tokens)
+                        if name not in self._with_family:
+                            value = term(student, teacher, **tokens)
+                        else:
+                            value = term(*(prepared if name in self._with_mask else raised), **tokens)
                     values[name] = _scalar(name, value)
             names = [name for name in values if name in self._with_family]
             if layout is not None and names:

@@ -1,18 +1,20 @@
-"""Means over the tokens of a batch, of losses between logits `[..., C]`, in memory that does not grow with it.
+"""Means of a loss over the tokens that count, in memory that does not grow with the batch.
 
-The logits of all tokens at a vocabulary of 100,000 are the largest tensors of a language model's training, and a
-loss written with torch's functions holds several of them in float32. Here the loss is computed for some
-rows at a time, and so is its gradient, backward, from the logits.
+The logits of all tokens are the largest tensors in the training of a language model, and a loss written with
+torch's functions holds several of them in float32. Here a few rows at a time are raised to float32, and
+give their part of the loss and of its gradient.
+
+Beside the inputs there is one tensor of all logits, the gradient in the student's dtype, which autograd needs
+anyway. All others have `_ON_HOST` elements on a CPU (1 MiB in float32) and `_ON_ACCELERATOR` elsewhere
+(32 MiB), or those of one row, if a row is longer. Two to ten of them exist at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from wmateacher import checks
 from wmateacher.losses.divergences import Divergence
@@ -20,9 +22,9 @@ from wmateacher.losses.numerics import working_dtype
 
 __all__ = ["token_mask", "token_mean"]
 
-# Elements of the logits that are worked on at a time.
-_CHUNK = {"cpu": 2**18}
-_CHUNK_ON_ACCELERATORS = 2**25
+# Elements of the logits that are worked on at a time: on a CPU few enough for its caches, on
+# an accelerator enough to keep it busy while the host starts the next operation.
+_ON_HOST, _ON_ACCELERATOR = 2**18, 2**23
 
 
 def __dir__() -> list[str]:
@@ -37,10 +39,10 @@ def token_mask(labels: Tensor, *, causal: bool = True, ignore_index: int = -100)
         [[False, True, True, False]]
 
     Args:
-        labels: The labels, integers `[..., S]`, with `ignore_index` at prompt and padding tokens. They are those
-            that the model takes, not shifted by the caller.
-        causal: Whether position i predicts label i + 1, as in decoder-only models. The last position then never
-            counts. False if position i predicts label i, as in masked, encoder-decoder and token
+        labels: The labels, integers `[..., S]`, with `ignore_index` at prompt and padding tokens. They are
+            those that the model takes, not shifted by the caller.
+        causal: Whether position i predicts label i + 1, as in decoder-only models. The last position then
+            never counts. False if position i predicts label i, as in masked, encoder-decoder and token
             classification models.
         ignore_index: The label of tokens that do not count.
 
@@ -77,8 +79,8 @@ def token_mean(
         teacher: The teacher's logits, same shape; they receive no gradient.
         mask: Which positions count, a boolean tensor `[...]` or one of 0 and 1; None for all. What the logits
             of the others are changes nothing, not even if they are NaN.
-        num_items: The divisor, a number or a 0-d tensor: how many positions count in all the batches that make
-            one step. None for the number in this batch; without any, the loss is then 0.
+        num_items: The divisor, a number or a 0-d tensor: how many positions count in all the batches that
+            make one step. None for the number in this batch; without any, the loss is then 0.
 
     Returns:
         0-d tensor in float32, or float64 if one of the inputs is.
@@ -114,8 +116,8 @@ def _checked_mask(mask: Any, student: Tensor) -> Tensor:
         # Reading the answer makes the host wait for an accelerator; a boolean mask needs no check.
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError(
-                "mask must be boolean, or 0 and 1 alone, got other values; a mask says which positions count. "
-                "Write token_mask(labels) for labels with -100"
+                "mask must be boolean, or 0 and 1 alone, got other values; it says which positions count. "
+                "For labels with -100, write token_mask(labels)"
             )
         mask = mask == 1
     return mask.to(student.device)
@@ -125,8 +127,8 @@ def _checked_count(num_items: Any) -> float | Tensor:
     if isinstance(num_items, Tensor):
         if num_items.ndim != 0:
             raise ValueError(
-                f"num_items must be a number or a 0-d tensor, got shape {list(num_items.shape)}; give the number "
-                "of positions that count in all batches of the step"
+                f"num_items must be a number or a 0-d tensor, got shape {list(num_items.shape)}; give the "
+                "number of positions that count in all batches of the step"
             )
         return num_items.detach()
     return checks.positive("a logits loss", "num_items", num_items)
@@ -141,44 +143,91 @@ class _TokenSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(student, teacher, mask)
         ctx.divergence = divergence
-        values = [divergence.value(*rows) for _, *rows in _chunks(student, teacher, mask)]
-        if not values:
-            return student.new_zeros((), dtype=working_dtype(student, teacher))
-        each = torch.cat(values)
-        if mask is not None and each.shape == (mask.numel(),):
-            each = each.masked_fill(~mask.flatten(), 0.0)
-        return each.sum()
+        # Half precision cannot hold the gradient before it is scaled: a GradScaler's factor comes only
+        # backward.
+        ahead = ctx.needs_input_grad[0] and student.dtype == working_dtype(student, teacher)
+        total, ctx.gradient = _sum(divergence, student, teacher, mask, 1.0 if ahead else None)
+        return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None, None]:
         student, teacher, mask = ctx.saved_tensors
-        gradient = torch.zeros_like(student, memory_format=torch.contiguous_format)
-        flat = gradient.view(-1, student.shape[-1])
-        for positions, *rows in _chunks(student, teacher, mask):
-            part = ctx.divergence.gradient(*rows).mul_(output_gradient)
-            if mask is not None:
-                part.masked_fill_(~mask.flatten()[positions][:, None], 0.0)
-            flat[positions] = part.to(student.dtype)
+        gradient, ctx.gradient = ctx.gradient, None
+        with torch.no_grad():
+            if gradient is not None:
+                gradient.mul_(factor)
+            else:
+                # In half precision, or a second time through the same graph.
+                _, gradient = _sum(ctx.divergence, student, teacher, mask, factor)
+        if torch.is_grad_enabled():  # create_graph=True
+            gradient = _OnceDifferentiable.apply(gradient, student)
         return gradient, None, None, None
 
 
-def _chunks(
-    student: Tensor, teacher: Tensor, mask: Tensor | None
-) -> Iterator[tuple[slice | Tensor, Tensor, Tensor]]:
-    """Yield positions, and the rows of student and teacher there, in the working precision.
+class _OnceDifferentiable(torch.autograd.Function):
+    """The identity of a gradient, which refuses to be differentiated."""
 
-    On a CPU, positions that do not count are left out before anything is computed. An accelerator would have to
-    tell the host how many there are, which then waits; there they are computed with the others.
-    """
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, student: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
+        raise RuntimeError(
+            "the losses between logits are differentiated once only, and create_graph=True asked for a "
+            "second derivative; write the loss with torch's functions, such as torch.nn.functional.kl_div"
+        )
+
+
+@torch.no_grad()
+def _sum(
+    divergence: Divergence,
+    student: Tensor,
+    teacher: Tensor,
+    mask: Tensor | None,
+    factor: float | Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sum over the rows that count, and its gradient times `factor`; None for no gradient."""
     width, dtype = student.shape[-1], working_dtype(student, teacher)
-    size = max(1, _CHUNK.get(student.device.type, _CHUNK_ON_ACCELERATORS) // width)
-    flat = [t.reshape(-1, width) for t in (student, teacher)]
-    if mask is not None and student.device.type == "cpu":
-        for index in mask.flatten().nonzero()[:, 0].split(size):
-            if len(index):
-                yield index, *(t[index].to(dtype) for t in flat)
-        return
-    for start in range(0, len(flat[0]), size):
-        rows = slice(start, start + size)
-        yield rows, *(t[rows].to(dtype) for t in flat)
+    # On a CPU, rows that do not count are left out. An accelerator would have to tell the host how many there
+    # are, for which the host would wait; there they are computed with the others, and dropped.
+    on_host = _on_host(student)
+    where = None if mask is None else mask.flatten()
+    chosen = where.nonzero()[:, 0] if where is not None and on_host else None
+    dropped = ~where if where is not None and not on_host else None
+    count = student.numel() // width if chosen is None else len(chosen)
+    gradient = None
+    if factor is not None:
+        empty = torch.empty_like if chosen is None else torch.zeros_like
+        gradient = empty(student, memory_format=torch.contiguous_format)
+    values = [student.new_zeros(1, dtype=dtype)]
+    size = max(1, (_ON_HOST if on_host else _ON_ACCELERATOR) // width)
+    for start in range(0, count, size):
+        rows: slice | Tensor = slice(start, min(start + size, count))
+        if chosen is not None:
+            rows = chosen[rows]
+        value, derivative = divergence(
+            _rows(student, rows).to(dtype), _rows(teacher, rows).to(dtype), gradient is not None
+        )
+        values.append(value if dropped is None else value.masked_fill_(dropped[rows], 0.0))
+        if gradient is not None and derivative is not None and factor is not None:
+            derivative.mul_(factor)
+            if dropped is not None:
+                derivative.masked_fill_(dropped[rows, None], 0.0)
+            gradient.view(-1, width)[rows] = derivative.to(gradient.dtype)
+    return torch.cat(values).sum(), gradient
+
+
+def _on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _rows(logits: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return rows of the logits `[..., C]` by their positions in `[N, C]`."""
+    leading = logits.shape[:-1]
+    if logits.is_contiguous() or logits.ndim < 3:
+        return logits.view(-1, logits.shape[-1])[rows] if logits.ndim != 2 else logits[rows]
+    # Of a slice such as logits[:, :-1], a view of all rows would be a copy of all.
+    if isinstance(rows, slice):
+        rows = torch.arange(rows.start, rows.stop, device=logits.device)
+    return logits[torch.unravel_index(rows, leading)]
