@@ -67,10 +67,18 @@ ROOMS = {
     "clip": {"engine", "vision"},
     "dino": {"engine", "vision"},
     "mean_teacher": {"engine", "vision"},
+    "language": {"engine"},
 }
 ENGINE_MAY_USE = {"checks", "collectives", "files", "spec"}
 IMAGES = {"PIL", "open_clip", "sklearn", "timm", "torchmetrics", "torchvision"}
-DECLARATIONS = ["clip.methods", "clip.paper", "clip.recipes", "dino.recipes", "mean_teacher.recipes"]
+DECLARATIONS = [
+    "clip.methods",
+    "clip.paper",
+    "clip.recipes",
+    "dino.recipes",
+    "language.recipes",
+    "mean_teacher.recipes",
+]
 OPTIONAL = {
     "PIL", "accelerate", "diffusers", "ema_pytorch", "lightning", "matplotlib", "open_clip", "sklearn",
     "tensorboard", "timm", "torch_ema", "torchmetrics", "torchvision", "transformers", "tyro", "webdataset",

@@ -1,0 +1,121 @@
+"""Teach a pretrained model something new by several methods, and measure what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from wmateacher.integrations.engine import experiment, processes
+from wmateacher.integrations.engine.experiment import Outcome, Table
+from wmateacher.integrations.language import model
+from wmateacher.integrations.language.data import World
+from wmateacher.integrations.language.evaluation import scores
+from wmateacher.integrations.language.recipes import PRETRAINING, START, Recipe
+from wmateacher.integrations.language.training import fit
+
+__all__ = ["Experiment", "columns"]
+
+
+def columns(recipe: Recipe) -> dict[str, tuple[str, int]]:
+    """Return the columns of the table of results: the accuracies of the student on the test questions."""
+    kept = {name: (f"student.{name}", 1) for name in ("facts", *recipe.skills, "demonstration")}
+    return {
+        "new": ("student.new", 1),
+        "kept": ("student.kept", 1),
+        **kept,
+        "teacher new": ("teacher.new", 1),
+        "teacher kept": ("teacher.kept", 1),
+        "final gap": ("final_gap", 4),
+        "seconds": ("seconds", 0),
+    }
+
+
+class Experiment(experiment.Experiment[Recipe]):
+    """A recipe, and the folder of its results, with tables `gaps` and `curves`.
+
+    The seed of a run chooses everything: the facts, the pre-training and the learning of what is new. The
+    pretrained model of each seed is kept in the folder, and all methods start from it. The method `"start"`
+    is the pretrained model itself.
+
+    Args:
+        recipe: The recipe to run.
+        output: The folder.
+        device: The device to train on.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If the folder holds results of another configuration, or the facts do not fit the symbols.
+        RuntimeError: If several processes run it.
+    """
+
+    packages = ("transformers", "peft")
+
+    def __init__(
+        self, recipe: Recipe, output: Path, *, device: torch.device | str = "cpu", progress: bool = True
+    ):
+        if not processes.is_single():
+            raise RuntimeError(
+                "the language models are too small for several processes: start one, without torchrun"
+            )
+        self._world(recipe, 0)
+        super().__init__(recipe, output, device=device, progress=progress)
+
+    def train(self, name: str, seed: int) -> Outcome:
+        """Train by the method `name` from the pretrained model of that seed, and evaluate."""
+        recipe, world = self.recipe, self._world(self.recipe, seed)
+        student = self.pretrained(seed)
+        tests = world.examination("test", recipe.questions)
+        if name == START:
+            return Outcome(
+                {"student": scores(student, tests), "teacher": None, "final_gap": None, "seconds": 0.0}
+            )
+        if recipe.lora_rank:
+            student = model.with_lora(student, recipe.lora_rank)
+        settings = replace(recipe.settings, seed=recipe.settings.seed + seed)
+        validation = world.examination("validation", recipe.questions)
+        fitted = fit(
+            student, recipe.method(name), world.later(settings.batch_size), settings,
+            evaluate=lambda networks: _of_interest(scores(networks["student"], validation)),
+            evaluate_every=max(1, settings.steps // 10), evaluate_last=True, **self.loop_options(name, seed),
+        )  # fmt: skip
+        series = fitted.history.series
+        found = {side: scores(network, tests) for side, network in fitted.networks.items()}
+        record = {
+            "student": found["student"],
+            "teacher": found.get("teacher"),
+            "validation": {key: series[key][-1][1] for key in ("new", "kept")},
+            "final_gap": series["gap"][-1][1] if "gap" in series else None,
+            "seconds": fitted.history.seconds,
+        }
+        rows = [
+            (step, new, kept) for (step, new), (_, kept) in zip(series["new"], series["kept"], strict=True)
+        ]
+        tables = {"curves": Table(("step", "new", "kept"), rows)}
+        if "gap" in series:
+            tables["gaps"] = Table(("step", "gap"), series["gap"])
+        return Outcome(record, tables)
+
+    def pretrained(self, seed: int) -> nn.Module:
+        """Return the pretrained model of a seed, from its checkpoint if there is one."""
+        recipe = self.recipe
+        settings = replace(recipe.pretrain, seed=recipe.pretrain.seed + seed)
+        torch.manual_seed(settings.seed)
+        student = model.build(recipe.symbols, recipe.width, recipe.depth).to(self.device)
+        questions = self._world(recipe, seed).earlier(settings.batch_size)
+        fit(student, PRETRAINING, questions, settings, **self.loop_options(PRETRAINING.name, seed))
+        return student
+
+    @staticmethod
+    def _world(recipe: Recipe, seed: int) -> World:
+        return World(
+            recipe.symbols, recipe.old_facts, recipe.new_facts, recipe.skills, recipe.new,
+            recipe.settings.seed + seed,
+        )  # fmt: skip
+
+
+def _of_interest(found: Mapping[str, float]) -> dict[str, float]:
+    return {"new": found["new"], "kept": found["kept"]}
