@@ -9,15 +9,16 @@ It needs Transformers, and PEFT for LoRA: pip install 'wmateacher[examples,huggi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from wmateacher.integrations.engine import command, console, processes, tables, tracking
 from wmateacher.integrations.language import recipes
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(command.RunOptions):
+class Options(command.BasicOptions):
     """Teach a small language model something new, by methods and teachers, and see what it keeps.
 
     The default run pre-trains a model on generated facts and skills and teaches it new facts: a few minutes
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with processes.process_group(options.device) as device:
         output = console.folder(options.output, "self_distillation")
-        run = Experiment(recipe, output, device=device)
+        run = Experiment(recipe, output, device=device, say=console.say)
         console.say(f"{recipe.summary} on {device}, results in {output}")
         with console.resumable(output), tracking.to(options.log_to, output):
             console.conduct(run, [recipes.START, *recipe.methods], options.seeds, _headline)
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote {output}/results.json, curves/*.csv, gaps/*.csv, courses.png")
 
 
-def _headline(record: dict) -> str:
+def _headline(record: Mapping[str, Any]) -> str:
     return f"new {record['student']['new']:.1f}, kept {record['student']['kept']:.1f}"
 
 

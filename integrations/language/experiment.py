@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from wmateacher.integrations.engine import experiment, processes
+from wmateacher.integrations.engine import experiment, processes, training
 from wmateacher.integrations.engine.experiment import Outcome, Table
 from wmateacher.integrations.language import model
 from wmateacher.integrations.language.data import World
@@ -46,6 +46,8 @@ class Experiment(experiment.Experiment[Recipe]):
         output: The folder.
         device: The device to train on.
         progress: Whether to show progress bars.
+        pretrained: The folder that keeps the pretrained models. Default: that of the checkpoints.
+        say: Called with a line of text at every evaluation during training.
 
     Raises:
         ValueError: If the folder holds results of another configuration, or the facts do not fit the symbols.
@@ -55,8 +57,16 @@ class Experiment(experiment.Experiment[Recipe]):
     packages = ("transformers", "peft")
 
     def __init__(
-        self, recipe: Recipe, output: Path, *, device: torch.device | str = "cpu", progress: bool = True
+        self,
+        recipe: Recipe,
+        output: Path,
+        *,
+        device: torch.device | str = "cpu",
+        progress: bool = True,
+        pretrained: Path | None = None,
+        say: Callable[[str], None] | None = None,
     ):
+        self.say, self.pretrained_in = say, pretrained or output / "checkpoints"
         if not processes.is_single():
             raise RuntimeError(
                 "the language models are too small for several processes: start one, without torchrun"
@@ -76,10 +86,9 @@ class Experiment(experiment.Experiment[Recipe]):
         if recipe.lora_rank:
             student = model.with_lora(student, recipe.lora_rank)
         settings = replace(recipe.settings, seed=recipe.settings.seed + seed)
-        validation = world.examination("validation", recipe.questions)
         fitted = fit(
             student, recipe.method(name), world.later(settings.batch_size), settings,
-            evaluate=lambda networks: _of_interest(scores(networks["student"], validation)),
+            evaluate=self._validation(world, f"{name} (seed {seed})"),
             evaluate_every=max(1, settings.steps // 10), evaluate_last=True, **self.loop_options(name, seed),
         )  # fmt: skip
         series = fitted.history.series
@@ -105,9 +114,26 @@ class Experiment(experiment.Experiment[Recipe]):
         settings = replace(recipe.pretrain, seed=recipe.pretrain.seed + seed)
         torch.manual_seed(settings.seed)
         student = model.build(recipe.symbols, recipe.width, recipe.depth).to(self.device)
-        questions = self._world(recipe, seed).earlier(settings.batch_size)
-        fit(student, PRETRAINING, questions, settings, **self.loop_options(PRETRAINING.name, seed))
+        world, name = self._world(recipe, seed), PRETRAINING.name
+        fit(
+            student, PRETRAINING, world.earlier(settings.batch_size), settings,
+            evaluate=self._validation(world, f"{name} (seed {seed})"),
+            evaluate_every=max(1, settings.steps // 4),
+            **{**self.loop_options(name, seed), "checkpoint": self.pretrained_in / f"{name}-{seed}.pt"},
+        )  # fmt: skip
         return student
+
+    def _validation(self, world: World, label: str) -> training.Evaluate:
+        """Return a function that measures what the student knows on validation questions, and says it."""
+        questions = world.examination("validation", self.recipe.questions)
+
+        def evaluate(networks: Mapping[str, nn.Module]) -> dict[str, float]:
+            found = scores(networks["student"], questions)
+            if self.say is not None:
+                self.say(f"{label}: " + ", ".join(f"{name} {value:.0f}" for name, value in found.items()))
+            return {"new": found["new"], "kept": found["kept"]}
+
+        return evaluate
 
     @staticmethod
     def _world(recipe: Recipe, seed: int) -> World:
@@ -115,7 +141,3 @@ class Experiment(experiment.Experiment[Recipe]):
             recipe.symbols, recipe.old_facts, recipe.new_facts, recipe.skills, recipe.new,
             recipe.settings.seed + seed,
         )  # fmt: skip
-
-
-def _of_interest(found: Mapping[str, float]) -> dict[str, float]:
-    return {"new": found["new"], "kept": found["kept"]}

@@ -16,7 +16,7 @@ __all__ = ["KERNELS", "METHODS", "PRETRAINING", "RECIPES", "START", "Method", "R
 
 START = "start"
 """The name of the pretrained model in the table, before it learns anything new."""
-KERNELS = ("static", "ema(0.0)", "ema(0.95)", "beta(0.5,0.5)", "power(exponent=-0.5)")
+KERNELS = ("static", "ema(0.0)", "ema(0.95)", "beta(0.5,0.5)", "power(sigma_rel=0.2)")
 """The default kernels; `static` is a frozen teacher, `ema(0.0)` a live one, which is the student itself."""
 
 
@@ -199,7 +199,7 @@ _FACTS = Recipe(
     "facts",
     ("reverse", "successor"),
     pretrain=Settings(steps=1_200, learning_rate=3e-3, weight_decay=0.1, warmup=100, batch_size=48),
-    settings=Settings(steps=200, learning_rate=1e-3, warmup=10, batch_size=20),
+    settings=Settings(steps=200, learning_rate=2e-4, warmup=10, batch_size=20),
 )
 RECIPES: Mapping[str, Recipe] = {"facts": _FACTS, "skill": replace(_FACTS, new="rotate")}
 """The recipes by what is new."""
