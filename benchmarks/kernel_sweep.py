@@ -103,8 +103,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--kernels", nargs="+", help="specs as in wmateacher.kernels; none: no teacher")
     parser.add_argument(
         "--distill-weights", nargs="+", type=float,
-        help="clip: lambda_SD (default: 0.9); mean-teacher: multiples of the recipe's weight (default: 1); lm: of "
-        "the teacher's term (default: 1)",
+        help="clip: lambda_SD (default: 0.9); mean-teacher: multiples of the recipe's weight (default: 1); "
+        "lm: of the teacher's term (default: 1)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds (default: 1)")
     parser.add_argument(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wmateacher.integrations.engine import command, console, processes, tables, tracking
+from wmateacher.integrations.engine import command, comparison, console, processes, tables, tracking
 from wmateacher.integrations.language import recipes
 
 
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, recipe = command.parse(Options, recipes.RECIPES, "facts", argv)
     recipe = recipe.with_steps(options.steps, options.pretrain_steps)
     recipe = recipe.with_kernels(options.methods, options.kernels)
-    from wmateacher.integrations.language.experiment import Experiment, columns
+    from wmateacher.integrations.language.experiment import Experiment, columns, pairs
     from wmateacher.integrations.language.pictures import draw
 
     with processes.process_group(options.device) as device:
@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with console.resumable(output), tracking.to(options.log_to, output):
             console.conduct(run, [recipes.START, *recipe.methods], options.seeds, _headline)
         print(f"\n{tables.table(run.results, columns(recipe))}\n")
+        if options.seeds > 1:
+            shown = {name: columns(recipe)[name] for name in ("new", "kept")}
+            print(f"{comparison.differences(run.results, shown, pairs(recipe))}\n")
         draw(run, list(recipe.methods), output / "courses.png")
         print(f"wrote {output}/results.json, curves/*.csv, gaps/*.csv, courses.png")
 

@@ -17,7 +17,7 @@ from wmateacher.integrations.language.evaluation import scores
 from wmateacher.integrations.language.recipes import PRETRAINING, START, Recipe
 from wmateacher.integrations.language.training import fit
 
-__all__ = ["Experiment", "columns"]
+__all__ = ["Experiment", "columns", "pairs"]
 
 
 def columns(recipe: Recipe) -> dict[str, tuple[str, int]]:
@@ -32,6 +32,16 @@ def columns(recipe: Recipe) -> dict[str, tuple[str, int]]:
         "final gap": ("final_gap", 4),
         "seconds": ("seconds", 0),
     }
+
+
+def pairs(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return the comparisons of interest: every teacher with a frozen one, a live one, and none."""
+    found = []
+    for name, method in recipe.methods.items():
+        kind = name.removesuffix(f" {method.kernel}")
+        others = [f"{kind} static", f"{kind} ema(0.0)", "sft"]
+        found += [(name, other) for other in others if other in recipe.methods and other != name]
+    return found
 
 
 class Experiment(experiment.Experiment[Recipe]):
