@@ -41,8 +41,8 @@ def means(results: Results, columns: Columns, heading: str = "method") -> str:
 def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, str]]) -> str:
     """Return a table with one row for each pair: the mean difference ± half its 95% t interval.
 
-    """Return a table with one row for each pair: the mean difference ± half its 95% t interval.
-    the data and the pre-training, cancels.
+    Differences, one minus other, are taken seed by seed, over the seeds that both have. What a seed changes
+    for both, such as the data and the pre-training, cancels.
 
     Args:
         results: The content of `results.json`.
