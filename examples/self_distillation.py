@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, recipe = command.parse(Options, recipes.RECIPES, "facts", argv)
     recipe = recipe.with_steps(options.steps, options.pretrain_steps)
     recipe = recipe.with_kernels(options.methods, options.kernels)
-    from wmateacher.integrations.language.experiment import Experiment, columns, pairs
+    from wmateacher.integrations.language.experiment import ACCURACIES, Experiment, columns, pairs
     from wmateacher.integrations.language.pictures import draw
 
     with processes.process_group(options.device) as device:
@@ -48,10 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.say(f"{recipe.summary} on {device}, results in {output}")
         with console.resumable(output), tracking.to(options.log_to, output):
             console.conduct(run, [recipes.START, *recipe.methods], options.seeds, _headline)
-        print(f"\n{tables.table(run.results, columns(recipe))}\n")
+        print(f"\n{tables.table(run.results, columns(recipe.skills))}\n")
         if options.seeds > 1:
-            shown = {name: columns(recipe)[name] for name in ("new", "kept")}
-            print(f"{comparison.differences(run.results, shown, pairs(recipe))}\n")
+            print(f"{comparison.differences(run.results, ACCURACIES, pairs(list(recipe.methods)))}\n")
         draw(run, list(recipe.methods), output / "courses.png")
         print(f"wrote {output}/results.json, curves/*.csv, gaps/*.csv, courses.png")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,20 +12,26 @@ from torch import nn
 from wmateacher.integrations.engine import experiment, processes, training
 from wmateacher.integrations.engine.experiment import Outcome, Table
 from wmateacher.integrations.language import model
-from wmateacher.integrations.language.data import World
+from wmateacher.integrations.language.data import DEMONSTRATION, FACTS, World
 from wmateacher.integrations.language.evaluation import scores
 from wmateacher.integrations.language.recipes import PRETRAINING, START, Recipe
 from wmateacher.integrations.language.training import fit
 
-__all__ = ["Experiment", "columns", "pairs"]
+__all__ = ["ACCURACIES", "Experiment", "columns", "pairs"]
+
+ACCURACIES = {"new": ("student.new", 1), "kept": ("student.kept", 1)}
+"""The columns that sum a method up: how much of what is new it learns, and of what was known it keeps."""
 
 
-def columns(recipe: Recipe) -> dict[str, tuple[str, int]]:
-    """Return the columns of the table of results: the accuracies of the student on the test questions."""
-    kept = {name: (f"student.{name}", 1) for name in ("facts", *recipe.skills, "demonstration")}
+def columns(skills: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Return the columns of the table of results: accuracies on test questions, the student's unless named.
+
+    Args:
+        skills: The skills of pre-training.
+    """
+    kept = {name: (f"student.{name}", 1) for name in (FACTS, *skills, DEMONSTRATION)}
     return {
-        "new": ("student.new", 1),
-        "kept": ("student.kept", 1),
+        **ACCURACIES,
         **kept,
         "teacher new": ("teacher.new", 1),
         "teacher kept": ("teacher.kept", 1),
@@ -34,13 +40,17 @@ def columns(recipe: Recipe) -> dict[str, tuple[str, int]]:
     }
 
 
-def pairs(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return the comparisons of interest: every teacher with a frozen one, a live one, and none."""
+def pairs(names: Collection[str]) -> list[tuple[str, str]]:
+    """Return the comparisons of interest: every teacher with a frozen one, a live one, and none.
+
+    Args:
+        names: The names of the methods, such as `sdft static`.
+    """
     found = []
-    for name, method in recipe.methods.items():
-        kind = name.removesuffix(f" {method.kernel}")
-        others = [f"{kind} static", f"{kind} ema(0.0)", "sft"]
-        found += [(name, other) for other in others if other in recipe.methods and other != name]
+    for name in names:
+        kind, _, kernel = name.partition(" ")
+        others = [f"{kind} static", f"{kind} ema(0.0)", "sft"] if kernel else []
+        found += [(name, other) for other in others if other in names and other != name]
     return found
 
 

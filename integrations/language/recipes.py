@@ -200,6 +200,7 @@ _FACTS = Recipe(
     ("reverse", "successor"),
     pretrain=Settings(steps=1_200, learning_rate=3e-3, weight_decay=0.1, warmup=100, batch_size=48),
     settings=Settings(steps=200, learning_rate=2e-4, warmup=10, batch_size=20),
+    distill_weights={"static": 0.3, "beta(0.5,0.5)": 0.3, "ema(0.95)": 1.0, "power(sigma_rel=0.2)": 1.0},
 )
 RECIPES: Mapping[str, Recipe] = {"facts": _FACTS, "skill": replace(_FACTS, new="rotate")}
 """The recipes by what is new."""
