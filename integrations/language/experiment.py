@@ -14,7 +14,7 @@ from wmateacher.integrations.engine.experiment import Outcome, Table
 from wmateacher.integrations.language import model
 from wmateacher.integrations.language.data import DEMONSTRATION, FACTS, World
 from wmateacher.integrations.language.evaluation import scores
-from wmateacher.integrations.language.recipes import PRETRAINING, START, Recipe
+from wmateacher.integrations.language.recipes import LIVE, PRETRAINING, START, Recipe
 from wmateacher.integrations.language.training import fit
 
 __all__ = ["ACCURACIES", "Experiment", "columns", "pairs"]
@@ -49,7 +49,7 @@ def pairs(names: Collection[str]) -> list[tuple[str, str]]:
     found = []
     for name in names:
         kind, _, kernel = name.partition(" ")
-        others = [f"{kind} static", f"{kind} ema(0.0)", "sft"] if kernel else []
+        others = [f"{kind} static", f"{kind} {LIVE}", "sft"] if kernel else []
         found += [(name, other) for other in others if other in names and other != name]
     return found
 
@@ -135,11 +135,12 @@ class Experiment(experiment.Experiment[Recipe]):
         torch.manual_seed(settings.seed)
         student = model.build(recipe.symbols, recipe.width, recipe.depth).to(self.device)
         world, name = self._world(recipe, seed), PRETRAINING.name
+        options = self.loop_options(name, seed)
+        options["checkpoint"] = self.pretrained_in / f"{name}-{seed}.pt"
         fit(
             student, PRETRAINING, world.earlier(settings.batch_size), settings,
             evaluate=self._validation(world, f"{name} (seed {seed})"),
-            evaluate_every=max(1, settings.steps // 4),
-            **{**self.loop_options(name, seed), "checkpoint": self.pretrained_in / f"{name}-{seed}.pt"},
+            evaluate_every=max(1, settings.steps // 4), **options,
         )  # fmt: skip
         return student
 

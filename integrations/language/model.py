@@ -50,7 +50,7 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     except ImportError as error:
         raise ImportError("lora_rank needs PEFT: pip install 'wmateacher[huggingface]'") from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 def answer_tokens(questions: Sequence[Question], device: torch.device) -> Tensor:

@@ -12,12 +12,14 @@ from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.settings import Hidden, check_at_least
 from wmateacher.integrations.language.data import FACTS, SKILLS
 
-__all__ = ["KERNELS", "METHODS", "PRETRAINING", "RECIPES", "START", "Method", "Recipe", "Settings"]
+__all__ = ["KERNELS", "LIVE", "METHODS", "PRETRAINING", "RECIPES", "START", "Method", "Recipe", "Settings"]
 
 START = "start"
 """The name of the pretrained model in the table, before it learns anything new."""
-KERNELS = ("static", "ema(0.0)", "ema(0.95)", "beta(0.5,0.5)", "power(sigma_rel=0.2)")
-"""The default kernels; `static` is a frozen teacher, `ema(0.0)` a live one, which is the student itself."""
+LIVE = "ema(0.0)"
+"""The kernel of a live teacher, which is the student itself."""
+KERNELS = ("static", LIVE, "ema(0.95)", "beta(0.5,0.5)", "power(sigma_rel=0.2)")
+"""The default kernels; `static` is a frozen teacher."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ class Recipe:
 
         Args:
             methods: The names of methods.
-            teachers: Kernels for those that have a teacher. Each is named `METHOD KERNEL`.
+            teachers: Kernels for those that have a teacher. Each is named `METHOD KERNEL`. A live teacher of
+                `sft` is left out: it sees what the student sees, so it changes nothing.
 
         Raises:
             ValueError: If the recipe has no such method, or a kernel is unknown.
@@ -186,6 +189,8 @@ class Recipe:
                 found.append(method)
                 continue
             for kernel in specs:
+                if method.kind == "sft" and kernel == LIVE:
+                    continue  # teacher and student agree, so the term has no gradient: this is `sft`
                 weight = method.distill_weight
                 if method.kind == "sft":
                     weight = self.distill_weights.get(kernel, weight)

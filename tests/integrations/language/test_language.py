@@ -182,6 +182,12 @@ def test_the_loss_is_the_formula(kind, monkeypatch):
         assert drawn[0][1] == [q.prompt for q in questions]
 
 
+def test_a_live_teacher_of_sft_changes_nothing_and_is_left_out():
+    ones = [run(m).student.state_dict() for m in (Method("sft"), Method("live", "sft", "ema(0)"))]
+    assert all(torch.equal(value, ones[1][key]) for key, value in ones[0].items())
+    assert list(RECIPE.with_kernels(("sft-teacher", "sdft"), ("ema(0)",)).methods) == ["sdft ema(0.0)"]
+
+
 def test_a_live_teacher_is_the_student_after_every_step():
     fitted = run(Method("live", "sdft", "ema(0)"))
     assert fitted.history.values("gap") == [0.0] * 6
