@@ -50,7 +50,11 @@ def pairs(names: Collection[str]) -> list[tuple[str, str]]:
     for name in names:
         kind, _, kernel = name.partition(" ")
         others = [f"{kind} static", f"{kind} {LIVE}", "sft"] if kernel else []
-        found += [(name, other) for other in others if other in names and other != name]
+        found += [
+            (name, other)
+            for other in others
+            if other in names and other != name and (other, name) not in found
+        ]
     return found
 
 
