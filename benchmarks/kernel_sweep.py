@@ -4,6 +4,7 @@
     python benchmarks/kernel_sweep.py --seeds 3 --distill-weights 0.5 0.9
     python benchmarks/kernel_sweep.py --kernels 'beta(0.3,0.3)' 'ema(0.995)' none --output DIR
     python benchmarks/kernel_sweep.py --task mean-teacher --data mnist --data-root DIR
+    python benchmarks/kernel_sweep.py --task lm --distill-weights 0.3 1 3
 
 Cells run side by side, one process and one thread each. Each writes its result when it is done, and the
 same command with the same --output continues where it stopped. The folder gets results.json, cells.csv,
@@ -49,7 +50,7 @@ KERNELS = (
     "ema(0.05,0.9,schedule=linear,warmup=0.2)",
 )
 QUICK = ("none", "static", "beta(0.5,0.5)", "uniform", "ema(0.99)")
-PACKAGES = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn")
+PACKAGES = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn", "transformers")
 
 
 def main() -> int:
@@ -76,7 +77,7 @@ def main() -> int:
     )
     failed = 0
     if missing:
-        print(task.prepare(), flush=True)
+        print(task.prepare(arguments.seeds), flush=True)
         failed = run_cells(task, missing, arguments.jobs, results, arguments.output)
     wanted = {**results, "cells": [r for c in cells if (r := record_of(results, c)) is not None]}
     if not wanted["cells"]:
@@ -94,12 +95,16 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", choices=TASKS, default="clip")
-    parser.add_argument("--data", default="digits", help="digits, mnist, fashion-mnist or cifar10")
+    parser.add_argument(
+        "--data",
+        help="digits, mnist, fashion-mnist or cifar10; lm, sdft: facts or skill (default: the first)",
+    )
     parser.add_argument("--data-root", type=Path, help="folder with the data, for all but digits")
     parser.add_argument("--kernels", nargs="+", help="specs as in wmateacher.kernels; none: no teacher")
     parser.add_argument(
         "--distill-weights", nargs="+", type=float,
-        help="clip: lambda_SD (default: 0.9); mean-teacher: multiples of the recipe's weight (default: 1)",
+        help="clip: lambda_SD (default: 0.9); mean-teacher: multiples of the recipe's weight (default: 1); "
+        "lm: of the teacher's term (default: 1)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds (default: 1)")
     parser.add_argument(
@@ -114,6 +119,8 @@ def parsed() -> argparse.Namespace:
     if arguments.quick:
         arguments.kernels = arguments.kernels or list(QUICK)
         arguments.steps, arguments.pretrain_steps = arguments.steps or 60, arguments.pretrain_steps or 200
+    task = TASKS[arguments.task]
+    arguments.data = arguments.data or task.default_data
     suffix = "-quick" if arguments.quick else ""
     default = Path(f"runs/kernel_sweep-{arguments.task}-{arguments.data}{suffix}")
     arguments.output = arguments.output or default
@@ -121,7 +128,6 @@ def parsed() -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    task = TASKS[arguments.task]
     arguments.distill_weights = arguments.distill_weights or list(task.distill_weights)
     if min(arguments.distill_weights) <= 0:
         parser.error(

@@ -19,7 +19,7 @@ from typing import Any
 from wmateacher.integrations.engine.results import environment, write_json
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = ("clip_tracer", "dino_pretrain", "mean_teacher")
+EXAMPLES = ("clip_tracer", "dino_pretrain", "mean_teacher", "self_distillation")
 STARTS = {
     "import torch": ["-c", "import torch"],
     "import wmateacher": ["-c", "import wmateacher"],

@@ -16,6 +16,8 @@ from wmateacher.integrations.clip.methods import METHODS as CLIP_METHODS
 from wmateacher.integrations.dino import recipes as dino_recipes
 from wmateacher.integrations.dino.experiment import Experiment as DinoExperiment
 from wmateacher.integrations.engine.results import file_name
+from wmateacher.integrations.language import recipes as language_recipes
+from wmateacher.integrations.language.experiment import Experiment as LanguageExperiment
 from wmateacher.integrations.mean_teacher import recipes as mean_teacher_recipes
 from wmateacher.integrations.mean_teacher.experiment import Experiment as MeanTeacherExperiment
 
@@ -51,6 +53,7 @@ class Task:
         pretrain_steps: The number of steps of pre-training; None for the recipe's.
         output: The folder of the sweep.
         cache: The folder of pretrained networks.
+        default_data: The data of a sweep that names none.
         figures: Key in a record -> heading and digits; the first two are the axes of the plane.
         distill_weights: The default weights of the sweep.
         without: Whether the task can run without a teacher.
@@ -63,6 +66,7 @@ class Task:
     pretrain_steps: int | None
     output: Path
     cache: Path | None
+    default_data: ClassVar[str] = "digits"
     figures: ClassVar[Figures]
     distill_weights: ClassVar[tuple[float, ...]] = (1.0,)
     without: ClassVar[bool] = True
@@ -78,8 +82,8 @@ class Task:
         """Steps of pre-training; None where there is none."""
         return None
 
-    def prepare(self) -> str:
-        """Compute what all cells share, and return a line about it."""
+    def prepare(self, seeds: int) -> str:
+        """Compute what all cells of that many seeds share, and return a line about it."""
         return f"{self.total_steps} steps a cell"
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -131,8 +135,8 @@ class ClipTask(Task):
         """The number of pre-training steps."""
         return self.recipe().pretrain.steps
 
-    def prepare(self) -> str:
-        """Pre-train the towers."""
+    def prepare(self, seeds: int) -> str:
+        """Pre-train the towers, once for all seeds."""
         seconds = self._experiment(None).pretrain()
         return f"pre-trained for {self.pretraining} steps, {seconds:.0f} s of training"
 
@@ -217,4 +221,81 @@ class MeanTeacherTask(Task):
         return lookup("data", self.data, mean_teacher_recipes.RECIPES).with_steps(self.steps)
 
 
-TASKS: dict[str, type[Task]] = {"clip": ClipTask, "dino": DinoTask, "mean-teacher": MeanTeacherTask}
+class LanguageTask(Task):
+    """A language model learns something new by `sft-teacher`: `examples/self_distillation.py`.
+
+    The distillation weight is that of the teacher's term.
+    """
+
+    method: ClassVar[str] = "sft-teacher"
+    default_data = "facts"
+    figures: ClassVar[Figures] = {
+        "new": ("new", 1),
+        "kept": ("kept", 1),
+        "final_gap": ("final gap", 4),
+    }
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of what is new."""
+        return self._recipe().settings.steps
+
+    @property
+    def pretraining(self) -> int:
+        """The number of pre-training steps."""
+        return self._recipe().pretrain.steps
+
+    def prepare(self, seeds: int) -> str:
+        """Pre-train the model of every seed."""
+        for seed in range(seeds):
+            self._experiment(self._recipe(), None).pretrained(seed)
+        return f"pre-trained {seeds} models for {self.pretraining} steps"
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Teach the pretrained model something new and return the record."""
+        recipe = self._recipe()
+        if cell.kernel == "none":
+            method = replace(recipe.method("sft"), name="cell")
+        else:
+            method = replace(
+                recipe.method(self.method),
+                name="cell",
+                kernel=cell.kernel,
+                distill_weight=cell.distill_weight,
+            )
+        experiment = self._experiment(replace(recipe, methods={"cell": method}), cell)
+        record = experiment.run("cell", cell.seed)
+        record = {**record, "new": record["student"]["new"], "kept": record["student"]["kept"]}
+        return self._finished(experiment, record, experiment.file("gaps", "cell", cell.seed))
+
+    def _experiment(self, recipe: language_recipes.Recipe, cell: Cell | None) -> LanguageExperiment:
+        pretrained = self._folder(None) / "checkpoints"
+        return LanguageExperiment(recipe, self._folder(cell), progress=cell is None, pretrained=pretrained)
+
+    def _recipe(self) -> language_recipes.Recipe:
+        recipe = lookup("data", self.data, language_recipes.RECIPES)
+        return recipe.with_steps(self.steps, self.pretrain_steps)
+
+
+class SelfDistillationTask(LanguageTask):
+    """The same by `sdft`, which has no distillation weight."""
+
+    method = "sdft"
+    without = False
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Teach the pretrained model something new and return the record."""
+        if cell.distill_weight != 1:
+            raise ValueError(
+                f"--distill-weights: sdft has none to change, got {cell.distill_weight:g}: leave it out"
+            )
+        return super().run(cell)
+
+
+TASKS: dict[str, type[Task]] = {
+    "clip": ClipTask,
+    "dino": DinoTask,
+    "mean-teacher": MeanTeacherTask,
+    "lm": LanguageTask,
+    "sdft": SelfDistillationTask,
+}

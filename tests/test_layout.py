@@ -73,12 +73,13 @@ ROOMS = {
     "clip": {"engine", "vision"},
     "dino": {"engine", "vision"},
     "mean_teacher": {"engine", "vision"},
+    "language": {"engine"},
 }
 ENGINE_MAY_USE = {"checks", "collectives", "files", "spec"}
 IMAGES = {"PIL", "open_clip", "sklearn", "timm", "torchmetrics", "torchvision"}
 DECLARATIONS = [
     "clip.ablations", "clip.methods", "clip.paper", "clip.plots", "clip.recipes", "dino.recipes",
-    "mean_teacher.recipes",
+    "language.recipes", "mean_teacher.recipes",
 ]  # fmt: skip
 OPTIONAL = {
     "PIL", "accelerate", "diffusers", "ema_pytorch", "lightning", "matplotlib", "open_clip", "sklearn",

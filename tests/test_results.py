@@ -8,7 +8,9 @@ import pytest
 
 from wmateacher.integrations.clip import ablations, plots, recipes
 from wmateacher.integrations.dino import experiment as dino
+from wmateacher.integrations.engine import comparison
 from wmateacher.integrations.engine import tables as reports
+from wmateacher.integrations.language import experiment as language
 from wmateacher.integrations.mean_teacher import experiment as mean_teacher
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,12 @@ def tables(folder):
         "kernel-sweep-digits": sweep_report.table,
         "kernel-sweep-mnist": sweep_report.table,
     }
+    if folder.startswith("lm-"):
+        pairs = language.pairs(list(results["methods"]))
+        return [
+            reports.table(results, language.columns(results["config"]["skills"])),
+            comparison.differences(results, language.ACCURACIES, pairs),
+        ]
     columns = {"dino": dino.COLUMNS, "mean-teacher": mean_teacher.COLUMNS}
     for task, shown in columns.items():
         if folder.startswith(task):

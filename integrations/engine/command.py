@@ -15,22 +15,16 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from wmateacher.checks import lookup
 from wmateacher.integrations.engine import tracking
 
-__all__ = ["RunOptions", "parse", "run"]
+__all__ = ["BasicOptions", "RunOptions", "parse", "run"]
 
 OptionsT = TypeVar("OptionsT")
 RecipeT = TypeVar("RecipeT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class BasicOptions:
     """The options of every example that are not part of its recipe and change no result."""
 
-    data_root: Path | None = None
-    """Folder that holds the data; not needed for the bundled digits."""
-    download: bool = False
-    """Download the data to --data-root if it is not there."""
-    workers: int = 0
-    """Worker processes that read and prepare images."""
     seeds: int = 1
     """Number of seeds. With more than one, tables show mean and sample deviation."""
     output: Path | None = None
@@ -43,6 +37,18 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {self.seeds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(BasicOptions):
+    """The options of every example that reads images."""
+
+    data_root: Path | None = None
+    """Folder that holds the data; not needed for the bundled digits."""
+    download: bool = False
+    """Download the data to --data-root if it is not there."""
+    workers: int = 0
+    """Worker processes that read and prepare images."""
 
 
 def parse(

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import kernel_sweep  # noqa: E402
 import sweep_report  # noqa: E402
+import sweep_tasks  # noqa: E402
 
 SHORT = ["--steps", "4", "--pretrain-steps", "6", "--jobs", "2"]
 FEW = ["--kernels", "none", "beta(0.5, 0.5)", "ema(0.9)"]
@@ -171,3 +172,16 @@ def test_missing_data_is_a_line_and_no_traceback(sweep, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "mnist" in done.stderr
+
+
+def test_language_cells_share_their_pretraining(tmp_path):
+    task = sweep_tasks.TASKS["lm"]("facts", None, 2, 2, tmp_path, None)
+    assert task.prepare(1) == "pre-trained 1 models for 2 steps"
+    (pretrained,) = (tmp_path / "cells/pretraining/checkpoints").iterdir()
+    written = pretrained.stat().st_mtime_ns
+    record = task.run(sweep_tasks.Cell("uniform", 0.5, 0))
+    assert {*task.figures} <= set(record)
+    assert (tmp_path / record["gaps"]).exists()
+    assert pretrained.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="--distill-weights: sdft has none to change, got 0.5: leave it out"):
+        sweep_tasks.TASKS["sdft"]("facts", None, 2, 2, tmp_path, None).run(sweep_tasks.Cell("static", 0.5, 0))

@@ -1,0 +1,79 @@
+import json
+import sys
+from pathlib import Path
+
+import programs
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "self_distillation.py"
+sys.path.insert(0, str(EXAMPLE.parent))
+
+import self_distillation  # noqa: E402
+
+from wmateacher.integrations.engine import command as command_line  # noqa: E402
+from wmateacher.integrations.language import recipes  # noqa: E402
+
+SHORT = (
+    *("--steps", "2", "--pretrain-steps", "2", "--width", "16", "--depth", "1", "--questions", "4"),
+    *("--kernels", "static"),
+)
+METHODS = ["start", "sft", "sft-teacher static", "sdft static"]
+
+
+def measured(file):
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "environment")}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return strip(json.loads(file.read_text()))
+
+
+def test_a_run_is_a_table_and_a_picture_and_continues_where_it_stopped(tmp_path, capsys):
+    output = tmp_path / "whole"
+    self_distillation.main([*SHORT, "--seeds", "2", "--output", str(output)])
+    printed = capsys.readouterr().out
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["methods"]) == METHODS
+    rows = {line.split("  ")[0]: line for line in printed.splitlines()}
+    for name, record in results["methods"].items():
+        assert f"{record['student']['new']:.1f}" in rows[name]
+        assert f"{name} (seed 1): new " in printed
+        assert len(record["runs"]) == 2
+    assert "sdft static - sft " in printed
+    assert (output / "courses.png").read_bytes().startswith(b"\x89PNG")
+    self_distillation.main([*SHORT, "--seeds", "1", "--output", str(tmp_path / "parts")])
+    self_distillation.main([*SHORT, "--seeds", "2", "--output", str(tmp_path / "parts")])
+    assert measured(tmp_path / "parts/results.json") == measured(output / "results.json")
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues(tmp_path):
+    killed, file = tmp_path / "killed", tmp_path / "killed/results.json"
+    victim = programs.Program(EXAMPLE, *SHORT, "--output", killed)
+    victim.until(file.exists)
+    victim.kill()
+    assert len(json.loads(file.read_text())["methods"]) < len(METHODS)
+    again = programs.run(EXAMPLE, *SHORT, "--output", killed)
+    assert again.returncode == 0, again.stderr
+    assert list(json.loads(file.read_text())["methods"]) == METHODS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "sftt"], "unknown method 'sftt'; did you mean 'sft"),
+        (["--kernels", "unifrom"], "unknown kernel 'unifrom'; did you mean 'uniform'"),
+        (["--old-facts", "2000"], "old_facts=2000 and new_facts=40 need as many pairs of symbols"),
+        (["fact"], "unknown recipe 'fact'; did you mean 'facts'"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        self_distillation.main([*arguments, "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_is_the_command_lines_own(name):
+    _, recipe = command_line.parse(self_distillation.Options, recipes.RECIPES, "facts", [name])
+    assert recipe == recipes.RECIPES[name]
