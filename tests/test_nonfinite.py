@@ -116,7 +116,7 @@ def test_the_average_is_what_its_weights_say(kernel, every, decides):
     with pytest.warns(UserWarning, match="Later ones are listed in teacher.skipped") as record:
         teacher, trajectory = run("skip", bad=bad, kernel=kernel, update_every=every, dtype=torch.float64)
         weights = teacher.trajectory_weights()
-    assert len(record) == 1
+    assert sum("Later ones" in str(warning.message) for warning in record) == 1
     due = [step for step in bad if step % every == 0]
     assert teacher.skipped == tuple(due)
     assert (weights[due] == 0).all()

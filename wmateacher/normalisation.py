@@ -17,7 +17,7 @@ Mode = Literal["eval", "train"]
 MODES: tuple[Mode, ...] = ("eval", "train")
 
 # The share of the run above which a kernel's mean age counts as far. On small image classifiers a teacher
-# that copies its student's statistics loses nothing at 0.11, and 11 points at 0.25.
+# that copies its student's statistics loses nothing at 0.11, and more than ten points at 0.25.
 _FAR = 0.2
 # The longest run that is looked at. Of kernels that stretch with the run, a shorter one says the same.
 _LONGEST, _LONGEST_STEPWISE = 100_000, 1_000_000

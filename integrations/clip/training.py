@@ -133,7 +133,8 @@ class FineTuning(training.Training):
         teacher = None
         if method.kernel is not None:
             kernel, every = clocks.build(method.kernel, method.update_every, method.clock)
-            teacher = WMATeacher(student, kernel, settings.steps, update_every=every)
+            # As published, batch normalisation in the teacher keeps the pretrained running statistics.
+            teacher = WMATeacher(student, kernel, settings.steps, update_every=every, buffers="keep")
         super().__init__(method.name, settings, student, teacher)
         self.method, self.objective = method, objective.to(self.device)
         self.parameters = [

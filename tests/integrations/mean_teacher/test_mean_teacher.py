@@ -111,17 +111,27 @@ def test_labels_alone_never_read_the_other_stream():
     run("supervised", unlabelled=never)
 
 
-@pytest.mark.parametrize(("buffers", "same"), [("copy", "student"), ("keep", "start"), ("average", None)])
-def test_batch_norm_follows_the_policy(buffers, same):
+@pytest.mark.parametrize(
+    ("mode", "buffers", "same"),
+    [
+        ("eval", "copy", "student"),
+        ("eval", "keep", "start"),
+        ("eval", "average", None),
+        ("train", "copy", None),
+    ],
+)
+def test_batch_norm_follows_the_mode_and_the_policy(mode, buffers, same):
     student = network()
     start = {n: b.clone() for n, b in student.named_buffers()}
-    teacher = run(student=student, settings=replace(SETTINGS, buffers=buffers)).teacher
+    teacher = run(student=student, settings=replace(SETTINGS, mode=mode, buffers=buffers)).teacher
     held = dict(teacher.module.named_buffers())
     name = next(n for n in held if n.endswith("running_mean"))
     of = {"student": dict(student.named_buffers())[name], "start": start[name]}
     assert not torch.equal(of["student"], of["start"])
     for who, value in of.items():
         assert torch.equal(held[name], value) == (who == same)
+    layer = teacher.module.get_submodule(name.rpartition(".")[0])
+    assert layer.training == (mode == "train")
 
 
 def evaluate(networks):
@@ -156,7 +166,7 @@ def test_a_teacher_that_answers_noise_is_named():
     method = replace(METHODS["mean-teacher"], name="mine", kernel="static", distill_weight=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fitted = run(method, settings=replace(SETTINGS, steps=60, learning_rate=1e-4))
+        fitted = run(method, settings=replace(SETTINGS, steps=60, learning_rate=1e-4, mode="eval"))
     (found,) = [w for w in caught if w.category is CollapseWarning]
     assert str(found.message).startswith("mine: collapsed at step 50 of 60, ")
     assert "lower distill_weight (1.0) or learning_rate (0.0001), or lengthen rampup (3)" in str(
