@@ -200,7 +200,7 @@ def _sum(
     if factor is not None:
         empty = torch.empty_like if chosen is None else torch.zeros_like
         gradient = empty(student, memory_format=torch.contiguous_format)
-    # One tensor for all: small ones that outlive their chunk would keep the allocator from using its memory again.
+    # One tensor for all: small ones that outlive their chunk would keep its memory from being used again.
     values = student.new_empty(count, dtype=dtype)
     size = max(1, (_ON_HOST if on_host else _ON_ACCELERATOR) // width)
     for start in range(0, count, size):
