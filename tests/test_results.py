@@ -23,12 +23,17 @@ import frameworks  # noqa: E402
 import memory  # noqa: E402
 import posthoc_synthesis  # noqa: E402
 import sweep_report  # noqa: E402
+import token_losses  # noqa: E402
 import train_throughput  # noqa: E402
 import update_overhead  # noqa: E402
 
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*/results.json"))
 ABLATION = "clip-ablation-"
-BY_MODEL = {"memory": memory.table, "update-overhead": update_overhead.table}
+BY_MODEL = {
+    "memory": memory.table,
+    "token-losses": token_losses.table,
+    "update-overhead": update_overhead.table,
+}
 
 
 def tables(folder):

@@ -200,7 +200,8 @@ def _sum(
     if factor is not None:
         empty = torch.empty_like if chosen is None else torch.zeros_like
         gradient = empty(student, memory_format=torch.contiguous_format)
-    values = [student.new_zeros(1, dtype=dtype)]
+    # One tensor for all: small ones that outlive their chunk would keep its memory from being used again.
+    values = student.new_empty(count, dtype=dtype)
     size = max(1, (_ON_HOST if on_host else _ON_ACCELERATOR) // width)
     for start in range(0, count, size):
         rows: slice | Tensor = slice(start, min(start + size, count))
@@ -209,13 +210,13 @@ def _sum(
         value, derivative = divergence(
             _rows(student, rows).to(dtype), _rows(teacher, rows).to(dtype), gradient is not None
         )
-        values.append(value if dropped is None else value.masked_fill_(dropped[rows], 0.0))
+        values[start : start + size] = value if dropped is None else value.masked_fill_(dropped[rows], 0.0)
         if gradient is not None and derivative is not None and factor is not None:
             derivative.mul_(factor)
             if dropped is not None:
                 derivative.masked_fill_(dropped[rows, None], 0.0)
             gradient.view(-1, width)[rows] = derivative.to(gradient.dtype)
-    return torch.cat(values).sum(), gradient
+    return values.sum(), gradient
 
 
 def _on_host(tensor: Tensor) -> bool:
