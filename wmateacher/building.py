@@ -86,7 +86,7 @@ def _deep_copy(
     for layer in walking.modules(student):
         state = vars(layer).get("state")
         if hasattr(state, "SCB") and id(getattr(layer, "weight", None)) in shared:
-            memo[id(state)] = state
+            memo[id(state)] = state  # type: ignore[assignment]
     return copying.duplicate(student, memo, hooks)
 
 
