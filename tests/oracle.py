@@ -59,6 +59,7 @@ DENSITIES = {
     "uniform": density_steps(_uniform),
     "tail(0.25)": density_steps(lambda tau: float(tau >= 0.75)),
     "scipy.stats.beta(2.0,2.0)": density_steps(_middle),
+    "power(exponent=-0.5)": lambda total: [math.sqrt(k + 1) - math.sqrt(k) for k in range(total + 1)],
     "power(sigma_rel=0.2)": lambda total: [
         (k + 1) ** (power_gamma(0.2) + 1) - k ** (power_gamma(0.2) + 1) for k in range(total + 1)
     ],

@@ -71,6 +71,25 @@ def test_power_has_the_width_that_it_is_named_for(sigma_rel):
     assert math.sqrt(weights @ (position - mean) ** 2) == pytest.approx(sigma_rel, rel=1e-3)
 
 
+@pytest.mark.parametrize("exponent", [-0.7, -0.5, 0.0, 1.5])
+def test_power_of_an_exponent_needs_no_horizon_and_tends_to_a_beta_density(exponent):
+    kernel = kernels.Power(exponent=exponent)
+    assert not kernel.needs_horizon
+    assert kernels.build(str(kernel)) == kernel
+    summary, beta = (k.summary(20_000) for k in (kernel, kernels.Beta(1 + exponent, 1)))
+    assert summary.start_weight == pytest.approx(20_001 ** -(exponent + 1), rel=1e-9)
+    close = max(1e-3, 2 * summary.start_weight)  # the two give the first steps different shares
+    assert summary.mean_age == pytest.approx(20_000 / (exponent + 2), rel=close)
+    assert summary.mean_age == pytest.approx(beta.mean_age, rel=close)
+    half = kernel.profile(10_000)  # what the run had after half of its steps keeps its proportions
+    whole = kernel.profile(20_000)[:10_001]
+    np.testing.assert_allclose(whole / whole.sum(), half, rtol=1e-9)
+
+
+def test_exponent_zero_is_the_running_mean():
+    np.testing.assert_allclose(kernels.Power(exponent=0).profile(40), 1 / 41, rtol=1e-12)
+
+
 @pytest.mark.parametrize("text", oracle.LATE)
 @pytest.mark.parametrize("total", [13, 14, 137])
 def test_a_late_start_gives_all_weight_to_the_states_from_there_on(text, total):
@@ -181,7 +200,10 @@ def test_register_adds_a_kernel(monkeypatch):
         ("uniform(start_step=2.5)", ValueError, "uniform: start_step must be a whole number of .*got 2.5"),
         ("uniform(5)", TypeError, r"write uniform\(start_step=0\)"),
         ("power(sigma_rel=0.5)", ValueError, r"sigma_rel must be in \(0, 0.2887\]"),
-        ("power(0.1)", TypeError, r"write power\(sigma_rel=...\)"),
+        ("power(exponent=-1)", ValueError, "power: exponent must be above -1 .*got -1"),
+        ("power(sigma_rel=0.1,exponent=1)", ValueError, "either sigma_rel or exponent, got sigma_rel=0.1 and exponent=1"),
+        ("power", ValueError, r"write power\(sigma_rel=0.1\), or power\(exponent=-0.5\)"),
+        ("power(0.1)", TypeError, r"write power\(sigma_rel=\.\.\.,exponent=\.\.\.\)"),
         ("scipy.stats.betta(1,1)", ValueError, "unknown scipy.stats distribution 'betta'; did you mean 'beta'"),
         ("scipy.stats.norm(0.5,0.1)", ValueError, r"has support \[-inf, inf\]: .*truncate it"),
         (scipy.stats.uniform(0, 2), ValueError, r"has support \[0.0, 2.0\]"),

@@ -87,7 +87,7 @@ def canonical(obj: Any, name: str) -> Call:
 
 
 def _usage(parameter: inspect.Parameter) -> str:
-    if parameter.default is not parameter.empty:
+    if parameter.default is not parameter.empty and parameter.default is not None:
         return f"{parameter.name}={_text(parameter.default)}"
     return f"{parameter.name}=..." if parameter.kind is parameter.KEYWORD_ONLY else parameter.name
 
