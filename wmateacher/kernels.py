@@ -512,9 +512,9 @@ class Power(Kernel):
     """The power-function average, written `power(sigma_rel=0.1)` or `power(exponent=-0.5)`.
 
     Weights follow the power gamma of the step: `r_j = (1 - 1/t)^(gamma + 1)` with `t = j + 1` (the post-hoc
-    EMA formula of Karras et al. 2024, EDM2, where `W^0` counts as the first state). The profile stretches with
-    the run, so no horizon is needed: after `t` steps, the weight of `W^0` is `(t + 1)^-(gamma + 1)`, and the
-    mean age of the states tends to `t / (gamma + 2)`.
+    EMA formula of Karras et al. 2024, EDM2, where `W^0` counts as the first state). The profile stretches
+    with the run, so no horizon is needed: after `t` steps, the weight of `W^0` is `(t + 1)^-(gamma + 1)`, and
+    the mean age of the states tends to `t / (gamma + 2)`.
 
     Karras et al. give the standard deviation of the profile relative to the length of the run, `sigma_rel`.
     Gamma is then the largest root of `(gamma + 1) = sigma_rel^2 (gamma + 2)^2 (gamma + 3)`, at least 0.
@@ -547,7 +547,7 @@ class Power(Kernel):
             )
         if self.sigma_rel is None:
             rule = "above -1 (-0.5 emphasises the start of the run, 0 is the running mean)"
-            _set(self, exponent=checks.number("power", "exponent", self.exponent, lambda x: -1 < x, rule))
+            _set(self, exponent=checks.number("power", "exponent", self.exponent, lambda x: x > -1, rule))
             return
         limit = 1 / math.sqrt(12)
         rule = f"in (0, {limit:.4f}] (1/sqrt(12), which is the running mean)"
