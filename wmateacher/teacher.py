@@ -206,7 +206,7 @@ class WMATeacher(nn.Module):
             raise
         self._set_modes()
         copied = any(own[n].is_floating_point() for n in roles.copied if n in own)
-        if mode == "eval" and copied and normalisation.looks_far_back(self.kernel, total_steps):
+        if mode == "eval" and copied and self._clock.relative_mean_age() > normalisation.FAR:
             warnings.warn(
                 f"the student normalises with running statistics, which buffers={buffers!r} copies to the "
                 f"teacher, but they do not fit weights that kernel {str(self.kernel)!r} averages over a "
