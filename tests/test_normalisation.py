@@ -251,6 +251,14 @@ def test_narrow_densities_and_kernels_of_its_own_are_looked_at_over_the_whole_ru
         WMATeacher(student, Slow(), 20_000)
 
 
+def test_a_warning_names_the_option_that_copies_the_statistics():
+    student = nn.BatchNorm1d(2)
+    with pytest.warns(UserWarning, match="which buffers='copy' copies to the teacher, but they do not fit"):
+        WMATeacher(student, "uniform")
+    with pytest.warns(UserWarning, match="which exclude= copies to the teacher"):
+        WMATeacher(student, "uniform", buffers="keep", exclude=["running_*"])
+
+
 def test_a_layer_that_stopped_tracking_normalises_with_its_batch_as_in_the_student():
     student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     student[1].track_running_stats = False

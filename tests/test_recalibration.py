@@ -196,6 +196,13 @@ def test_batches_that_move_themselves_are_moved():
     assert moved == [torch.device("cpu")]
 
 
+def test_a_layer_under_two_names_counts_its_batches_once():
+    norm = nn.BatchNorm1d(2)
+    model = nn.Sequential(norm, norm)
+    recalibrate(model, [torch.randn(8, 2), torch.randn(8, 2)])
+    assert norm.num_batches_tracked == 4  # two passes for each batch
+
+
 def test_statistics_of_a_variance_alone_are_not_taken_for_none():
     class Evolved(nn.Module):  # timm's EvoNorm2dB0
         def __init__(self):

@@ -64,7 +64,8 @@ def use_batches(model: nn.Module, without: Collection[str] = (), *, dropout: boo
     # The flags alone: a layer may hold an activation or dropout that stays in its mode.
     for name, layer in switched.items():
         layer.training = name in live
-    return [layer for name, layer in layers(model).items() if name in live]
+    # A layer may stand under several names.
+    return list(dict.fromkeys(layer for name, layer in layers(model).items() if name in live))
 
 
 def __dir__() -> list[str]:
