@@ -123,6 +123,7 @@ class _WithoutHorizon(Kernel):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stepwise", self.kernel.stepwise)
+        object.__setattr__(self, "start_step", getattr(self.kernel, "start_step", 0))
 
     @property
     def needs_horizon(self) -> bool:

@@ -42,7 +42,7 @@ CORE = {
         *("averaging", "buffers", "building", "caches", "copying", "finiteness", "normalisation"),
         *("pairing", "rewriting", "sharding", "walking"),
     },
-    "normalisation": {"kernels", "naming", "pairing"},
+    "normalisation": {"naming", "pairing"},
     "recalibration": {
         *("averaging", "caches", "checks", "collectives", "normalisation", "pairing", "sharding", "walking"),
     },

@@ -4,12 +4,14 @@ import copy
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
 
 from wmateacher import WMATeacher, kernels, normalisation
+from wmateacher.schedule import Clock
 
 
 class Everything(nn.Module):
@@ -216,7 +218,10 @@ def test_a_compiled_teacher_normalises_by_its_batch():
     ],
 )
 def test_statistics_that_will_not_fit_are_warned_of(kernel, total, warns):
-    assert normalisation.looks_far_back(kernels.build(kernel), total) == warns
+    age = Clock(kernels.build(kernel), total).relative_mean_age()
+    steps = total or 100_000
+    assert age == pytest.approx(kernels.build(kernel).summary(steps).mean_age / steps, rel=1e-9)
+    assert (age > normalisation.FAR) == warns
     student = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -230,6 +235,39 @@ def test_statistics_that_will_not_fit_are_warned_of(kernel, total, warns):
             UserWarning, match=r"pass mode='train', .* wmateacher.recalibrate\(teacher, loader\)"
         ):
             WMATeacher(student, kernel, total)
+
+
+def test_narrow_densities_and_kernels_of_its_own_are_looked_at_over_the_whole_run():
+    class Slow(kernels.Kernel):  # an EMA of 20,000 steps, which does not stretch with the run
+        def retention(self, steps, total_steps):
+            return np.where(steps > 0, 1 - 1 / 20_000, 0.0)
+
+    student = nn.BatchNorm1d(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        WMATeacher(student, Slow(), 200_000)
+        WMATeacher(student, lambda tau: tau > 1 - 2e-6, 300_000)  # the last step has all mass
+    with pytest.warns(UserWarning, match="running statistics"):
+        WMATeacher(student, Slow(), 20_000)
+
+
+def test_a_warning_names_the_option_that_copies_the_statistics():
+    student = nn.BatchNorm1d(2)
+    with pytest.warns(UserWarning, match="which buffers='copy' copies to the teacher, but they do not fit"):
+        WMATeacher(student, "uniform")
+    with pytest.warns(UserWarning, match="which exclude= copies to the teacher"):
+        WMATeacher(student, "uniform", buffers="keep", exclude=["running_*"])
+
+
+def test_a_layer_that_stopped_tracking_normalises_with_its_batch_as_in_the_student():
+    student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    student[1].track_running_stats = False
+    held = buffers(student)
+    teacher = WMATeacher(student, "uniform", mode="train")
+    x = torch.randn(8, 3) + 3
+    assert torch.equal(teacher(x), student(x))
+    assert equal(buffers(teacher.module), held)
+    assert not teacher.eval().module[1].training
 
 
 def test_unknown_modes_and_dropout_in_eval_mode_are_errors():

@@ -1,6 +1,7 @@
 """Running statistics recomputed for the weights that there are."""
 
 import copy
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -182,6 +183,35 @@ def test_items_may_be_tensors_tuples_or_mappings_or_go_through_a_function():
     assert model.unused.num_batches_tracked == 0
     assert all(equal(found[0], other) for other in found)
     assert not model.training
+
+
+def test_batches_that_move_themselves_are_moved():
+    class Encoding(UserDict):  # such as transformers' BatchEncoding
+        def to(self, device):
+            moved.append(device)
+            return self
+
+    moved = []
+    assert recalibrate(Named(), [Encoding(x=torch.randn(8, 2))]) == 1
+    assert moved == [torch.device("cpu")]
+
+
+def test_a_layer_under_two_names_counts_its_batches_once():
+    norm = nn.BatchNorm1d(2)
+    model = nn.Sequential(norm, norm)
+    recalibrate(model, [torch.randn(8, 2), torch.randn(8, 2)])
+    assert norm.num_batches_tracked == 4  # two passes for each batch
+
+
+def test_statistics_of_a_variance_alone_are_not_taken_for_none():
+    class Evolved(nn.Module):  # timm's EvoNorm2dB0
+        def __init__(self):
+            super().__init__()
+            self.momentum = 0.1
+            self.register_buffer("running_var", torch.ones(2))
+
+    with pytest.raises(ValueError, match="keeps running statistics as a Evolved"):
+        recalibrate(nn.Sequential(Evolved()), [torch.randn(4, 2)])
 
 
 def test_no_more_batches_are_taken_than_steps():

@@ -5,43 +5,41 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal
 
-import numpy as np
 from torch import Tensor, nn
 
 from wmateacher import naming, pairing
-from wmateacher.kernels import Kernel
 
-__all__ = ["MODES", "Mode", "frozen", "layers", "looks_far_back", "statistics", "use_batches"]
+__all__ = ["FAR", "MODES", "Mode", "frozen", "layers", "statistics", "use_batches"]
 
 Mode = Literal["eval", "train"]
 MODES: tuple[Mode, ...] = ("eval", "train")
 
-# The share of the run above which a kernel's mean age counts as far. On small image classifiers a teacher
-# that copies its student's statistics loses nothing at 0.11, and more than ten points at 0.25.
-_FAR = 0.2
-# The longest run that is looked at. Of kernels that stretch with the run, a shorter one says the same.
-_LONGEST, _LONGEST_STEPWISE = 100_000, 1_000_000
+# The share of the run above which the mean age of an average counts as far. On small image classifiers a
+# teacher that copies its student's statistics loses nothing at 0.11, and more than ten points at 0.25.
+FAR = 0.2
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return by canonical name the layers that keep running statistics for eval mode.
 
-    These are batch and instance normalisation, classes derived from them, and others that have running
-    statistics and a momentum. Frozen batch normalisation, such as torchvision's, has no momentum.
+    These are batch and instance normalisation, classes derived from them, and others that have a running
+    variance and a momentum. Frozen batch normalisation, such as torchvision's, has no momentum.
     """
+    return {n: m for n, m in _switched(model).items() if getattr(m, "track_running_stats", True)}
+
+
+def _switched(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that have running statistics, also those that no longer update them."""
     return {
         name: module
         for name, module in naming.modules(model).items()
-        if isinstance(getattr(module, "running_mean", None), Tensor)
-        and isinstance(getattr(module, "running_var", None), Tensor)
-        and hasattr(module, "momentum")
-        and getattr(module, "track_running_stats", True)
+        if isinstance(getattr(module, "running_var", None), Tensor) and hasattr(module, "momentum")
     }
 
 
 def frozen(student: nn.Module) -> frozenset[str]:
     """Return the names of the layers that a student in train mode keeps in eval mode."""
-    return frozenset(n for n, layer in layers(student).items() if student.training and not layer.training)
+    return frozenset(n for n, layer in _switched(student).items() if student.training and not layer.training)
 
 
 def statistics(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:
@@ -51,7 +49,7 @@ def statistics(model: nn.Module, without: Collection[str] = ()) -> dict[str, Ten
 
 
 def use_batches(model: nn.Module, without: Collection[str] = (), *, dropout: bool = False) -> list[nn.Module]:
-    """Make a model normalise with the statistics of its batches, and return the layers that do.
+    """Make a model normalise with the statistics of its batches, and return the layers that update theirs.
 
     Args:
         model: The model.
@@ -59,29 +57,15 @@ def use_batches(model: nn.Module, without: Collection[str] = (), *, dropout: boo
         dropout: Whether all other modules are in train mode; in eval mode otherwise.
     """
     model.train(True)  # a module that overrides `train` may keep its layers in eval mode
-    live = [layer for name, layer in layers(model).items() if layer.training and name not in without]
+    switched = _switched(model)
+    live = {name: layer for name, layer in switched.items() if layer.training and name not in without}
     if not dropout:
         model.eval()
     # The flags alone: a layer may hold an activation or dropout that stays in its mode.
-    for layer in layers(model).values():
-        layer.training = False
-    for layer in live:
-        layer.training = True
-    return live
-
-
-def looks_far_back(kernel: Kernel, total_steps: int | None) -> bool:
-    """Return whether the mean age of the states in a finished average is more than a fifth of the run.
-
-    Args:
-        kernel: The kernel.
-        total_steps: The number of steps in the run; None stands for a long one.
-    """
-    late = 2 * getattr(kernel, "start_step", 0)  # enough for an average that starts late
-    longest = _LONGEST_STEPWISE if kernel.stepwise else _LONGEST
-    horizon = min(total_steps or max(_LONGEST, late), max(longest, late))
-    weights = kernel.profile(horizon)
-    return float(weights @ np.arange(horizon, -1, -1)) > _FAR * horizon
+    for name, layer in switched.items():
+        layer.training = name in live
+    # A layer may stand under several names.
+    return list(dict.fromkeys(layer for name, layer in layers(model).items() if name in live))
 
 
 def __dir__() -> list[str]:

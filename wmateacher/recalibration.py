@@ -35,10 +35,10 @@ def recalibrate(
 
     Every running mean and variance becomes the plain mean over all batches of the batch's mean and unbiased
     variance, as by `torch.optim.swa_utils.update_bn` (which leaves instance normalisation out), but summed in
-    float64. With a process group, this is the mean over the batches of all processes. Layers of batch and
-    instance normalisation take part, except for those that the model keeps in eval mode while it is in train
-    mode itself. All other modules run in eval mode, without dropout. Modes and momenta are restored
-    afterwards, and the old statistics, too, if an error interrupts the pass.
+    float64. With a process group, this is the mean over the batches of all processes, each of which must
+    call it. Layers of batch and instance normalisation take part, except for those that the model keeps in
+    eval mode while it is in train mode itself. All other modules run in eval mode, without dropout. Modes and
+    momenta are restored afterwards, and the old statistics, too, if an error interrupts the pass.
 
     In a teacher the statistics hold for its present average. With `buffers="copy"` the next snapshot replaces
     them by the student's; with `"average"` the running average goes on from them; with `"keep"` they stay; in
@@ -50,8 +50,8 @@ def recalibrate(
         model: A teacher, whose averaged module is recalibrated, or any other module. Wrappers such as DDP's
             and torch.compile's are unwrapped.
         loader: The batches: tensors, lists or tuples whose first element is the model's input, or mappings of
-            keyword arguments. They are moved to the model's device. Training batches of the size and the
-            augmentation used in training fit best.
+            keyword arguments. Their tensors, and objects with a `to` method, are moved to the model's device.
+            Training batches of the size and the augmentation used in training fit best.
         steps: The largest number of batches to use on each process; None stands for all.
         forward: A function that runs `forward(model, batch)`, for batches of another kind.
 
@@ -101,7 +101,7 @@ def _measure(
     with _collecting(module, frozen) as sums, torch.no_grad(), caches.apart(), _eagerly():
         count = 0
         for count, batch in enumerate(batches, 1):  # noqa: B007
-            forward(module, _pytree.tree_map_only(Tensor, lambda t: t.to(device), batch))
+            forward(module, _moved(batch, device))
     sharding.reshard(sharding.fully_sharded(module))
     rows = [torch.cat([*parts, parts[0].new_tensor([calls])]).to(device) for parts, calls in sums.values()]
     total = torch.cat([*rows, torch.tensor([count], dtype=torch.float64).to(rows[0])])
@@ -184,6 +184,11 @@ def _eagerly() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    """Return a batch on a device: its tensors, or itself if it moves itself, as transformers' batches do."""
+    return _pytree.tree_map(lambda leaf: leaf.to(device) if hasattr(leaf, "to") else leaf, batch)
 
 
 def _call(model: nn.Module, batch: Any) -> Any:

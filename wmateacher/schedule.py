@@ -28,6 +28,9 @@ from wmateacher.kernels import Array, Kernel, build, realised_weights
 
 __all__ = ["Clock"]
 
+# The steps of a run of unknown length, and of the longest one that is looked at.
+_LONG, _LONGEST = 100_000, 1_000_000
+
 
 class Clock:
     """Counts optimizer steps and returns the weight of each snapshot.
@@ -66,6 +69,21 @@ class Clock:
     def covered(self) -> int:
         """The last step whose mass is in the average, under the current horizon."""
         return int(self._covered(self.snapshot, self.total_steps))
+
+    def relative_mean_age(self) -> float:
+        """Return the mean age of the states in the finished average, as a share of the run.
+
+        Without a horizon, the run is taken to be long. Kernels that are asked step by step are looked at for
+        a million steps at most.
+        """
+        late = 2 * getattr(self.kernel, "start_step", 0)  # enough for an average that starts late
+        total = self.total_steps or max(_LONG, late)
+        if self._table is None:
+            total = min(total, max(_LONGEST, late))
+        horizon = total if self._table is None else self.total_steps
+        kept = self._kept(np.arange(1, total + 1), horizon)
+        # A state is at least n steps old with the product of the last n retentions.
+        return float(np.cumprod(kept[::-1]).sum()) / total
 
     def tick(self) -> float | None:
         """Count one optimizer step.

@@ -115,9 +115,10 @@ class WMATeacher(nn.Module):
                 the teacher's own batch, as the student does and as in mean teacher (Tarvainen & Valpola
                 2017), and collects running statistics of the teacher's own, which `teacher.eval()`, `swap`,
                 `copy_to` and saved states use. It makes a difference to batch normalisation, and to instance
-                normalisation that tracks statistics. Layers that the student keeps in eval mode stay so.
-                What is averaged does not depend on the mode. Under DDP each process has its own running
-                statistics, as in the student; `wmateacher.recalibrate` makes them equal.
+                normalisation that tracks statistics. Layers that a student in train mode holds in eval mode
+                when the teacher is built stay in eval mode and copy the student's statistics. What is
+                averaged does not depend on the mode. Under DDP each process has its own running statistics,
+                as in the student; `wmateacher.recalibrate` makes them equal.
             dropout: Whether a teacher in `mode="train"` runs dropout and everything else in train mode, too,
                 with random numbers of the global generators. With False only the normalisation layers are in
                 train mode.
@@ -206,11 +207,12 @@ class WMATeacher(nn.Module):
             raise
         self._set_modes()
         copied = any(own[n].is_floating_point() for n in roles.copied if n in own)
-        if mode == "eval" and copied and normalisation.looks_far_back(self.kernel, total_steps):
+        if mode == "eval" and copied and self._clock.relative_mean_age() > normalisation.FAR:
+            option = "buffers='copy'" if buffers == "copy" else "exclude="
             warnings.warn(
-                f"the student normalises with running statistics, which buffers={buffers!r} copies to the "
-                f"teacher, but they do not fit weights that kernel {str(self.kernel)!r} averages over a "
-                "large part of the run: pass mode='train', or buffers='keep' and call "
+                f"the student normalises with running statistics, which {option} copies to the teacher, but "
+                f"they do not fit weights that kernel {str(self.kernel)!r} averages over a large part of the "
+                "run: pass mode='train', or buffers='keep' and call "
                 "wmateacher.recalibrate(teacher, loader) before the teacher is used",
                 stacklevel=2,
             )
