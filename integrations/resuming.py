@@ -5,8 +5,9 @@ Where a function has an argument `warn`, it is the framework's function for warn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ __all__ = ["Weights", "extend", "is_sharded", "restore", "saved_state", "start_l
 Weights = Literal["student", "teacher"]
 Warn = Callable[[str], Any]
 
+# The steps of the run that a teacher does not count, because it started late.
+_UNCOUNTED: MutableMapping[WMATeacher, int] = WeakKeyDictionary()
+
 
 def is_sharded(teacher: WMATeacher) -> bool:
     """Return whether the average is spread over processes by `fully_shard`."""
@@ -28,7 +32,9 @@ def is_sharded(teacher: WMATeacher) -> bool:
 def saved_state(teacher: WMATeacher) -> dict[str, Any]:
     """Return the teacher's state in whole tensors; a collective if the teacher is sharded."""
     state = {key: _whole(value) for key, value in teacher.state_dict().items()}
-    return {"total_steps": teacher.total_steps, "teacher": state}
+    return {
+        "total_steps": teacher.total_steps, "uncounted": _UNCOUNTED.get(teacher, 0), "teacher": state
+    }  # fmt: skip
 
 
 def restore(teacher: WMATeacher, state: Mapping[str, Any], total_steps: int | None, warn: Warn) -> None:
@@ -49,32 +55,41 @@ def restore(teacher: WMATeacher, state: Mapping[str, Any], total_steps: int | No
         teacher.set_total_steps(saved)
     own = teacher.state_dict()
     teacher.load_state_dict({key: _like(value, own.get(key)) for key, value in state["teacher"].items()})
+    _UNCOUNTED[teacher] = state.get("uncounted", 0)
     extend(teacher, total_steps, warn)
 
 
 def extend(teacher: WMATeacher, total_steps: int | None, warn: Warn) -> None:
-    """Set the horizon to `total_steps`; warn if it was another. None keeps it."""
-    before = teacher.total_steps
-    if total_steps is not None and total_steps != before:
-        teacher.set_total_steps(total_steps)
-        warn(f"the run is now {total_steps} steps long, the teacher began with {before}")
+    """Set the horizon to that of a run of `total_steps`; warn if it was another. None keeps it."""
+    before, uncounted = teacher.total_steps, _UNCOUNTED.get(teacher, 0)
+    if total_steps is not None and total_steps - uncounted != before:
+        teacher.set_total_steps(total_steps - uncounted)
+        began = None if before is None else before + uncounted
+        warn(f"the run is now {total_steps} steps long, the teacher began with {began}")
 
 
-def start_late(teacher: WMATeacher, step: int, total_steps: int, missing: str, warn: Warn) -> None:
+def start_late(teacher: WMATeacher, step: int, total_steps: int | None, missing: str, warn: Warn) -> None:
     """Start the average in a continued run whose checkpoint has no teacher, over the remaining steps.
+
+    A kernel with a `start_step` that is still to come starts there. If it has passed, the present step takes
+    its place.
 
     Args:
         teacher: A teacher that has counted no step.
         step: The optimizer step at which the run continues.
-        total_steps: The horizon of the whole run.
+        total_steps: The horizon of the whole run; None to keep the teacher's.
         missing: The missing part of the checkpoint, with which the warning begins.
         warn: See above.
     """
-    left = max(1, total_steps - step)
-    warn(
-        f"{missing}: the teacher starts here, from the student as it is, over the {left} steps that are left"
-    )
-    teacher.set_total_steps(left)
+    message = f"{missing}: the teacher starts here, from the student as it is"
+    counted = min(step, getattr(teacher.kernel, "start_step", 0))
+    if total_steps is not None:
+        left = max(1, total_steps - step)
+        message += f", over the {left} steps that are left"
+        teacher.set_total_steps(counted + left)
+        _UNCOUNTED[teacher] = step - counted
+    warn(message)
+    teacher.load_average(None, counted)
 
 
 def warn_if_short(teacher: WMATeacher, warn: Warn) -> None:

@@ -67,17 +67,21 @@ class StepHooks:
 
         @functools.wraps(step)
         def hooked(*args: Any, **kwargs: Any) -> Any:
+            if self._removed:
+                return step(*args, **kwargs)
             before()
             result = step(*args, **kwargs)
             if not getattr(optimizer, "overflow", False):
                 after()
             return result
 
-        self._optimizer, self._step, self._hooked = optimizer, step, hooked
+        self._optimizer, self._step, self._hooked, self._removed = optimizer, step, hooked, False
         optimizer.step = hooked
 
     def remove(self) -> None:
-        """Restore the optimizer's `step`, unless something else has been wrapped around it since."""
+        """Call the functions no more, and restore the optimizer's `step` if nothing is wrapped around it."""
+        # The hooks of a teacher that was attached later hold this wrapper, which then has to stay.
+        self._removed = True
         if self._optimizer.step is self._hooked:
             self._optimizer.step = self._step
 

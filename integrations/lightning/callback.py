@@ -168,7 +168,8 @@ class TeacherCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the optimizer's steps from here on: what a tuner has tried before does not count.
 
-        If the checkpoint of a resumed run has no teacher, average over the remaining steps.
+        If the checkpoint of a resumed run has no teacher, average over the remaining steps, or over
+        `total_steps` if it was given.
 
         Raises:
             ValueError: If not exactly one optimizer trains the student and `optimizer` names none.
@@ -182,8 +183,8 @@ class TeacherCallback(Callback):
             else:
                 self._start(pl_module)
         self._attachment = self.teacher.attach(self._counted(trainer, self._student_of(pl_module)))
-        step, total = trainer.global_step, self.teacher.total_steps
-        if self._total_steps is None and total is not None and step and not self.teacher.step:
+        step, total = trainer.global_step, plan[0] if self._total_steps is None else None
+        if step and not self.teacher.step:
             missing = f"the checkpoint at step {step} has no {self._name}"
             resuming.start_late(self.teacher, step, total, missing, rank_zero_warn)
 

@@ -1,7 +1,12 @@
+import sys
+import types
 from pathlib import Path
 
 import programs
 import pytest
+from torch import nn
+
+from wmateacher import WMATeacher
 
 pytest.importorskip("deepspeed")
 
@@ -12,3 +17,27 @@ def test_two_processes(tmp_path):
     for rank in programs.launch(2, Path(__file__).parent / "deepspeed_ranks.py", tmp_path):
         assert rank.returncode == 0, rank.stderr[-3000:]
         assert "the averages are right" in rank.stdout
+
+
+def test_a_removed_attachment_counts_no_more_whatever_was_attached_since(monkeypatch):
+    class Optimizer:
+        def __init__(self, parameters):
+            self.bit16_groups, self.overflow = [list(parameters)], False
+
+        def step(self):
+            pass
+
+    base = types.SimpleNamespace(DeepSpeedOptimizer=Optimizer)
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.base_optimizer", base)
+    student = nn.Linear(2, 2)
+    optimizer = Optimizer(student.parameters())
+    first, second = WMATeacher(student, "uniform"), WMATeacher(student, "uniform")
+    handle = first.attach(optimizer)
+    second.attach(optimizer)
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert (first.step, second.step) == (1, 2)
+    first.attach(optimizer)
+    optimizer.step()
+    assert (first.step, second.step) == (2, 3)

@@ -2,6 +2,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import programs
@@ -199,6 +200,16 @@ def test_a_checkpoint_is_evaluated_without_fit(tmp_path):
     assert torch.equal(weights(fresh), weights(module))
 
 
+def without_teacher(folder):
+    """The checkpoint at step 10 of a run that had no teacher."""
+    saves = ModelCheckpoint(folder, save_last=True)
+    fitted(folder, TeacherCallback(), None, saves, enable_checkpointing=True)
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    content["callbacks"] = {k: v for k, v in content["callbacks"].items() if "TeacherCallback" not in k}
+    torch.save(content, folder / "plain.ckpt")
+    return folder / "plain.ckpt"
+
+
 def test_a_longer_run_and_one_that_had_no_teacher(tmp_path):
     saves = ModelCheckpoint(tmp_path, save_last=True)
     fitted(tmp_path, TeacherCallback(), None, saves, enable_checkpointing=True)
@@ -211,6 +222,38 @@ def test_a_longer_run_and_one_that_had_no_teacher(tmp_path):
     torch.save(content, path)
     with pytest.warns(UserWarning, match="checkpoint at step 10 has no teacher: .* over the 10 steps"):
         module, _ = fitted(tmp_path, TeacherCallback(), path=path, max_epochs=4)
+    assert module.teacher.step == module.teacher.total_steps == 10
+
+
+def test_an_average_that_started_late_in_its_run_can_be_resumed(tmp_path):
+    start = without_teacher(tmp_path)
+    saves = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+    options = {"max_epochs": 4, "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="checkpoint at step 10 has no teacher: .* over the 10 steps"):
+        whole, _ = fitted(tmp_path, TeacherCallback(), None, saves, path=start, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the run is now")
+        again, _ = fitted(tmp_path, TeacherCallback(), path=tmp_path / "step=15.ckpt", max_epochs=4)
+    assert again.teacher.step == again.teacher.total_steps == 10
+    assert torch.equal(weights(again.teacher.module), weights(whole.teacher.module))
+
+
+@pytest.mark.parametrize(("start_step", "steps", "averaged"), [(4, 14, 11), (10, 20, 11), (16, 20, 5)])
+def test_a_late_start_in_a_run_that_had_no_teacher(tmp_path, start_step, steps, averaged):
+    """From its `start_step` on, or from the first step of the resumed run if that is later."""
+    path = without_teacher(tmp_path)
+    kernel = f"uniform(start_step={start_step})"
+    with pytest.warns(UserWarning, match="checkpoint at step 10 has no teacher"):
+        module, _ = fitted(tmp_path, TeacherCallback(kernel), path=path, max_epochs=4)
+    teacher = module.teacher
+    assert teacher.step == teacher.total_steps == steps
+    assert teacher.trajectory_weights()[-averaged:] == pytest.approx([1 / averaged] * averaged)
+
+
+def test_a_given_horizon_is_kept_in_a_run_that_had_no_teacher(tmp_path):
+    path = without_teacher(tmp_path)
+    with pytest.warns(UserWarning, match="checkpoint at step 10 has no teacher"):
+        module, _ = fitted(tmp_path, TeacherCallback(total_steps=10), path=path, max_epochs=4)
     assert module.teacher.step == module.teacher.total_steps == 10
 
 
