@@ -221,7 +221,7 @@ def _check_device(args: TrainingArguments, device: torch.device) -> None:
         )
 
 
-class _Following(TrainerCallback):  # type: ignore[misc]
+class _Following(TrainerCallback):
     """Write the history of a run, evaluate it, and stop it if its loss is not finite."""
 
     def __init__(
@@ -252,14 +252,15 @@ class _Following(TrainerCallback):  # type: ignore[misc]
             self._log(state.global_step, self.evaluate(self.fitted.networks))
             self.evaluating += time.perf_counter() - started
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log the loss of a step."""
-        if "loss" not in logs:
+        loss = kwargs["logs"].get("loss")
+        if loss is None:  # the summary after the last step
             return
-        self._log(state.global_step, {"loss": logs["loss"]})
-        if not math.isfinite(logs["loss"]):
+        self._log(state.global_step, {"loss": loss})
+        if not math.isfinite(loss):
             raise FloatingPointError(
-                f"{self.name}: the loss is {logs['loss']} at step {state.global_step} of {state.max_steps}: "
+                f"{self.name}: the loss is {loss} at step {state.global_step} of {state.max_steps}: "
                 f"lower learning_rate ({self.settings.learning_rate}) or clip_norm "
                 f"({self.settings.clip_norm})"
             )
