@@ -3,8 +3,10 @@
     python examples/self_distillation.py
     python examples/self_distillation.py --methods sft sdft --kernels static 'tail(0.25)' --seeds 3
     python examples/self_distillation.py skill --lora-rank 8
+    python examples/self_distillation.py --trainer trl
 
-It needs Transformers, and PEFT for LoRA: pip install 'wmateacher[examples,huggingface]'
+It needs Transformers, and PEFT for LoRA: pip install 'wmateacher[examples,huggingface]'; for TRL's trainers,
+pip install 'wmateacher[examples,trl]'
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ ROOMS = {
     "clip": {"engine", "vision"},
     "dino": {"engine", "vision"},
     "mean_teacher": {"engine", "vision"},
-    "language": {"engine"},
+    "language": {"adapters", "engine"},
 }
 ENGINE_MAY_USE = {"checks", "collectives", "files", "spec"}
 IMAGES = {"PIL", "open_clip", "sklearn", "timm", "torchmetrics", "torchvision"}

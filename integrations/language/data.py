@@ -19,6 +19,7 @@ __all__ = [
     "World",
     "demonstrate",
     "vocabulary",
+    "words",
 ]
 
 PAD, END, ASK, THEN = range(4)
@@ -51,6 +52,11 @@ class Question(NamedTuple):
 def vocabulary(symbols: int) -> int:
     """Return the number of tokens of a world with that many symbols."""
     return _FIRST_SYMBOL + symbols
+
+
+def words(symbols: int) -> tuple[str, ...]:
+    """Return the word of each token, for tokenizers."""
+    return ("<pad>", "<end>", "<ask>", "<then>", *_TASKS, *(f"s{i}" for i in range(symbols)))
 
 
 def demonstrate(question: Question) -> Question:

@@ -74,11 +74,13 @@ class Experiment(experiment.Experiment[Recipe]):
         say: Called with a line of text at every evaluation during training.
 
     Raises:
-        ValueError: If the folder holds results of another configuration, or the facts do not fit the symbols.
+        ValueError: If the folder holds results of another configuration, the facts do not fit the symbols, or
+            TRL's trainers cannot run the recipe.
+        ImportError: If the recipe is for TRL, and it is missing or another version than the tested one.
         RuntimeError: If several processes run it.
     """
 
-    packages = ("transformers", "peft")
+    packages = ("transformers", "peft", "trl")
 
     def __init__(
         self,
@@ -96,6 +98,10 @@ class Experiment(experiment.Experiment[Recipe]):
                 "the language models are too small for several processes: start one, without torchrun"
             )
         self._world(recipe, 0)
+        if recipe.trainer == "trl":
+            from wmateacher.integrations.language import trl_training
+
+            trl_training.check(recipe)
         super().__init__(recipe, output, device=device, progress=progress)
 
     def train(self, name: str, seed: int) -> Outcome:
@@ -110,14 +116,22 @@ class Experiment(experiment.Experiment[Recipe]):
         if recipe.lora_rank:
             student = model.with_lora(student, recipe.lora_rank)
         settings = replace(recipe.settings, seed=recipe.settings.seed + seed)
-        fitted = fit(
+        options = self.loop_options(name, seed)
+        learn: Callable[..., training.Fit] = fit
+        if recipe.trainer == "trl":
+            from wmateacher.integrations.language import trl_training
+
+            learn = trl_training.fit
+            del options["checkpoint"]
+        fitted = learn(
             student, recipe.method(name), world.later(settings.batch_size), settings,
             evaluate=self._validation(world, f"{name} (seed {seed})"),
-            evaluate_every=max(1, settings.steps // 10), evaluate_last=True, **self.loop_options(name, seed),
+            evaluate_every=max(1, settings.steps // 10), evaluate_last=True, **options,
         )  # fmt: skip
         series = fitted.history.series
         found = {side: scores(network, tests) for side, network in fitted.networks.items()}
         record = {
+            "trainer": recipe.trainer,
             "student": found["student"],
             "teacher": found.get("teacher"),
             "validation": {key: series[key][-1][1] for key in ("new", "kept")},

@@ -115,6 +115,8 @@ class Recipe:
         lora_rank: The rank of LoRA adapters to fine-tune; 0 fine-tunes every weight.
         pretrain: The optimisation of pre-training.
         settings: The optimisation of every method.
+        trainer: `loop` for the training loop of this library, or `trl` for the trainers of TRL, with the same
+            data and settings. A run of TRL that is interrupted starts again; finished ones are kept.
         methods: The methods by name.
         distill_weights: The weight of the teacher's term of `sft-teacher` by kernel, chosen on validation;
             the method's own for kernels that are not listed.
@@ -134,11 +136,13 @@ class Recipe:
     width: int = 64
     depth: int = 3
     lora_rank: int = 0
+    trainer: Literal["loop", "trl"] = "loop"
     methods: Mapping[str, Method] = field(default_factory=lambda: dict(METHODS))
     distill_weights: Hidden[Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         one_of("new", self.new, (FACTS, *SKILLS))
+        one_of("trainer", self.trainer, ("loop", "trl"))
         for skill in self.skills:
             one_of("skills", skill, tuple(SKILLS))
         if not self.skills or self.new in self.skills:
@@ -163,7 +167,8 @@ class Recipe:
         new = f"{self.new_facts} new facts" if self.new == "facts" else f"the new skill {self.new!r}"
         lora = f", LoRA of rank {self.lora_rank}" if self.lora_rank else ""
         known = f"{self.old_facts} facts and {len(self.skills)} skills"
-        return f"{new}, after {known}: {self.settings.steps} steps{lora}"
+        by = "" if self.trainer == "loop" else " by TRL"
+        return f"{new}, after {known}: {self.settings.steps} steps{lora}{by}"
 
     def with_steps(self, steps: int | None, pretrain_steps: int | None) -> Recipe:
         """Return the recipe with other numbers of steps, its warm-ups stretched; unchanged for None."""

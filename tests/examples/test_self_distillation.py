@@ -12,6 +12,7 @@ import self_distillation  # noqa: E402
 
 from wmateacher.integrations.engine import command as command_line  # noqa: E402
 from wmateacher.integrations.language import recipes  # noqa: E402
+from wmateacher.integrations.language.experiment import Experiment  # noqa: E402
 
 SHORT = (
     *("--steps", "2", "--pretrain-steps", "2", "--width", "16", "--depth", "1", "--questions", "4"),
@@ -45,6 +46,22 @@ def test_a_run_is_a_table_and_a_picture_and_continues_where_it_stopped(tmp_path,
     self_distillation.main([*SHORT, "--seeds", "1", "--output", str(tmp_path / "parts")])
     self_distillation.main([*SHORT, "--seeds", "2", "--output", str(tmp_path / "parts")])
     assert measured(tmp_path / "parts/results.json") == measured(output / "results.json")
+
+
+def test_trls_trainers_give_the_same_table_and_finished_runs_are_kept(tmp_path, capsys, monkeypatch):
+    arguments = (*SHORT, "--methods", "sdft", "--trainer", "trl", "--output", str(tmp_path))
+    self_distillation.main(arguments)
+    assert "sdft static (seed 0): new " in (printed := capsys.readouterr().out)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["config"]["trainer"] == "trl"
+    assert list(results["methods"]) == ["start", "sdft static"]
+    (record,) = results["methods"]["sdft static"]["runs"]
+    assert record["trainer"] == "trl"
+    assert set(record["student"]) == set(results["methods"]["start"]["student"])
+    assert (tmp_path / "courses.png").exists()
+    monkeypatch.setattr(Experiment, "train", None)
+    self_distillation.main(arguments)
+    assert capsys.readouterr().out.splitlines()[-8:-2] == printed.splitlines()[-8:-2]
 
 
 @pytest.mark.slow
