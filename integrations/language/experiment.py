@@ -75,6 +75,7 @@ class Experiment(experiment.Experiment[Recipe]):
 
     Raises:
         ValueError: If the folder holds results of another configuration, or the facts do not fit the symbols.
+        ImportError: If the recipe needs PEFT and it is not installed.
         RuntimeError: If several processes run it.
     """
 
@@ -95,6 +96,8 @@ class Experiment(experiment.Experiment[Recipe]):
             raise RuntimeError(
                 "the language models are too small for several processes: start one, without torchrun"
             )
+        if recipe.lora_rank:
+            model.import_peft()  # before minutes of pre-training, which need no adapters
         self._world(recipe, 0)
         super().__init__(recipe, output, device=device, progress=progress)
 
