@@ -41,8 +41,8 @@ class Method:
         name: Name in tables and on the command line.
         kind: `sft` or `sdft`.
         kernel: The teacher's kernel; None for `sft` without a teacher.
-        distill_weight: Weight of the teacher's term of `sft`; None for the recipe's weight of the kernel, or 1
-            if it has none.
+        distill_weight: Weight of the teacher's term of `sft`; None for the recipe's weight of the kernel, or
+            1 if it has none.
         distillation: The loss between the teacher's and the student's logits.
 
     Raises:
