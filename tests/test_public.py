@@ -21,6 +21,7 @@ def test_the_public_surface_is_there_after_one_import_and_loads_late():
     code = f"""
 import sys, torch, wmateacher
 assert not {{"scipy.stats", "scipy.optimize", "wmateacher.posthoc", "wmateacher.theory"}} & set(sys.modules)
+assert "torch.distributed.tensor" not in sys.modules, "it takes longer than the rest of wmateacher"
 teacher = wmateacher.WMATeacher(torch.nn.Linear(2, 2), "ema(0.999)")
 teacher.update()
 assert not [m for m in sys.modules if m.split(".")[0] == "scipy"], "an EMA needs no scipy"

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -252,7 +251,7 @@ def _is_continuous(tensor: Tensor) -> bool:
 
 def _is_quantised(tensor: Tensor) -> bool:
     """Whether a parameter is of a class that packs its values, such as bitsandbytes' and torchao's."""
-    if not isinstance(tensor, nn.Parameter) or isinstance(tensor, DTensor):
+    if not isinstance(tensor, nn.Parameter) or sharding.is_sharded(tensor):
         return False
     packs = type(tensor) is not nn.Parameter and not (tensor.is_floating_point() or tensor.is_complex())
     return packs or is_traceable_wrapper_subclass(tensor)

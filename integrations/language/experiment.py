@@ -76,7 +76,8 @@ class Experiment(experiment.Experiment[Recipe]):
     Raises:
         ValueError: If the folder holds results of another configuration, the facts do not fit the symbols, or
             TRL's trainers cannot run the recipe.
-        ImportError: If the recipe is for TRL, and it is missing or another version than the tested one.
+        ImportError: If the recipe needs PEFT and it is not installed, or is for TRL, and that is missing or
+            another version than the tested one.
         RuntimeError: If several processes run it.
     """
 
@@ -97,6 +98,8 @@ class Experiment(experiment.Experiment[Recipe]):
             raise RuntimeError(
                 "the language models are too small for several processes: start one, without torchrun"
             )
+        if recipe.lora_rank:
+            model.import_peft()  # before minutes of pre-training, which need no adapters
         self._world(recipe, 0)
         if recipe.trainer == "trl":
             from wmateacher.integrations.language import trl_training

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from wmateacher.integrations.language.data import END, PAD, Question, vocabulary
 from wmateacher.losses import token_mask
 
-__all__ = ["answer_logits", "answer_tokens", "build", "sample", "with_lora"]
+__all__ = ["answer_logits", "answer_tokens", "build", "import_peft", "sample", "with_lora"]
 
 _IGNORED = -100
 
@@ -44,13 +44,27 @@ def build(symbols: int, width: int, depth: int) -> nn.Module:
 
 
 def with_lora(model: nn.Module, rank: int) -> nn.Module:
-    """Return the model with LoRA adapters of that rank on every projection, the only weights that train."""
+    """Return the model with LoRA adapters of that rank on every projection, the only weights that train.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+    """
+    peft = import_peft()
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config)
+
+
+def import_peft() -> Any:
+    """Return the module `peft`.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError as error:
         raise ImportError("lora_rank needs PEFT: pip install 'wmateacher[huggingface]'") from error
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(model, config)
+    return peft
 
 
 def answer_tokens(questions: Sequence[Question], device: torch.device) -> Tensor:

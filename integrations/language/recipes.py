@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from wmateacher import kernels
+from wmateacher import kernels, losses
 from wmateacher.checks import lookup, one_of
 from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.settings import Hidden, check_at_least
@@ -41,7 +41,8 @@ class Method:
         name: Name in tables and on the command line.
         kind: `sft` or `sdft`.
         kernel: The teacher's kernel; None for `sft` without a teacher.
-        distill_weight: Weight of the teacher's term of `sft`.
+        distill_weight: Weight of the teacher's term of `sft`; None for the recipe's weight of the kernel, or
+            1 if it has none.
         distillation: The loss between the teacher's and the student's logits.
 
     Raises:
@@ -50,13 +51,18 @@ class Method:
 
     name: Hidden[str]
     kind: Literal["sft", "sdft"] = "sft"
-    kernel: str | None = None
-    distill_weight: float = 1.0
+    kernel: Hidden[str | None] = None
+    distill_weight: float | None = None
     distillation: str = "kl"
 
     def __post_init__(self) -> None:
         one_of("kind", self.kind, ("sft", "sdft"))
-        if not self.distill_weight > 0:
+        if losses.build(self.distillation).family not in ("logits", None):
+            raise ValueError(
+                f"distillation={self.distillation!r} does not compare logits; choose from "
+                f"{', '.join(losses.available('logits'))}"
+            )
+        if self.distill_weight is not None and not self.distill_weight > 0:
             raise ValueError(
                 f"distill_weight must be above 0, got {self.distill_weight}: kernel=None is no teacher"
             )
@@ -118,8 +124,8 @@ class Recipe:
         trainer: `loop` for the training loop of this library, or `trl` for the trainers of TRL, with the same
             data and settings. A run of TRL that is interrupted starts again; finished ones are kept.
         methods: The methods by name.
-        distill_weights: The weight of the teacher's term of `sft-teacher` by kernel, chosen on validation;
-            the method's own for kernels that are not listed.
+        distill_weights: The weight of the teacher's term of `sft-teacher` by kernel, chosen on validation. A
+            weight of the method itself goes before it, and 1 is that of kernels that are not listed.
 
     Raises:
         ValueError: If a name is unknown or a number is out of range.
@@ -185,11 +191,17 @@ class Recipe:
                 `sft` is left out: it sees what the student sees, so it changes nothing.
 
         Raises:
-            ValueError: If the recipe has no such method, or a kernel is unknown.
+            ValueError: If the recipe has no such method, a kernel is unknown, or a method has a weight
+                that would have no effect.
         """
         specs = [str(kernels.build(kernel)) for kernel in teachers]
         found = []
         for method in map(self.method, methods):
+            if method.distill_weight is not None and (method.kernel is None or method.kind == "sdft"):
+                raise ValueError(
+                    f"distill_weight={method.distill_weight} has no effect on {method.name!r}: only the "
+                    "teacher's term of sft-teacher has a weight"
+                )
             if method.kernel is None:
                 found.append(method)
                 continue
@@ -197,8 +209,8 @@ class Recipe:
                 if method.kind == "sft" and kernel == LIVE:
                     continue  # teacher and student agree, so the term has no gradient: this is `sft`
                 weight = method.distill_weight
-                if method.kind == "sft":
-                    weight = self.distill_weights.get(kernel, weight)
+                if method.kind == "sft" and weight is None:
+                    weight = self.distill_weights.get(kernel, 1.0)
                 found.append(
                     replace(method, name=f"{method.name} {kernel}", kernel=kernel, distill_weight=weight)
                 )

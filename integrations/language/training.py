@@ -107,7 +107,8 @@ class Learning(training.Training):
             if self.teacher is None:
                 return loss, {}
             term = self.criterion(logits, answer_logits(self.teacher, questions))
-            return loss + self.method.distill_weight * term, {"distillation": term.detach()}
+            weight = 1.0 if self.method.distill_weight is None else self.method.distill_weight
+            return loss + weight * term, {"distillation": term.detach()}
         assert self.teacher is not None
         shown = [demonstrate(q).prompt for q in questions]
         drawn = sample(self.student, [q.prompt for q in questions], max(len(q.answer) for q in questions))

@@ -90,6 +90,25 @@ def test_bad_input_is_named(tmp_path, arguments, message):
         self_distillation.main([*arguments, "--output", str(tmp_path / "out")])
 
 
+def test_a_weight_on_the_command_line_is_used_for_every_kernel():
+    arguments = ["--methods.sft-teacher.distill-weight", "5"]
+    _, recipe = command_line.parse(self_distillation.Options, recipes.RECIPES, "facts", arguments)
+    found = recipe.with_kernels(["sft-teacher"], ["static", "ema(0.95)", "uniform"]).methods
+    assert [m.distill_weight for m in found.values()] == [5.0, 5.0, 5.0]
+
+
+@pytest.mark.parametrize("name", ["sft", "sdft"])
+def test_a_weight_without_effect_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"distill_weight=5.0 has no effect on '{name}'"):
+        self_distillation.main([f"--methods.{name}.distill-weight", "5", "--output", str(tmp_path / "out")])
+
+
+def test_a_methods_kernel_is_not_an_option(capsys):
+    with pytest.raises(SystemExit):  # --kernels replaces it, so it would have no effect
+        self_distillation.main(["--methods.sft-teacher.kernel", "uniform"])
+    assert "--methods.sft-teacher.kernel" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_every_recipe_is_the_command_lines_own(name):
     _, recipe = command_line.parse(self_distillation.Options, recipes.RECIPES, "facts", [name])

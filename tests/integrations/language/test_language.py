@@ -1,5 +1,6 @@
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,6 +273,8 @@ def test_new_facts_are_learned():
         (lambda: Method("m", "sdtf"), "unknown kind 'sdtf'; did you mean 'sdft'"),
         (lambda: Method("m", "sdft"), "sdft learns from a teacher alone: .* give a kernel"),
         (lambda: Method("m", kernel="static", distill_weight=0), "distill_weight must be above 0, got 0"),
+        (lambda: Method("m", distillation="klx"), "unknown loss 'klx'; did you mean 'kl'"),
+        (lambda: Method("m", distillation="fd"), "distillation='fd' does not compare logits"),
         (lambda: RECIPE.with_kernels(("stf",), ()), "unknown method 'stf'; did you mean 'sft'"),
         (lambda: RECIPE.with_kernels(("sdft",), ("statc",)), "unknown kernel 'statc'; did you mean 'static'"),
     ],
@@ -284,5 +287,11 @@ def test_what_cannot_be_is_named(build, message):
 def test_weights_chosen_for_a_kernel_are_used_in_either_spelling():
     recipe: Recipe = replace(RECIPE, distill_weights={"beta(0.5,0.5)": 3.0})
     found = recipe.with_kernels(("sft-teacher", "sdft"), ("beta(0.5, 0.5)", "static")).methods
-    assert [m.distill_weight for m in found.values()] == [3.0, 1.0, 1.0, 1.0]
+    assert [m.distill_weight for m in found.values()] == [3.0, 1.0, None, None]
     assert next(iter(found)) == f"sft-teacher {kernels.build('beta(0.5,0.5)')}"
+
+
+def test_missing_peft_is_named_before_the_pre_training(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="lora_rank needs PEFT: pip install"):
+        Experiment(replace(RECIPE, lora_rank=2), tmp_path)
