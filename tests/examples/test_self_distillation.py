@@ -51,7 +51,8 @@ def test_a_run_is_a_table_and_a_picture_and_continues_where_it_stopped(tmp_path,
 def test_trls_trainers_give_the_same_table_and_finished_runs_are_kept(tmp_path, capsys, monkeypatch):
     arguments = (*SHORT, "--methods", "sdft", "--trainer", "trl", "--output", str(tmp_path))
     self_distillation.main(arguments)
-    assert "sdft static (seed 0): new " in (printed := capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "sdft static (seed 0): new " in printed
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["config"]["trainer"] == "trl"
     assert list(results["methods"]) == ["start", "sdft static"]
@@ -61,7 +62,8 @@ def test_trls_trainers_give_the_same_table_and_finished_runs_are_kept(tmp_path, 
     assert (tmp_path / "courses.png").exists()
     monkeypatch.setattr(Experiment, "train", None)
     self_distillation.main(arguments)
-    assert capsys.readouterr().out.splitlines()[-8:-2] == printed.splitlines()[-8:-2]
+    (row,) = (line for line in printed.splitlines() if line.startswith("sdft static  "))
+    assert row in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.slow
