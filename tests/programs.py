@@ -19,7 +19,7 @@ from pathlib import Path
 
 # What every program imports (torch._dynamo: in an optimizer's first step), once for all forks.
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 
 import wmateacher  # noqa: F401
 
