@@ -113,6 +113,8 @@ class TeacherMixin:
         """Train as the Trainer does, and resume the teacher from the same folder."""
         if isinstance(resume_from_checkpoint, str | Path):
             self.teacher_callback.resume_from = resume_from_checkpoint
+        elif resume_from_checkpoint:  # the last one in output_dir, where the callback looks by itself
+            self.teacher_callback.resume_from = None
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     # --- distillation ---------------------------------------------------------------------------------

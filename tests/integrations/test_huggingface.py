@@ -277,6 +277,16 @@ def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path):
             assert torch.equal(ours, value) if isinstance(value, torch.Tensor) else ours == value
 
 
+def test_the_last_checkpoint_is_resumed_whatever_folder_was_read_before(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
+    trainer = TeacherTrainer(classifier(), args, train_dataset=Sentences())
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.teacher.step == trainer.state.global_step == 6
+
+
 def saving(tmp_path, epochs=2, **options):
     args = arguments(tmp_path, save_strategy="epoch", num_train_epochs=epochs)
     return Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[TeacherCallback(**options)])
