@@ -118,7 +118,7 @@ def test_micro_batches_add_up_to_the_whole_batch(spec, as_tensor):
 def test_without_any_position_the_loss_and_its_gradient_are_0(small_chunks):
     student, teacher = (torch.full((2, 6, 5), math.nan) for _ in "ab")
     criterion = losses.build("kl + 2*jsd + mse(logits)")
-    for given in ({}, {"num_items": 7}):
+    for given in ({}, {"num_items": 7}, {"num_items": torch.tensor(0)}):
         loss, gradient = value_and_gradient(criterion, student, teacher, mask=MASK & False, **given)
         assert loss == 0
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -194,6 +194,7 @@ def test_token_mask_follows_the_shift_of_causal_models():
     assert losses.token_mask(torch.tensor(labels)).int().tolist() == expected
     here = [[int(label != -100) for label in row] for row in labels]
     assert losses.token_mask(torch.tensor(labels), causal=False).int().tolist() == here
+    assert losses.token_mask(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0)
     assert losses.token_mask(torch.tensor([[0, 5, 0]]), causal=False, ignore_index=0).tolist() == [
         [False, True, False]
     ]

@@ -352,8 +352,8 @@ class Criterion(nn.Module):
             num_items: For logits: the divisor of each term's sum over the positions that count, a number or
                 a 0-d tensor. Give the number of these positions in all the batches that make one optimizer
                 step (gradient accumulation), and under DDP, which averages gradients, that of all ranks
-                divided by the number of ranks. None: their number in this batch; if no position counts, the
-                loss is then 0.
+                divided by the number of ranks. None: their number in this batch. If no position of the mask
+                counts, the loss is 0.
             return_terms: Whether to return the value of each term as well, for logging. This computes terms
                 with coefficient 0 too, without gradient.
 

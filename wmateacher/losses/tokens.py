@@ -60,7 +60,8 @@ def token_mask(labels: Tensor, *, causal: bool = True, ignore_index: int = -100)
         raise ValueError("labels must be a tensor of integers [..., S], got a 0-d tensor; add the sequence")
     counts = labels != ignore_index
     if causal:
-        counts = torch.nn.functional.pad(counts[..., 1:], (0, 1), value=False)
+        counts = counts.roll(-1, -1)
+        counts[..., -1:] = False
     return counts
 
 
@@ -80,7 +81,8 @@ def token_mean(
         mask: Which positions count, a boolean tensor `[...]` or one of 0 and 1; None for all. What the logits
             of the others are changes nothing, not even if they are NaN.
         num_items: The divisor, a number or a 0-d tensor: how many positions count in all the batches that
-            make one step. None for the number in this batch; without any, the loss is then 0.
+            make one step. None for the number in this batch. If no position of the mask counts, the loss is
+            0 whatever the divisor is.
 
     Returns:
         0-d tensor in float32, or float64 if one of the inputs is.
@@ -88,12 +90,16 @@ def token_mean(
     Raises:
         TypeError: If `mask` or `num_items` is of another kind.
         ValueError: If the mask's shape is not that of the positions or it has other values than 0 and 1, or
-            `num_items` is not above 0.
+            `num_items` is a number that is not above 0, or not 0-d. (The value of a tensor is not checked,
+            for which the host would have to wait for an accelerator.)
     """
     where = None if mask is None else _checked_mask(mask, student)
     count: float | Tensor
     if num_items is not None:
         count = _checked_count(num_items)
+        if isinstance(count, Tensor) and where is not None:
+            # In a step in which nothing counts, 0 / 0 would be NaN.
+            count = torch.where(where.any(), count, 1)
     elif where is None:
         count = student[..., 0].numel()
     else:
