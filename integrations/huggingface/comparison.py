@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from wmateacher.losses import PairedEmbeddings, token_mask
 
-__all__ = ["Comparison", "align", "is_causal", "read"]
+__all__ = ["Comparison", "align", "check_view", "is_causal", "read"]
 
 Kind = Literal["classes", "values", "labels", "paired"]
 
@@ -175,6 +175,39 @@ def _misfit(labels: Any, logits: Tensor) -> ValueError:
     return ValueError(
         f"the labels ({given}) do not say which positions of the logits {list(logits.shape)} count: there is "
         f"no label for each position; {_OVERRIDE}"
+    )
+
+
+def check_view(model: nn.Module, own: Mapping[str, Any], view: Any) -> None:
+    """Check that the labels of the teacher's view of a batch say where its answers are.
+
+    Args:
+        model: The model.
+        own: The model's inputs.
+        view: The teacher's inputs.
+
+    Raises:
+        TypeError: If the view is not a mapping.
+        ValueError: If the view of a causal model has other tokens where the model's labels mark an answer,
+            and no labels of its own.
+    """
+    if not isinstance(view, Mapping):
+        raise TypeError(
+            f"teacher_inputs must return the teacher's inputs by name, got {type(view).__name__}: return the "
+            "batch with what is different for the teacher, such as {**inputs, 'input_ids': ...}"
+        )
+    labels, tokens = own.get("labels"), view.get("input_ids")
+    if labels is None or tokens is None or view.get("labels") is not labels or not is_causal(model):
+        return
+    counts = labels != -100
+    if tokens is own.get("input_ids") or (
+        tokens.shape == labels.shape and torch.equal(tokens[counts], labels[counts])
+    ):
+        return
+    raise ValueError(
+        "the teacher's view has other tokens than the model's labels where these mark an answer: "
+        "teacher_inputs must return labels, too (or the batch have a column teacher_labels), in which the same "
+        "answer is marked and all other tokens are -100"
     )
 
 

@@ -163,7 +163,9 @@ class TeacherMixin:
         if len(seen) != 1 or self._lacks_logits(seen[0]):
             # Some Trainers compute their loss without building the logits.
             seen = [model(**self._for_logits(own))]
-        term = self._term(seen[0], own, self.teacher_inputs(inputs), kwargs.get("num_items_in_batch"))
+        view = self.teacher_inputs(inputs)
+        comparison.check_view(self.accelerator.unwrap_model(self.model), own, view)  # type: ignore[attr-defined]
+        term = self._term(seen[0], own, view, kwargs.get("num_items_in_batch"))
         loss, *outputs = result if return_outputs else (result,)
         loss = loss + self._distill_weight * term
         return (loss, *outputs) if return_outputs else loss

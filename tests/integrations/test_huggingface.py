@@ -278,13 +278,13 @@ def test_a_run_that_crashed_ends_with_the_same_bits(tmp_path):
 
 
 def test_the_last_checkpoint_is_resumed_whatever_folder_was_read_before(tmp_path):
-    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=6)
     trainer = TeacherTrainer(classifier(), args, train_dataset=Sentences())
     trainer.train()
-    shutil.rmtree(tmp_path / "checkpoint-4")
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    shutil.rmtree(tmp_path / "checkpoint-6")
     trainer.train(resume_from_checkpoint=True)
-    assert trainer.teacher.step == trainer.state.global_step == 4
+    assert trainer.teacher.step == trainer.state.global_step == 6
 
 
 def saving(tmp_path, epochs=2, **options):
@@ -473,6 +473,11 @@ def test_the_teacher_sees_a_context_that_the_model_does_not(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
     with pytest.raises(ValueError, match=r"which positions of the logits \[4, 9, 20\] count without labels"):
         first_step(tmp_path, plain, lively(), teacher_inputs=lambda i: {"input_ids": longer["input_ids"]})
+    shifted = {"input_ids": tokens.roll(1, 1)}  # of the same length, but the answers stand elsewhere
+    with pytest.raises(ValueError, match="other tokens than the model's labels .* return labels, too"):
+        first_step(tmp_path, plain, lively(), teacher_inputs=lambda i: {**i, **shifted})
+    with pytest.raises(TypeError, match="teacher_inputs must return .*, got NoneType: return the batch"):
+        first_step(tmp_path, plain, lively(), teacher_inputs=lambda i: None)
 
 
 def test_a_regression_learns_from_its_values_and_refuses_probabilities(tmp_path):
