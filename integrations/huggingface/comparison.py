@@ -196,7 +196,8 @@ def check_view(model: nn.Module, own: Mapping[str, Any], view: Any) -> None:
             f"teacher_inputs must return the teacher's inputs by name, got {type(view).__name__}: return the "
             "batch with what is different for the teacher, such as {**inputs, 'input_ids': ...}"
         )
-    labels, tokens = own.get("labels"), view.get("input_ids")
+    labels: Any = own.get("labels")
+    tokens: Any = view.get("input_ids")
     if labels is None or tokens is None or view.get("labels") is not labels or not is_causal(model):
         return
     counts = labels != -100
@@ -206,8 +207,8 @@ def check_view(model: nn.Module, own: Mapping[str, Any], view: Any) -> None:
         return
     raise ValueError(
         "the teacher's view has other tokens than the model's labels where these mark an answer: "
-        "teacher_inputs must return labels, too (or the batch have a column teacher_labels), in which the same "
-        "answer is marked and all other tokens are -100"
+        "teacher_inputs must return labels, too (or the batch have a column teacher_labels), in which the "
+        "same answer is marked and all other tokens are -100"
     )
 
 
