@@ -196,13 +196,12 @@ def check_view(model: nn.Module, own: Mapping[str, Any], view: Any) -> None:
             f"teacher_inputs must return the teacher's inputs by name, got {type(view).__name__}: return the "
             "batch with what is different for the teacher, such as {**inputs, 'input_ids': ...}"
         )
-    labels: Any = own.get("labels")
-    tokens: Any = view.get("input_ids")
-    if labels is None or tokens is None or view.get("labels") is not labels or not is_causal(model):
+    labels, tokens = own.get("labels"), view.get("input_ids")
+    said = view.get("labels") is not labels or tokens is own.get("input_ids")  # where the answers are
+    if labels is None or tokens is None or said or not is_causal(model):
         return
     counts = labels != -100
-    same = id(tokens) == id(own.get("input_ids"))
-    if same or (tokens.shape == labels.shape and torch.equal(tokens[counts], labels[counts])):
+    if tokens.shape == labels.shape and torch.equal(tokens[counts], labels[counts]):
         return
     raise ValueError(
         "the teacher's view has other tokens than the model's labels where these mark an answer: "
