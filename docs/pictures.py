@@ -15,7 +15,7 @@ from wmateacher.theory import predict
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "docs/assets"
-STYLES = {"light": {}, "dark": mpl.style.library["dark_background"]}
+STYLES = {"light": "default", "dark": "dark_background"}
 STEPS = 2_000
 SHOWN = {
     "beta(0.5,0.5)": "tab:orange",
@@ -92,10 +92,11 @@ def plane() -> Figure:
 def main() -> None:
     """Write every picture for light and for dark pages."""
     ASSETS.mkdir(exist_ok=True)
-    for style, settings in STYLES.items():
-        with mpl.rc_context({**settings, "savefig.facecolor": "none", "axes.facecolor": "none"}):
+    transparent = {"savefig.facecolor": "none", "axes.facecolor": "none"}
+    for page, style in STYLES.items():
+        with mpl.style.context([style, transparent]):
             for draw in (profiles, bias, plane):
-                draw().savefig(ASSETS / f"{draw.__name__}-{style}.png", dpi=130, transparent=True)
+                draw().savefig(ASSETS / f"{draw.__name__}-{page}.png", dpi=130, transparent=True)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ student.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from wmateacher import WMATeacher
 from wmateacher.integrations.huggingface import TeacherCallback, TeacherMixin
+from wmateacher.integrations.huggingface.callback import CallbackMixin
 
 try:
     import trl
@@ -46,50 +45,25 @@ if not trl.__version__.startswith(tuple(f"{version}." for version in TESTED)):
     )
 
 
-class _Averaging:
+class _Averaging(CallbackMixin):
     """A Trainer of TRL that keeps the average of its model; a base class before TRL's."""
 
-    def __init__(self, *args: Any, teacher_callback: TeacherCallback | None = None, **kwargs: Any):
-        """Create the Trainer, with one argument besides its own.
-
-        Args:
-            *args: Arguments of the Trainer.
-            teacher_callback: The callback that keeps the average; None for `TeacherCallback()`.
-            **kwargs: Keyword arguments of the Trainer.
+    def __init__(self, *args: Any, **kwargs: Any):
+        """Create the Trainer, with `teacher_callback` besides its own arguments; see `CallbackMixin`.
 
         Raises:
             TypeError: If `teacher_callback` is not a `TeacherCallback`.
             ValueError: If the Trainer's own arguments ask for another teacher or reference model, or for
                 DeepSpeed or FSDP.
         """
-        if not isinstance(teacher_callback, TeacherCallback | None):
-            raise TypeError(
-                f"teacher_callback must be a TeacherCallback, got {teacher_callback!r}: "
-                "TeacherCallback(kernel=...)"
-            )
         for given in (*args, *kwargs.values()):
             if isinstance(given, TrainingArguments) and (given.deepspeed or given.fsdp):
                 name = "deepspeed" if given.deepspeed else "fsdp"
                 raise ValueError(
-                    f"{name}= shards the model, so that this process has no whole model to average: train "
-                    "with DDP, or in a loop of your own with fully_shard"
+                    f"{name}= is not supported by TRL's trainers with an average, for which each process "
+                    "needs the whole model: train with DDP, or in a loop of your own with fully_shard"
                 )
-        self.teacher_callback = TeacherCallback() if teacher_callback is None else teacher_callback
         super().__init__(*args, **kwargs)
-        self.add_callback(self.teacher_callback)  # type: ignore[attr-defined]
-
-    @property
-    def teacher(self) -> WMATeacher | None:
-        """The average; None before training."""
-        return self.teacher_callback.teacher
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does, and resume the average from the same folder."""
-        if isinstance(resume_from_checkpoint, str | Path):
-            self.teacher_callback.resume_from = resume_from_checkpoint
-        elif resume_from_checkpoint:  # the last one in output_dir, where the callback looks by itself
-            self.teacher_callback.resume_from = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _average(self) -> nn.Module:
         """Return the average, which before training is the model itself."""

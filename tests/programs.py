@@ -5,6 +5,7 @@ A program's own start, in an interpreter of its own, is left to one test for eac
 
 import contextlib
 import importlib
+import json
 import multiprocessing
 import os
 import runpy
@@ -103,6 +104,17 @@ def launch(size, script, *arguments, cwd=".", wait=True):
         for rank in range(size)
     ]
     return [rank.wait() for rank in ranks] if wait else ranks
+
+
+def measured(file):
+    """Return what a `results.json` holds, without what differs between equal runs: times and the environment."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "environment")}
+        return [strip(v) for v in value] if isinstance(value, list) else value
+
+    return strip(json.loads(Path(file).read_text()))
 
 
 def _execute(argv, cwd, env, stdout, stderr):

@@ -66,8 +66,15 @@ def tables(folder):
     columns = {"dino": dino.COLUMNS, "mean-teacher": mean_teacher.COLUMNS}
     for task, shown in columns.items():
         if folder.startswith(task):
-            return [reports.table(results, shown)]
+            return [reports.table(results, shown), *paired(folder, results)]
     return [makers.get(folder, plots.table)(results)]
+
+
+def paired(folder, results):
+    if folder != "mean-teacher-digits":
+        return []
+    others = [name for name in results["methods"] if name != "mean-teacher"]
+    return [comparison.differences(results, {"test": ("accuracy", 1)}, [(n, "mean-teacher") for n in others])]
 
 
 def test_the_readmes_tables_are_the_measured_ones():

@@ -1,4 +1,4 @@
-"""Methods compared over seeds: means and paired differences, with confidence intervals."""
+"""Paired differences between methods over seeds, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from wmateacher.integrations.engine.tables import Columns, Results, aligned, look_up
 
-__all__ = ["differences", "half_width", "means"]
+__all__ = ["differences", "half_width"]
 
 
 def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
@@ -19,23 +19,6 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
         return math.inf
     quantile = float(stdtrit(len(values) - 1, (1 + confidence) / 2))
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def means(results: Results, columns: Columns, heading: str = "method") -> str:
-    """Return a table with one row for each method: the mean over seeds ± half its 95% t interval.
-
-    Args:
-        results: The content of `results.json`.
-        columns: The columns; the cell is empty if a method has no such figure.
-        heading: The heading of the first column, the names.
-    """
-    rows = []
-    for name in results["methods"]:
-        row = {heading: name}
-        for column, (path, digits) in columns.items():
-            row[column] = _cell(list(_by_seed(results, name, path).values()), f".{digits}f")
-        rows.append(row)
-    return aligned(rows)
 
 
 def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, str]]) -> str:

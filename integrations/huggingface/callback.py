@@ -17,7 +17,7 @@ from wmateacher.integrations import pretrained, resuming
 from wmateacher.integrations.pretrained import FILE
 from wmateacher.kernels import KernelLike
 
-__all__ = ["AVERAGE", "FILE", "TeacherCallback"]
+__all__ = ["AVERAGE", "FILE", "CallbackMixin", "TeacherCallback"]
 
 AVERAGE = "average"
 """The name of the folder of the averaged model in a `checkpoint-*` folder."""
@@ -145,6 +145,47 @@ class TeacherCallback(TrainerCallback):
         if attachment is not None:
             attachment.remove()
         return attachment is not None
+
+
+class CallbackMixin:
+    """A Trainer with a `TeacherCallback`; a base class before the Trainer's.
+
+    Attributes:
+        teacher_callback: The callback.
+    """
+
+    def __init__(self, *args: Any, teacher_callback: TeacherCallback | None = None, **kwargs: Any):
+        """Create the Trainer, with one argument besides its own.
+
+        Args:
+            *args: Arguments of the Trainer.
+            teacher_callback: The callback that keeps the teacher; None for `TeacherCallback()`.
+            **kwargs: Keyword arguments of the Trainer.
+
+        Raises:
+            TypeError: If `teacher_callback` is not a `TeacherCallback`.
+        """
+        if not isinstance(teacher_callback, TeacherCallback | None):
+            raise TypeError(
+                f"teacher_callback must be a TeacherCallback, got {teacher_callback!r}: "
+                "TeacherCallback(kernel=...)"
+            )
+        self.teacher_callback = TeacherCallback() if teacher_callback is None else teacher_callback
+        super().__init__(*args, **kwargs)
+        self.add_callback(self.teacher_callback)  # type: ignore[attr-defined]
+
+    @property
+    def teacher(self) -> WMATeacher | None:
+        """The teacher; None before training."""
+        return self.teacher_callback.teacher
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does, and resume the teacher from the same folder."""
+        if isinstance(resume_from_checkpoint, str | Path):
+            self.teacher_callback.resume_from = resume_from_checkpoint
+        elif resume_from_checkpoint:  # the last one in output_dir, where the callback looks by itself
+            self.teacher_callback.resume_from = None
+        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
 
 def _save_average(teacher: WMATeacher, folder: Path, processing_class: Any) -> None:

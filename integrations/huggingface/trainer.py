@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from wmateacher import WMATeacher, checks, diagnostics, losses
+from wmateacher import checks, diagnostics, losses
 from wmateacher.integrations.huggingface import comparison
-from wmateacher.integrations.huggingface.callback import FILE, TeacherCallback
+from wmateacher.integrations.huggingface.callback import FILE, CallbackMixin, TeacherCallback
 from wmateacher.integrations.huggingface.comparison import Comparison
 from wmateacher.integrations.resuming import Weights
 from wmateacher.losses import Criterion
@@ -29,7 +29,7 @@ _PREFIX = "teacher_"  # of the columns of a batch that are the teacher's alone
 Inputs = Mapping[str, Any]
 
 
-class TeacherMixin:
+class TeacherMixin(CallbackMixin):
     """Add distillation from the average of its own model to a Trainer; a base class before the Trainer's.
 
     The teacher gets the same batch as the model, without dropout and gradient, and the loss is
@@ -80,11 +80,6 @@ class TeacherMixin:
         checks.one_of("weights for evaluate_with", evaluate_with, ("student", "teacher"))
         if not isinstance(distill_weight, int | float) or not 0 <= distill_weight < float("inf"):
             raise ValueError(f"distill_weight must be a number of at least 0, got {distill_weight!r}")
-        if not isinstance(teacher_callback, TeacherCallback | None):
-            raise TypeError(
-                f"teacher_callback must be a TeacherCallback, got {teacher_callback!r}: "
-                "TeacherCallback(kernel=...)"
-            )
         if teacher_inputs is not None and not callable(teacher_inputs):
             raise TypeError(f"teacher_inputs must be a function of the batch, got {teacher_inputs!r}")
         auto = isinstance(distillation, str) and distillation == "auto"
@@ -94,28 +89,13 @@ class TeacherMixin:
                 f"distillation {distillation!r} compares {built.family}, but models of transformers return "
                 f"logits: choose from {', '.join(losses.available('logits'))}"
             )
-        super().__init__(*args, **kwargs)
-        self.teacher_callback = TeacherCallback() if teacher_callback is None else teacher_callback
-        self.add_callback(self.teacher_callback)  # type: ignore[attr-defined]
+        super().__init__(*args, teacher_callback=teacher_callback, **kwargs)
         self._distills, self._distillation = distillation is not None, built
         self._distill_weight, self._evaluate_with, self._view = distill_weight, evaluate_with, teacher_inputs
         self._checked = False  # whether the distillation fits the model's outputs
         self._sum: Tensor | None = None  # of the distillation since the last log
         self._first_step = 0  # that of the last log
         self._suspect, self._warned = False, False  # whether the distillation has been exactly 0
-
-    @property
-    def teacher(self) -> WMATeacher | None:
-        """The teacher; None before training."""
-        return self.teacher_callback.teacher
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does, and resume the teacher from the same folder."""
-        if isinstance(resume_from_checkpoint, str | Path):
-            self.teacher_callback.resume_from = resume_from_checkpoint
-        elif resume_from_checkpoint:  # the last one in output_dir, where the callback looks by itself
-            self.teacher_callback.resume_from = None
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     # --- distillation ---------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ class World:
         old_facts: The number of facts that pre-training teaches.
         new_facts: The number of further facts.
         skills: The names of the skills that pre-training teaches.
-        new: What is to be learned later: `"facts"`, or the name of a skill.
+        new: The knowledge that is learned later, `"facts"` or the name of a skill.
         seed: The seed of everything that is drawn.
 
     Raises:

@@ -110,7 +110,7 @@ class Recipe:
     """Pre-train a small transformer on facts and skills, then teach it something new.
 
     Attributes:
-        new: What is new: `facts`, or a skill: `reverse`, `successor` or `rotate`.
+        new: The knowledge to add: `facts`, or one of the skills `reverse`, `successor` and `rotate`.
         skills: The skills of pre-training.
         symbols: The number of symbols that prompts and answers are made of.
         old_facts: The number of facts of pre-training.
@@ -125,7 +125,7 @@ class Recipe:
             data and settings. A run of TRL that is interrupted starts again; finished ones are kept.
         methods: The methods by name.
         distill_weights: The weight of the teacher's term of `sft-teacher` by kernel, chosen on validation. A
-            weight of the method itself goes before it, and 1 is that of kernels that are not listed.
+            weight of the method itself takes precedence, and kernels that are not listed have the weight 1.
 
     Raises:
         ValueError: If a name is unknown or a number is out of range.

@@ -20,7 +20,7 @@ from wmateacher.integrations.language.recipes import Method, Settings
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Learning", "Questions", "fit"]
+__all__ = ["Learning", "Questions", "adamw", "fit"]
 
 Questions = loop.Stream[list[Question]]
 """Questions with their right answers."""
@@ -54,6 +54,14 @@ def fit(
     return training.fit(Learning(student, method, questions, settings), evaluate, **options)
 
 
+def adamw(student: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """Return the optimizer of the weights that are trained."""
+    return torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad],
+        lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99),
+    )  # fmt: skip
+
+
 class Learning(training.Training):
     """Train a causal language model on questions.
 
@@ -74,10 +82,7 @@ class Learning(training.Training):
         teacher = None if method.kernel is None else WMATeacher(student, method.kernel, settings.steps)
         super().__init__(method.name, settings, student, teacher)
         self.criterion = losses.build(method.distillation)
-        self.optimizer = torch.optim.AdamW(
-            [p for p in student.parameters() if p.requires_grad],
-            lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99),
-        )  # fmt: skip
+        self.optimizer = adamw(student, settings)
         self.questions = loop.BatchStream(questions)
 
     def batch(self, step: int) -> dict[str, Any]:

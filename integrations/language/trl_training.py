@@ -20,7 +20,7 @@ from wmateacher.diagnostics import parameter_gap
 from wmateacher.integrations.engine import tracking, training
 from wmateacher.integrations.language.data import END, PAD, Question, demonstrate, vocabulary, words
 from wmateacher.integrations.language.recipes import Method, Recipe, Settings
-from wmateacher.integrations.language.training import Questions
+from wmateacher.integrations.language.training import Questions, adamw
 
 with warnings.catch_warnings():
     # TRL warns on import that SDFT is experimental; the adapter accepts only tested versions.
@@ -162,10 +162,7 @@ def _trainer(
     data = [question for batch in batches for question in batch]
     config: Any = student.config
     symbols = config.vocab_size - vocabulary(0)
-    optimizer = torch.optim.AdamW(
-        [p for p in student.parameters() if p.requires_grad],
-        lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.99),
-    )  # fmt: skip
+    optimizer = adamw(student, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: settings.learning_rate_at(step) / settings.learning_rate
     )

@@ -20,15 +20,6 @@ SHORT = (
 )  # fmt: skip
 
 
-def measured(file):
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "environment")}
-        return [strip(v) for v in value] if isinstance(value, list) else value
-
-    return strip(json.loads(file.read_text()))
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder and the output of a run on one process."""
@@ -56,7 +47,7 @@ def test_a_run_is_a_table_curves_and_maps_and_survives_being_killed(whole, tmp_p
     assert "ema(0.9)" not in json.loads(file.read_text())["methods"]
     again = programs.run(EXAMPLE, *SHORT, "--output", tmp_path)
     assert again.returncode == 0, again.stderr
-    assert measured(file) == measured(folder / "results.json")
+    assert programs.measured(file) == programs.measured(folder / "results.json")
 
 
 @pytest.mark.slow

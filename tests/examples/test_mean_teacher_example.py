@@ -29,15 +29,6 @@ SHORT = (
 METHODS = ["supervised", "fixmatch", "mean-teacher", "uniform"]
 
 
-def measured(file):
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "environment")}
-        return [strip(v) for v in value] if isinstance(value, list) else value
-
-    return strip(json.loads(file.read_text()))
-
-
 @pytest.mark.slow
 def test_a_run_is_a_table_and_curves_and_survives_being_killed(tmp_path):
     done = programs.run(EXAMPLE, *SHORT, "--output", tmp_path / "whole")
@@ -55,7 +46,7 @@ def test_a_run_is_a_table_and_curves_and_survives_being_killed(tmp_path):
     assert len(json.loads(file.read_text())["methods"]) < len(METHODS)
     again = programs.run(EXAMPLE, *SHORT, "--output", killed)
     assert again.returncode == 0, again.stderr
-    assert measured(file) == measured(tmp_path / "whole/results.json")
+    assert programs.measured(file) == programs.measured(tmp_path / "whole/results.json")
 
 
 @pytest.mark.slow

@@ -21,15 +21,6 @@ SHORT = (
 METHODS = ["start", "sft", "sft-teacher static", "sdft static"]
 
 
-def measured(file):
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(v) for k, v in value.items() if k not in ("seconds", "environment")}
-        return [strip(v) for v in value] if isinstance(value, list) else value
-
-    return strip(json.loads(file.read_text()))
-
-
 def test_a_run_is_a_table_and_a_picture_and_continues_where_it_stopped(tmp_path, capsys):
     output = tmp_path / "whole"
     self_distillation.main([*SHORT, "--seeds", "2", "--output", str(output)])
@@ -45,7 +36,7 @@ def test_a_run_is_a_table_and_a_picture_and_continues_where_it_stopped(tmp_path,
     assert (output / "courses.png").read_bytes().startswith(b"\x89PNG")
     self_distillation.main([*SHORT, "--seeds", "1", "--output", str(tmp_path / "parts")])
     self_distillation.main([*SHORT, "--seeds", "2", "--output", str(tmp_path / "parts")])
-    assert measured(tmp_path / "parts/results.json") == measured(output / "results.json")
+    assert programs.measured(tmp_path / "parts/results.json") == programs.measured(output / "results.json")
 
 
 def test_trls_trainers_give_the_same_table_and_finished_runs_are_kept(tmp_path, capsys, monkeypatch):

@@ -24,15 +24,6 @@ def test_the_interval_is_scipys():
     assert comparison.half_width([1.0]) == math.inf
 
 
-def test_means_are_over_all_seeds():
-    lines = comparison.means(results(a={0: 1.0, 1: 3.0}, b={0: 2.0}), COLUMNS).splitlines()
-    assert [line.split() for line in lines] == [
-        ["method", "new", "gap"],
-        ["a", "2.0", "±12.7"],
-        ["b", "2.0", "±inf"],
-    ]
-
-
 def test_differences_are_taken_seed_by_seed_over_the_seeds_of_both():
     """Seeds differ by tens and the methods by one, so intervals that are not paired would hide it."""
     both = results(a={2: 31.5, 0: 11.0, 1: 21.25, 3: 99.0}, b={0: 10.0, 1: 20.0, 2: 30.0})
