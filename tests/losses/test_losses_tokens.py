@@ -189,7 +189,7 @@ def test_a_loss_without_tokens_refuses_a_mask(spec):
 
 
 def test_token_mask_follows_the_shift_of_causal_models():
-    labels = [[-100, -100, 3, 1, 4, -100], [-100, 2, -100, 0, 1, 1]]
+    labels = [[-100, -100, 3, 1, 4, -100], [7, 2, -100, 0, 1, 1]]
     expected = [[0, 1, 1, 1, 0, 0], [1, 0, 1, 1, 1, 0]]
     assert losses.token_mask(torch.tensor(labels)).int().tolist() == expected
     here = [[int(label != -100) for label in row] for row in labels]
