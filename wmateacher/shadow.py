@@ -133,7 +133,7 @@ class Shadow:
         self._plan: Plan | None = None
         self._shared: list[Tensor] = []
         self._statistics = Watch({})
-        self._frozen = Watch({})  # what it shares, as it was at the last update
+        self._frozen = Watch({})  # the shared parameters since the last update
         self._lost: list[str] = []  # the unfrozen parameters of which the value is lost
         self._start_averages(Binding(student), self.roles.averaged)
         own = pairing.tensors(self.module)
@@ -254,9 +254,9 @@ class Shadow:
         self.take_up(names, step)
 
     def note_values(self) -> None:
-        """Note what the shared parameters and running statistics are now.
+        """Accept the present values of shared parameters and running statistics.
 
-        `take_up_unfrozen` and `statistics_were_reset` compare them.
+        `take_up_unfrozen` and `statistics_were_reset` look for writes after this.
         """
         self._frozen.settle()
         self._statistics.settle()

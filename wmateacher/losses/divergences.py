@@ -183,8 +183,8 @@ class TopK:
 
 def _weigh(p: Tensor, x: Tensor, unknown: Tensor) -> Tensor:
     """Return p x in the place of x, where p = 0 gives 0 whatever x is; rows that are `unknown` stay NaN."""
-    # NaN stands for 0 times infinity, or for infinity minus infinity where p is 0, but not in rows that are
-    # NaN.
+    # A NaN comes from 0 times infinity or, where p is 0, from infinity minus infinity, unless the row was NaN
+    # before.
     x.mul_(p).nan_to_num_(0.0, torch.inf, -torch.inf)
     x[:, :1].masked_fill_(unknown, torch.nan)  # which makes the row's sum and gradient NaN
     return x

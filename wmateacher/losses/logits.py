@@ -88,7 +88,7 @@ class _TokenLoss(nn.Module):
     """The mean of a divergence over the positions that count."""
 
     def divergence(self) -> Divergence:
-        """Return the divergence, as the present attributes set it."""
+        """Return the divergence for the present values of the attributes."""
         raise NotImplementedError
 
     @_family.standalone
@@ -121,7 +121,7 @@ class _Tempered(_TokenLoss):
         raise NotImplementedError
 
     def divergence(self) -> Divergence:
-        """Return the divergence, as the present attributes set it."""
+        """Return the divergence for the present values of the attributes."""
         divergence = self.between_rows()
         if self.top_k is not None:
             divergence = TopK(divergence, self.top_k, tail=self.tail, of_student=self.support == "student")
@@ -250,7 +250,7 @@ class MSE(_TokenLoss):
         self.space = checks.one_of("mse space", space, ("probabilities", "logits"))
 
     def divergence(self) -> Divergence:
-        """Return the divergence, as the present attributes set it."""
+        """Return the divergence for the present values of the attributes."""
         return LogitError() if self.space == "logits" else ProbabilityError()
 
 
