@@ -13,6 +13,10 @@ import torch
 
 TESTS = Path(__file__).parent
 
+# Autograd counts the devices once, in the first backward pass of a process. If a test made that pass while it
+# imitates an accelerator, autograd would start threads for it, and refuse to run in forks from then on.
+torch.ones(1, requires_grad=True).sum().backward()
+
 # A folder, or a module beside this file, -> its group. Everything else is the library alone.
 GROUPS = {
     "integrations": "integration",

@@ -19,8 +19,7 @@ import warnings
 from pathlib import Path
 
 # What every program imports (torch._dynamo: in an optimizer's first step), once for all forks.
-import torch
-import torch._dynamo
+import torch._dynamo  # noqa: F401
 
 import wmateacher  # noqa: F401
 
@@ -123,9 +122,6 @@ def _execute(argv, cwd, env, stdout, stderr):
     os.environ.update({key: str(value) for key, value in env.items()})
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
-    if not _can_differentiate():
-        os.environ["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
-        os.execv(sys.executable, [sys.executable, "-W", "ignore::DeprecationWarning", *argv])
     sys.stdout, sys.stderr = map(os.fdopen, (1, 2), "ww")
     warnings.resetwarnings()
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -144,12 +140,3 @@ def _execute(argv, cwd, env, stdout, stderr):
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code)
-
-
-def _can_differentiate():
-    """Whether autograd works in this fork: not if the test process has started threads for it before."""
-    try:
-        torch.ones(1, requires_grad=True).sum().backward()
-    except RuntimeError:
-        return False
-    return True

@@ -218,7 +218,6 @@ def test_one_step_of_the_loop_counts_once(loop, first):
     assert not torch.equal(teacher.module[0].weight, student[0].weight)
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.slow  # the first compilation of a process
 @pytest.mark.parametrize(("kind", "whole"), [(torch.optim.SGD, False), (Clearing, True)])
 def test_a_compiled_step_counts_once(kind, whole):

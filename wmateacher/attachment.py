@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -87,15 +88,11 @@ class Attachment:
 
     def _hook(self, optimizer: Any) -> Sequence[Any]:
         """Have an optimizer report its steps, and return the handles that end it."""
+        # A compiled step would compile the update, too, in many pieces that gain nothing.
+        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
         if zero.is_optimizer(optimizer):
-            before, after = (
-                functools.partial(f, optimizer, (), {}) for f in (self._before_step, self._after_step)
-            )
-            return [zero.StepHooks(optimizer, before, after)]
-        return [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+            return [zero.StepHooks(optimizer, *(partial(f, optimizer, (), {}) for f in (before, after)))]
+        return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_outermost():
