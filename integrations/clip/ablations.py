@@ -68,11 +68,26 @@ def _terms(tracer: Method, steps: int, of: str) -> dict[str, Method]:
 
 def _intervals(tracer: Method, steps: int, of: str) -> dict[str, Method]:
     made = {"every 1": replace(tracer, update_every=1)}
-    for published in (500, 2500):
-        every = max(2, round(steps * published / paper.ABLATION_STEPS))
+    for published in ("500", "2500"):
+        every = _interval(published, steps)
         made[f"every {every}"] = replace(tracer, update_every=every)
         made[f"every {every}, published clock"] = replace(tracer, update_every=every, clock="published")
     return made
+
+
+def _interval(published: str, steps: int) -> int:
+    """Return the interval that has as many updates in a run as a published one has in the paper's."""
+    return max(2, round(steps * int(published) / paper.ABLATION_STEPS)) if published != "1" else 1
+
+
+def _published(what: str, steps: int) -> Mapping[str, tuple[float, float, float | None]]:
+    """Return the paper's figures by the names of the variants. Its intervals are those of its own clock."""
+    if what != "interval":
+        return paper.ABLATIONS[what]
+    return {
+        "every 1" if n == "1" else f"every {_interval(n, steps)}, published clock": figures
+        for n, figures in paper.ABLATIONS[what].items()
+    }
 
 
 def _alphas(tracer: Method, steps: int, of: str) -> dict[str, Method]:
@@ -125,7 +140,7 @@ def table(
     """
     from scipy.stats import spearmanr
 
-    published = paper.ABLATIONS[what] if beside else {}
+    published = _published(what, steps) if beside else {}
     rows, ours, theirs = [], [], []
     for name, method in methods.items():
         record = results["methods"].get(name)
@@ -142,12 +157,11 @@ def table(
             share = start_share(method, steps)
             row["W^0 share"] = "" if share is None else f"{100 * share:.2f}%"
         if published:
+            row |= dict.fromkeys(("paper's ID", "OOD", "ECE"), "")
+        if name in published:
             top, ood, theirs_ece = published[name]
-            row |= {
-                "paper's ID": "" if top is None else f"{top:.2f}",
-                "OOD": f"{ood:.2f}",
-                "ECE": f"{theirs_ece:.3f}",
-            }
+            row |= {"paper's ID": f"{top:.2f}", "OOD": f"{ood:.2f}"}
+            row["ECE"] = "" if theirs_ece is None else f"{theirs_ece:.3f}"
             if record["ood"] is not None:
                 ours.append(record["ood"])
                 theirs.append(ood)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,10 +16,11 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from wmateacher.integrations.clip.data import files, imagenet
-from wmateacher.integrations.clip.data.batches import Batch, Sampling
+from wmateacher.integrations.clip.data.batches import Batch, Pairing, Sampling
 from wmateacher.integrations.clip.data.digits import DigitPairs, normalise
 from wmateacher.integrations.clip.data.photos import PhotoPairs
 from wmateacher.integrations.clip.evaluation import Labelled, Scorer, score, score_set
+from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Prompts, Tokenizer, Towers
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Settings
 from wmateacher.integrations.engine import loop, processes
@@ -163,7 +166,7 @@ class PhotoData:
             )
         self.recipe, self._workers = recipe, workers
         templates = recipe.templates or imagenet.openai_templates()
-        self.prompts = Prompts(imagenet.class_names(), templates, tokenizer)
+        self.prompts = Prompts(imagenet.head_names(), templates, tokenizer)
         self.train = files.load(recipe.train, root)
         files.check_labels(self.train, imagenet.CLASSES)
         self.labelled = self.train.labels is not None
@@ -176,25 +179,35 @@ class PhotoData:
         )
         self.tests: Mapping[str, Scorer] = {
             name: partial(
-                score_set, test=imagenet.load(name, root), transform=view,
+                score_set, test=imagenet.load(name, root, crop_border=recipe.crop_border), transform=view,
                 batch_size=recipe.evaluation_batch, workers=workers,
             )
             for name in recipe.tests
         }  # fmt: skip
 
+    def captioned_for(self, method: Method) -> PhotoData:
+        """Return the same data with the captions of a method, unless the recipe has its own."""
+        if self.recipe.templates or method.templates == "openai":
+            return self
+        captioned = copy(self)
+        captioned.prompts = replace(self.prompts, templates=imagenet.tracer_templates())
+        return captioned
+
     def pairs(self, settings: Settings) -> PhotoPairs:
         """Return the pairs of the training set."""
-        return self._read(self.train, settings, self.recipe.sampling)
+        return self._read(self.train, settings, self.recipe.sampling, self.recipe.pairing)
 
     def anchors(self, settings: Settings) -> PhotoPairs | None:
         """Return the pairs of the recipe's anchors, or None if it names none."""
         return None if self._anchors is None else self._read(self._anchors, settings, "epochs")
 
-    def _read(self, data: files.Captioned, settings: Settings, sampling: Sampling) -> PhotoPairs:
+    def _read(
+        self, data: files.Captioned, settings: Settings, sampling: Sampling, pairing: Pairing = "once"
+    ) -> PhotoPairs:
         return PhotoPairs(
             data, self._view, self.prompts.tokenizer, batch_size=settings.batch_size, seed=settings.seed,
-            classes=self.prompts.classes, templates=self.prompts.templates, sampling=sampling,
-            workers=self._workers,
+            classes=imagenet.class_names(), templates=self.prompts.templates, sampling=sampling,
+            pairing=pairing, workers=self._workers,
         )  # fmt: skip
 
 

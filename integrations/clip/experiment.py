@@ -17,7 +17,7 @@ from torch import nn
 from wmateacher.integrations.clip.datamodules import CLIPData, DigitsData, PhotoData
 from wmateacher.integrations.clip.evaluation import Scorer, Scores, summarise
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
-from wmateacher.integrations.clip.model import Student, build, head_of, towers_of
+from wmateacher.integrations.clip.model import Prompts, Student, build, head_of, towers_of
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Recipe
 from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.engine import experiment, loop, processes
@@ -133,8 +133,9 @@ class Experiment(experiment.Experiment[Recipe]):
         """Fine-tune by the method `name` from the pretrained towers, and evaluate."""
         end = self._finished(self.recipe.method(name), seed)
         series = end.history.series
-        scores = self._scores(end.networks)
-        validation = self.evaluate(end.student, self.data.validation)  # type: ignore[arg-type]
+        prompts = self._data_of(self.recipe.trained(name)).prompts
+        scores = self._scores(end.networks, prompts)
+        validation = self.evaluate(end.student, self.data.validation, prompts)  # type: ignore[arg-type]
         in_distribution = next(iter(self.data.tests))
         summaries = {side: summarise(s, in_distribution) for side, s in scores.items()}
         record = {
@@ -147,39 +148,49 @@ class Experiment(experiment.Experiment[Recipe]):
         }
         return Outcome(record, self._tables(series, scores))
 
-    def evaluate(self, student: Student, tests: Mapping[str, Scorer] | None = None) -> dict[str, Scores]:
-        """Score a model on sets, by default on the test sets of the data."""
+    def evaluate(
+        self, student: Student, tests: Mapping[str, Scorer] | None = None, prompts: Prompts | None = None
+    ) -> dict[str, Scores]:
+        """Score a model on sets, by default on the test sets of the data, with its prompts."""
         chosen = self.data.tests if tests is None else tests
         if not chosen:
             return {}
-        towers, head = towers_of(student), head_of(student, self.prompts)
+        towers, head = towers_of(student), head_of(student, prompts or self.prompts)
         return {name: scorer(towers, head) for name, scorer in chosen.items()}
 
     def _finished(self, method: Method, seed: int) -> Fit:
         """Return the networks at the end of a method."""
         if method.merge is not None:
             return self._merged(method.merge, seed)
-        student = build_student(method, deepcopy(self.towers), self.prompts)
+        data = self._data_of(method)
+        student = build_student(method, deepcopy(self.towers), data.prompts)
         if not method.trains:
             return Fit(student)
         settings = replace(self.recipe.finetune, seed=self.recipe.finetune.seed + 1 + seed)
         options = self.loop_options(method.name, seed)
         return fit(
-            student, method, self.data.pairs(settings), settings,
-            prompts=self.prompts, anchors=self.data.anchors(settings) if method.anchors else None,
-            evaluate=lambda networks: _figures(self._scores(networks)),
+            student, method, data.pairs(settings), settings,
+            prompts=data.prompts, anchors=data.anchors(settings) if method.anchors else None,
+            evaluate=lambda networks: _figures(self._scores(networks, data.prompts)),
             evaluate_every=self.recipe.evaluate_every or 0,
             after_read=None if self.say is None else _telling(self.say, str(options["label"])), **options,
         )  # fmt: skip
 
-    def _scores(self, networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Scores]]:
+    def _data_of(self, method: Method) -> CLIPData:
+        """Return the data with the captions of a method."""
+        return self.data.captioned_for(method) if isinstance(self.data, PhotoData) else self.data
+
+    def _scores(self, networks: Mapping[str, nn.Module], prompts: Prompts) -> dict[str, dict[str, Scores]]:
         """Score student and teacher on the test sets."""
-        return {side: self.evaluate(network) for side, network in networks.items()}  # type: ignore[arg-type]
+        return {
+            side: self.evaluate(network, prompts=prompts)  # type: ignore[arg-type]
+            for side, network in networks.items()
+        }
 
     def _merged(self, merge: Merge, seed: int) -> Fit:
         """Return weights between the pretrained and the fine-tuned ones."""
         method = self.recipe.method(merge.of)
-        student = build_student(method, deepcopy(self.towers), self.prompts)
+        student = build_student(method, deepcopy(self.towers), self._data_of(method).prompts)
         ends = [self._finished(method, merge.models * seed + i) for i in range(merge.models)]
         states = [end.student.state_dict() for end in ends]
         start = student.state_dict()

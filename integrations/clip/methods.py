@@ -145,6 +145,8 @@ class Method:
         probe_rate: The learning rate of these steps, in multiples of the recipe's.
         rate: The learning rate, in multiples of the recipe's.
         weight_decay: The weight decay if it is not the recipe's.
+        templates: ImageNet's captions in training and in the zero-shot head, `openai` (80) or `tracer` (86),
+            unless the recipe has captions of its own.
         scale_outside: Whether the linear head is trained without the logit scale, which then multiplies its
             output. The head's steps are larger by that factor.
         clip_norm: The largest gradient norm if the recipe has none.
@@ -176,6 +178,7 @@ class Method:
     rate: float = 1.0
     weight_decay: float | None = None
     scale_outside: bool = False
+    templates: Literal["openai", "tracer"] = "openai"
     clip_norm: float | None = None
     update_every: int = 1
     clock: clocks.Clock = "steps"
@@ -186,6 +189,7 @@ class Method:
         one_of("head", self.head, ("text", "linear"))
         one_of("clock", self.clock, clocks.CLOCKS)
         one_of("l2_sp_of", self.l2_sp_of, ("weights", "all"))
+        one_of("templates", self.templates, ("openai", "tracer"))
         positive_int("update_every", self.update_every)
         if self.distill_from_step < 0:
             raise ValueError(

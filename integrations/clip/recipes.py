@@ -9,7 +9,7 @@ from typing import TypeVar
 from wmateacher.checks import lookup, one_of
 from wmateacher.integrations.clip import paper
 from wmateacher.integrations.clip.data import imagenet
-from wmateacher.integrations.clip.data.batches import Sampling
+from wmateacher.integrations.clip.data.batches import Pairing, Sampling
 from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
 from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.sampling import steps_per_epoch
@@ -187,6 +187,12 @@ class DigitsRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("data", self.data, digits.SOURCES)
+        for method in self.methods.values():
+            if method.templates != "openai":
+                raise ValueError(
+                    f"method {method.name!r} has templates={method.templates!r}, which are for ImageNet's "
+                    "classes: leave them out for digits, which have captions of their own"
+                )
 
     def adjust(self) -> DigitsRecipe:
         """Return the recipe with more steps of pre-training if `data` was changed to larger data.
@@ -283,16 +289,22 @@ class PhotoRecipe(Recipe):
         train: The training pairs: `imagenet-train`, a .csv or .tsv file of captions, or .tar shards.
         anchors: Pairs like those of pre-training, named like `train`, for methods that need them.
         tests: The test sets; the first is in-distribution.
-        templates: Captions with one `{}` for the class, in training and in the zero-shot head. If empty,
-            OpenAI's 80 are used.
+        templates: Captions with one `{}` for the class, in training and in the zero-shot head, for all
+            methods. If empty, each method has its own.
         epochs: Passes over the training pairs. If it is None, or `finetune.steps` was changed,
             `finetune.steps` decides.
         sampling: `epochs`, or `balanced` to draw all classes equally often.
+        pairing: `once` shows each image once an epoch, with a random caption. `published` draws an epoch's
+            pairs among all images with all captions, as the published code does with its table of them: some
+            images come several times, and 37% do not come at all.
         scale: The smallest and largest share of an image in a training crop.
         flip: The probability of a horizontal flip.
         evaluate_every: Optimizer steps between evaluations of student and teacher during training; 0
             evaluates at the end only, None after each epoch.
-        evaluation_batch: Images per batch in evaluation.
+        evaluation_batch: Images per batch in evaluation. It changes the per-batch calibration error, which
+            the published figures have in batches of the published training batch size.
+        crop_border: Whether to cut off the red border of ObjectNet's images, as its authors ask. The
+            published figures are of images with their border.
     """
 
     pretrained: str | None
@@ -302,10 +314,12 @@ class PhotoRecipe(Recipe):
     templates: tuple[str, ...] = ()
     epochs: int | None = 10
     sampling: Sampling = "epochs"
+    pairing: Pairing = "once"
     scale: tuple[float, float] = (0.9, 1.0)
     flip: float = 0.5
     evaluate_every: int | None = None
     evaluation_batch: int = 256
+    crop_border: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -321,6 +335,12 @@ class PhotoRecipe(Recipe):
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
         one_of("sampling", self.sampling, ("epochs", "balanced"))
+        one_of("pairing", self.pairing, ("once", "published"))
+        if self.pairing == "published" and self.sampling == "balanced":
+            raise ValueError(
+                "pairing='published' draws images by itself, got sampling='balanced': use sampling='epochs', "
+                "or pairing='once'"
+            )
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale must be two shares of an image such as (0.9, 1.0), got {self.scale}")
         if not 0 <= self.flip <= 1:
@@ -379,7 +399,9 @@ def _imagenet(
     regularised = ("static-sd", "ema", "carot", "tracer")
     methods = {n: replace(m, cross_frobenius=c_f) if n in regularised else m for n, m in METHODS.items()}
     for teacher in ("static-sd", "ema", "tracer"):
-        methods[teacher] = replace(methods[teacher], distillation=distillation, distill_weight=distill_weight)
+        methods[teacher] = replace(
+            methods[teacher], distillation=distillation, distill_weight=distill_weight, templates="tracer"
+        )
     methods["ema"] = replace(methods["ema"], orthogonality=0.2)
     return PhotoRecipe(
         name=name,
@@ -392,6 +414,7 @@ def _imagenet(
         ),
         methods=methods,
         default=("zero-shot", "flyp", "carot", "tracer"),
+        evaluation_batch=batch,
         published=name.removeprefix("imagenet-"),
     )  # fmt: skip
 

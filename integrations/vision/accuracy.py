@@ -25,8 +25,9 @@ class Scores(NamedTuple):
     Attributes:
         accuracy: The top-1 accuracy, in percent.
         ece: The expected calibration error over the whole set, in [0, 1], with 10 bins and the l1 norm.
-        ece_per_batch: The mean of the calibration errors of the batches. The published TRACER figures are
-            computed this way. It is larger, and depends on the size and the order of the batches.
+        ece_per_batch: The mean of the calibration errors of the batches, weighted by their sizes. The
+            published TRACER figures are computed this way, in batches of the training batch size. It is
+            larger, and depends on the size and the order of the batches.
         reliability: For each of the 10 bins of confidence with images, their mean confidence, their accuracy
             in [0, 1], and their share of the set.
     """
@@ -69,6 +70,7 @@ def score(
         for _ in "ab"
     )
     per_batch: list[Tensor] = []
+    sizes: list[int] = []
     bins = torch.zeros(_BINS, 3, dtype=torch.float64, device=device)
     training = classifier.training
     classifier.eval()
@@ -85,6 +87,7 @@ def score(
             accuracy.update(probabilities, labels)
             overall.update(probabilities, labels)
             per_batch.append(single(probabilities, labels))
+            sizes.append(len(labels))
             _fill(bins, probabilities, labels)
     finally:
         classifier.train(training)
@@ -93,7 +96,8 @@ def score(
     return Scores(
         100 * accuracy.compute().item(),
         overall.compute().item(),
-        torch.stack(per_batch).mean().item(),
+        (torch.stack(per_batch) @ torch.tensor(sizes, dtype=per_batch[0].dtype, device=device)).item()
+        / sum(sizes),
         _reliability(bins),
     )
 

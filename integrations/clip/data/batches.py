@@ -7,10 +7,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Sampling", "join"]
+__all__ = ["Batch", "Pairing", "Sampling", "join"]
 
 Sampling = Literal["epochs", "balanced"]
 """The way to draw batches: a new permutation each epoch, or all classes equally often."""
+Pairing = Literal["once", "published"]
+"""The way to pair: a caption for each image of a batch, or rows of a table of all pairs."""
 
 
 class Batch(NamedTuple):

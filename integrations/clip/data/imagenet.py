@@ -29,29 +29,51 @@ __all__ = [
     "Test",
     "class_names",
     "find",
+    "head_names",
     "load",
     "openai_templates",
     "read_image",
+    "tracer_templates",
 ]
 
 CLASSES = 1000
 _BORDER = 2
+# In OpenAI's list 657 and 744 are both "missile", 836 and 837 both "sunglasses".
+_RENAMED = {
+    201: "Silky Terrier", 227: "Kelpie", 638: "maillot", 639: "tank suit", 692: "product packet",
+    744: "projectile", 837: "dark glasses", 911: "woolen",
+}  # fmt: skip
+_HARD_TO_SEE = ("small", "vague", "distant", "partially visible", "hidden", "faint")
 
 
 @lru_cache
 def class_names() -> tuple[str, ...]:
-    """Return OpenAI's names of the 1,000 classes."""
+    """Return OpenAI's names of the 1,000 classes, which fill the captions in training. Two occur twice."""
     import open_clip
 
     return tuple(open_clip.IMAGENET_CLASSNAMES)
 
 
 @lru_cache
+def head_names() -> tuple[str, ...]:
+    """Return the 1,000 distinct names that the published zero-shot heads are made of.
+
+    Eight differ from `class_names`, so that no two classes have the same column.
+    """
+    return tuple(_RENAMED.get(i, name) for i, name in enumerate(class_names()))
+
+
+@lru_cache
 def openai_templates() -> tuple[str, ...]:
-    """Return OpenAI's 80 captions. TRACER trains on six more of its own, which are not published."""
+    """Return OpenAI's 80 captions."""
     import open_clip
 
     return tuple(t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES)
+
+
+def tracer_templates() -> tuple[str, ...]:
+    """Return TRACER's 86 captions: OpenAI's 80 and six on what is hard to see."""
+    return (*openai_templates(), *(f"a photo containing a {how} {{}}." for how in _HARD_TO_SEE))
 
 
 @dataclass(frozen=True)
@@ -195,11 +217,17 @@ def find(name: str, root: Path) -> Path:
     )
 
 
-def load(name: str, root: Path) -> Test:
+def load(name: str, root: Path, *, crop_border: bool = False) -> Test:
     """Read a test set, which may have a part of its classes only.
 
     ImageNet-R and -A are scored among their 200 classes. ObjectNet is scored among its 113 classes; the
     logit of each is the largest among the ImageNet classes that it is mapped to.
+
+    Args:
+        name: A name of `SETS`.
+        root: The folder that holds the sets.
+        crop_border: Whether to cut off the red border of ObjectNet's images, 2 pixels, as its authors ask.
+            The published figures, like those of WiSE-FT's code, are of images with their border.
 
     Raises:
         ValueError: If there is no set of that name, a folder in it is not one of its classes, or it has no
@@ -209,7 +237,7 @@ def load(name: str, root: Path) -> Test:
     folder = find(name, root)
     wanted = SETS[name]
     if wanted.layout == "objectnet":
-        return _objectnet(folder)
+        return _objectnet(folder, _BORDER if crop_border else 0)
     if wanted.layout == "numbers":
         return Test(_labelled(folder, {str(i): i for i in range(CLASSES)}, name), CLASSES, _all)
     if wanted.subset is None:
@@ -285,8 +313,8 @@ def _labelled(
     return Photos([file for file, _ in kept], torch.tensor([i for _, i in kept]), border)
 
 
-def _objectnet(folder: Path) -> Test:
-    """Return the ObjectNet classes that its mappings relate to ImageNet, without the images' red border."""
+def _objectnet(folder: Path, border: int) -> Test:
+    """Return the ObjectNet classes that its mappings relate to ImageNet."""
     mappings = folder / "mappings"
     named = _json(mappings / "folder_to_objectnet_label.json")
     related = _json(mappings / "objectnet_to_imagenet_1k.json")
@@ -308,7 +336,7 @@ def _objectnet(folder: Path) -> Test:
         ) from error
     ordered = sorted(groups)
     label = {name: i for i, name in enumerate(ordered)}
-    images = _labelled(folder / "images", label, "objectnet", _BORDER, tuple(named))
+    images = _labelled(folder / "images", label, "objectnet", border, tuple(named))
     return Test(images, len(ordered), _Largest(tuple(groups[name] for name in ordered)))
 
 

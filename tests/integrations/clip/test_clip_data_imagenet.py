@@ -59,8 +59,15 @@ def test_subsets_are_scored_among_their_200_classes(root, name, first):
     assert {picked[label] for label in found.images.labels.tolist()} == set(CHOSEN[name])
 
 
+def test_objectnet_keeps_its_border_unless_it_is_to_be_cut_off(root):
+    """The published figures are of whole images; ObjectNet's authors ask to cut off 2 pixels."""
+    for image, _ in imagenet.load("objectnet", root).images:
+        assert image.size == (44, 34)
+        assert image.getpixel((1, 1)) == image.getpixel((43, 33)) == (255, 0, 0)
+
+
 def test_objectnet_takes_the_largest_mapped_logit_and_loses_its_border(root):
-    found = imagenet.load("objectnet", root)
+    found = imagenet.load("objectnet", root, crop_border=True)
     assert found.classes == 2  # of the three objects one has no ImageNet class
     assert len(found.images) == 4
     for image, label in found.images:
@@ -143,7 +150,7 @@ def test_sets_are_scored_among_their_classes(root, name, workers):
 
 
 def test_an_image_that_is_all_border_cannot_be_read(root):
-    found = imagenet.load("objectnet", root).images
+    found = imagenet.load("objectnet", root, crop_border=True).images
     picture(root / "objectnet-1.0/images/bench/0.png", 0, size=(4, 9))
     with pytest.raises(OSError, match="4 x 9 pixels, nothing but its border"):
         found[found.files.index(str(root / "objectnet-1.0/images/bench/0.png"))]

@@ -2,13 +2,24 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from itertools import islice
 from math import cos, pi
 
+import numpy as np
+import open_clip
 import pytest
 import torch
+from miniature import everything
 from tiny_clip import SOURCE, pairs
+from torch.func import functional_call
 from torch.nn import functional as F
 
+from wmateacher.integrations.clip import recipes
+from wmateacher.integrations.clip.data import imagenet
+from wmateacher.integrations.clip.data.files import Table
+from wmateacher.integrations.clip.data.photos import PhotoPairs, Rows
+from wmateacher.integrations.clip.datamodules import PhotoData
+from wmateacher.integrations.clip.evaluation import score
 from wmateacher.integrations.clip.methods import METHODS, RandomTexts
 from wmateacher.integrations.clip.model import Prompts, build
 from wmateacher.integrations.clip.objective import random_tokens
@@ -23,6 +34,7 @@ def pretrained():
     """Towers in float64, and the texts of the digits."""
     torch.manual_seed(7)
     towers, tokenizer = build("tiny-vit-16")
+    towers.clip.token_embedding.requires_grad_(False)  # most of the weights, and most of the time
     return towers.double(), Prompts(SOURCE.classes, SOURCE.templates, tokenizer)
 
 
@@ -120,8 +132,8 @@ def share(name, step, every):
 def written_out(name, towers, batches, *, decay, every=1):
     """Train by the published loop and return the average, or None without one."""
     teacher = deepcopy(towers) if name in ("carot", "tracer") else None
-    start = {key: value.detach().clone() for key, value in towers.named_parameters()}
-    parameters = list(towers.parameters())
+    start = deepcopy(dict(towers.named_parameters()))
+    parameters = [p for p in towers.parameters() if p.requires_grad]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     for step in range(SETTINGS.steps):
         used = teacher if step or name != "tracer" else None
@@ -130,7 +142,7 @@ def written_out(name, towers, batches, *, decay, every=1):
         weight = None if teacher is None else share(name, step, every)
         if weight is not None:
             with torch.no_grad():
-                for old, new in zip(teacher.parameters(), parameters, strict=True):
+                for old, new in zip(teacher.parameters(), towers.parameters(), strict=True):
                     old.add_(weight * (new - old))
     return teacher
 
@@ -187,9 +199,12 @@ def test_training_is_that_of_the_published_loop(pretrained, name):
         assert ["crd" in values for values in logged] == [False] + [True] * 9
 
 
-def test_lipsum_ft_trains_its_head_with_the_logit_scale_outside(pretrained):
+@pytest.mark.parametrize("name", ["lipsum-ft", "ft"])
+def test_a_linear_head_is_trained_as_in_the_published_loop(pretrained, name):
+    """Lipsum-FT trains its head with the logit scale outside; FT with the scale inside, and clips at norm 1."""
     towers, prompts = pretrained
-    task, _, stream = trained(METHODS["lipsum-ft"], towers, prompts)
+    lipsum = name == "lipsum-ft"
+    task, _, stream = trained(replace(METHODS[name], rate=1.0), towers, prompts)
     expected = deepcopy(towers)
     scale = towers.clip.logit_scale.exp().detach()
 
@@ -197,21 +212,27 @@ def test_lipsum_ft_trains_its_head_with_the_logit_scale_outside(pretrained):
         return F.normalize(towers.clip.encode_text(words), dim=1).detach()
 
     named = [texts(prompts.tokenizer([t.format(c) for t in prompts.templates])) for c in prompts.classes]
-    head = F.normalize(torch.stack([rows.mean(0) for rows in named]), dim=1).requires_grad_()
+    head = F.normalize(torch.stack([rows.mean(0) for rows in named]), dim=1)
+    head = (head if lipsum else scale * head).requires_grad_()
     parameters = [head, *expected.clip.visual.parameters()]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     for step in range(SETTINGS.steps):
         batch = stream.batch(step)
         image = F.normalize(expected.clip.encode_image(batch.images), dim=1)
-        with torch.no_grad():
-            before = F.normalize(towers.clip.encode_image(batch.images), dim=1)
-        random = texts(random_tokens(prompts.tokenizer, RandomTexts(80, 8), 0, step))
-        energies = (scale * image @ random.T - scale * before @ random.T).square().sum(1) / (2 * 80)
-        loss = F.cross_entropy(scale * (image @ head.T), batch.labels) + energies.mean()
+        loss = F.cross_entropy((scale if lipsum else 1) * (image @ head.T), batch.labels)
+        if lipsum:
+            with torch.no_grad():
+                before = F.normalize(towers.clip.encode_image(batch.images), dim=1)
+            random = texts(random_tokens(prompts.tokenizer, RandomTexts(80, 8), 0, step))
+            energies = scale * image @ random.T - scale * before @ random.T
+            loss = loss + energies.square().sum(1).mean() / (2 * 80)
         loss.backward()
-        adamw(parameters, moments, step, decay=0.0)
+        norm = torch.stack([p.grad.square().sum() for p in parameters]).sum().sqrt()
+        for parameter in [] if lipsum else parameters:
+            parameter.grad.mul_(min(1.0, 1 / (norm.item() + 1e-6)))
+        adamw(parameters, moments, step, decay=0.0 if lipsum else 0.1)
     assert_same(task.student.towers, expected, towers)
-    torch.testing.assert_close(task.student.head, scale * head.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(task.student.head, (scale if lipsum else 1) * head.T, rtol=1e-9, atol=1e-9)
 
 
 def test_an_l2_pull_survives_a_phase_that_trains_the_head_alone(pretrained):
@@ -220,3 +241,169 @@ def test_an_l2_pull_survives_a_phase_that_trains_the_head_alone(pretrained):
     method = replace(METHODS["l2-sp"], head="linear", probe=0.5)
     _, logged, _ = trained(method, towers, prompts, steps=4, warmup=0)
     assert all(torch.isfinite(values["loss"]) for values in logged)
+
+
+def test_the_teachers_running_statistics_stay_the_pretrained_ones():
+    """The published code averages parameters only: batch normalisation in RN50's teacher keeps its statistics."""
+    torch.manual_seed(3)
+    towers, tokenizer = build("tiny-resnet-32")
+    prompts = Prompts(SOURCE.classes, SOURCE.templates, tokenizer)
+    method = recipes.get("imagenet-rn50").method("tracer")
+    task = FineTuning(deepcopy(towers), method, pairs(towers, prompts), SETTINGS, prompts, None)
+    average = dict(towers.named_parameters())
+    for step in range(3):
+        task.train_step(step)
+        weight = share("tracer", step, 1)
+        average = {
+            key: average[key] + weight * (value.detach() - average[key])
+            for key, value in task.student.named_parameters()
+        }
+    towers.eval()
+    expected = functional_call(towers, average, pairs(towers, prompts).batch(9)[:3])
+    for ours, theirs in zip(task.teacher(*pairs(towers, prompts).batch(9)[:3]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    moved = dict(task.student.named_buffers())
+    for key, value in towers.named_buffers():
+        assert torch.equal(dict(task.teacher.module.named_buffers())[key], value)
+    assert any(not torch.equal(moved[key], value) for key, value in towers.named_buffers())
+
+
+# --- ImageNet: names, captions, pairs, evaluation -------------------------------------------------
+
+
+def test_heads_have_distinct_names_and_captions_the_common_ones():
+    common, distinct = imagenet.class_names(), imagenet.head_names()
+    assert (len(common), len(set(common)), len(set(distinct))) == (1000, 998, 1000)
+    differing = {
+        i: name for i, (name, other) in enumerate(zip(distinct, common, strict=True)) if name != other
+    }
+    assert differing == {
+        201: "Silky Terrier", 227: "Kelpie", 638: "maillot", 639: "tank suit", 692: "product packet",
+        744: "projectile", 837: "dark glasses", 911: "woolen",
+    }  # fmt: skip
+
+
+def test_tracer_has_86_captions_and_others_80():
+    seen = ["small", "vague", "distant", "partially visible", "hidden", "faint"]
+    openai = [t("{}") for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    expected = [*openai, *(f"a photo containing a {how} {{}}." for how in seen)]
+    assert list(imagenet.tracer_templates()) == expected
+    assert len(set(expected)) == 86
+    for name in ("imagenet-vit-b-16", "imagenet-vit-l-14", "imagenet-rn50"):
+        methods = recipes.get(name).methods.values()
+        assert {m.name for m in methods if m.templates == "tracer"} == {"static-sd", "ema", "tracer"}
+    with pytest.raises(ValueError, match="'tracer' has templates='tracer', which are for ImageNet's classes"):
+        replace(recipes.DIGITS, methods={"tracer": replace(METHODS["tracer"], templates="tracer")})
+
+
+def photo_recipe(**changes):
+    recipe = replace(recipes.get("imagenet-vit-b-16"), model="tiny-vit-16", pretrained=None, **changes)
+    return replace(recipe, finetune=replace(recipe.finetune, batch_size=8, warmup=0, precision="fp32"))
+
+
+def test_the_recipes_data_has_each_methods_captions_and_the_heads_names(tmp_path):
+    everything(tmp_path, {"imagenet": (744, 837), "imagenet-r": (1, 2, 9), "imagenet-a": (6, 11)}, each=8)
+    torch.manual_seed(0)
+    towers, tokenizer = build("tiny-vit-16")
+
+    def seen(method, **changes):
+        recipe = photo_recipe(**changes)
+        data = PhotoData(recipe, towers, tokenizer, root=tmp_path).captioned_for(recipe.method(method))
+        stream = islice(data.pairs(recipe.finetune)(0), 12)
+        captions = {tuple(t) for batch in stream for t in batch.tokens.tolist()}
+        return data, captions
+
+    def filled(templates):
+        named = [t.format(name) for t in templates for name in ("missile", "sunglasses")]
+        return {tuple(t) for t in tokenizer(named).tolist()}
+
+    data, captions = seen("tracer")
+    assert data.prompts.classes == imagenet.head_names()
+    assert data.prompts.templates == imagenet.tracer_templates()
+    assert captions <= filled(imagenet.tracer_templates())
+    assert not captions <= filled(imagenet.openai_templates())
+    assert data.tests["objectnet"].keywords["test"].images.border == 0
+    data, captions = seen("carot", crop_border=True)
+    assert data.prompts.templates == imagenet.openai_templates()
+    assert captions <= filled(imagenet.openai_templates())
+    assert data.tests["objectnet"].keywords["test"].images.border == 2
+    data, captions = seen("tracer", templates=("a {}", "the {}"), pairing="published")
+    assert captions == filled(("a {}", "the {}"))
+
+
+def test_published_pairs_are_rows_of_the_table_of_all_images_with_all_captions():
+    """An epoch is as long as the images alone would take, so that it misses 1/e of them."""
+    count, templates, batch = 4000, 86, 64
+    rows, again = Rows(count, templates, batch, 5), Rows(count, templates, batch, 5)
+    drawn = [torch.stack([rows(step), rows.templates(step)]) for step in range(2 * rows.steps_per_epoch)]
+    assert rows.steps_per_epoch == -(-count // batch)
+    assert all(pair.shape == (2, batch) for pair in drawn)
+    epochs = [torch.cat(drawn[: len(drawn) // 2], 1), torch.cat(drawn[len(drawn) // 2 :], 1)]
+    for images, captions in epochs:
+        assert len((images * templates + captions).unique()) == len(images)
+        # Independently: a shuffled table, cut off.
+        table = torch.randperm(count * templates)[: len(images)] // templates
+        missed, wanted = (1 - len(i.unique()) / count for i in (images, table))
+        assert missed == pytest.approx(wanted, abs=0.03)
+        assert missed == pytest.approx((1 - len(images) / count / templates) ** templates, abs=0.02)
+        assert captions.bincount(minlength=templates).min() > 0
+    assert not torch.equal(*epochs)
+    assert torch.equal(again(70), drawn[70][0])
+    assert torch.equal(again.templates(70), drawn[70][1])
+    small = Rows(10, 1, 4, 0)
+    assert sorted(torch.cat([small(step) for step in range(3)]).unique().tolist()) == list(range(10))
+
+
+def test_bad_pairings(tmp_path):
+    with pytest.raises(ValueError, match="unknown pairing 'publish'; did you mean 'published'"):
+        photo_recipe(pairing="publish")
+    with pytest.raises(
+        ValueError, match="pairing='published' draws images by itself, got sampling='balanced'"
+    ):
+        photo_recipe(pairing="published", sampling="balanced")
+    (tmp_path / "pairs.csv").write_text("filepath,title\nx.png,an x\n")
+    with pytest.raises(ValueError, match="needs captions made of templates, and these pairs have their own"):
+        PhotoPairs(Table(tmp_path / "pairs.csv"), None, None, batch_size=1, seed=0, pairing="published")
+
+
+class Given(torch.nn.Module):
+    """Towers whose features are the images' first values."""
+
+    def encode_image(self, images, normalize):
+        return images[:, 0, 0]
+
+
+def calibration(confidence, right):
+    """The l1 calibration error of 10 bins."""
+    which = np.minimum((10 * confidence).astype(int), 9)
+    gaps = [abs((right - confidence)[which == b].sum()) for b in range(10)]
+    return sum(gaps) / len(confidence)
+
+
+def test_the_per_batch_calibration_error_is_weighted_over_batches_of_the_training_size():
+    """A calibrated classifier of ImageNet-A's size, sorted by class, whose accuracy differs between classes."""
+    random = np.random.default_rng(0)
+    classes, count = 200, 7500
+    labels = np.sort(random.integers(classes, size=count))
+    confidence = random.uniform(0.02, 0.9, classes)[labels] + random.uniform(0, 0.09, count)
+    right = random.random(count) < confidence
+    predicted = np.where(right, labels, (labels + 1) % classes)
+    probabilities = np.repeat(((1 - confidence) / (classes - 1))[:, None], classes, 1)
+    probabilities[np.arange(count), predicted] = confidence
+    images = torch.from_numpy(np.log(probabilities)).float()[:, None, None]
+
+    def scored(size):
+        batches = zip(images.split(size), torch.from_numpy(labels).split(size), strict=True)
+        return score(Given(), torch.eye(classes), batches)
+
+    def published(size):
+        parts = [slice(first, first + size) for first in range(0, count, size)]
+        return sum(calibration(confidence[p], right[p]) * len(right[p]) for p in parts) / count
+
+    scores = scored(512)
+    assert scores.ece == pytest.approx(calibration(confidence, right), abs=1e-6)
+    assert scores.ece_per_batch == pytest.approx(published(512), abs=1e-6)
+    assert scored(256).ece_per_batch == pytest.approx(published(256), abs=1e-6)
+    assert scores.ece < 0.012 < scores.ece_per_batch < 0.8 * published(256)
+    sizes = {"imagenet-vit-b-16": 512, "imagenet-vit-l-14": 224, "imagenet-rn50": 512}
+    assert {name: recipes.get(name).evaluation_batch for name in sizes} == sizes
