@@ -75,6 +75,7 @@ class Steps:
         precision: `fp32`, or `bf16` for autocast.
         methods: The names of the methods to take steps by.
         backend: The backend of `torch.compile` for student and teachers; None does not compile.
+        compiled_teachers: Whether to compile the teachers alone, by the default backend.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class Steps:
         precision: str,
         methods: Sequence[str],
         backend: str | None = None,
+        *,
+        compiled_teachers: bool = False,
     ):
         torch.manual_seed(0)
         parameters = list(student.parameters())
@@ -107,6 +110,8 @@ class Steps:
             student.compile(backend=backend)
             for teacher in self.teachers.values():
                 teacher.module.compile(backend=backend)
+        for teacher in self.teachers.values() if compiled_teachers else ():
+            teacher.module.compile()
         # Compiling the forward alone leaves `encode_image` as it is, so FT's pass is compiled by itself.
         encode = self.student.encode_image
         self._encode = encode if backend is None else torch.compile(encode, backend=backend)

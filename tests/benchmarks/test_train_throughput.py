@@ -13,16 +13,26 @@ import train_throughput
 from wmateacher.integrations.clip.model import build
 
 
-def test_both_methods_are_timed_part_by_part():
-    arguments = argparse.Namespace(model="tiny-vit-16", batch=4, precision="fp32", rounds=3, device="cpu")
+def test_all_methods_are_timed_part_by_part(monkeypatch):
+    compiling = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiling(module, backend="eager"))
+    arguments = argparse.Namespace(
+        model="tiny-vit-16", batch=4, precision="fp32", rounds=3, device="cpu", compile_teacher=True
+    )
     results = train_throughput.measure(arguments)
-    flyp, tracer = results["seconds"]["flyp"], results["seconds"]["tracer"]
-    assert set(flyp) == {"step", "forward+backward", "optimizer"}
+    ft, flyp, tracer, compiled = results["seconds"].values()
+    assert set(ft) == set(flyp) == {"step", "forward+backward", "optimizer"}
     assert set(tracer) == {*flyp, "teacher", "losses", "losses, forward", "update"}
-    assert all(seconds > 0 for seconds in (*flyp.values(), *tracer.values()))
-    assert results["floor"] == pytest.approx(4 / 3)
+    assert set(compiled) | {"losses"} == set(tracer)
+    assert all(seconds > 0 for parts in results["seconds"].values() for seconds in parts.values())
+    ratios = {f"{r['of']} / {r['over']}": r["median"] for r in results["ratios"]}
+    assert list(ratios) == [
+        "tracer / flyp", "tracer / ft", "tracer, teacher compiled / flyp", "tracer, teacher compiled / ft",
+    ]  # fmt: skip
+    assert all(ratio > 0 for ratio in ratios.values())
     table = train_throughput.table(results)
-    assert [line.split()[0] for line in table.splitlines()] == ["method", "flyp", "tracer", "TRACER"]
+    assert [line.split(" ")[0] for line in table.splitlines()][:4] == ["method", "ft", "flyp", "tracer"]
+    assert table.endswith("floor of tracer / flyp: 1.333")
 
 
 def test_a_step_trains_and_averages():
