@@ -46,6 +46,9 @@ def test_the_toy_experiment_is_the_papers():
         wma, name="", summary="", kernel="static"
     )
     assert wma.kernel == "beta(0.5,0.5)"
+    # 1e-3 times the squared distance of everything, beside the weight decay.
+    pull = recipe.method("l2-sp")
+    assert (pull.l2_sp / 2, pull.l2_sp_of, pull.weight_decay) == (1e-3, "all", None)
 
 
 def test_toy_colours_multiply_normalised_pixels():
