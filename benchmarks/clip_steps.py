@@ -25,10 +25,11 @@ class Stopwatch:
 
     Args:
         device: The device that works.
+        clock: The clock that is read on a CPU.
     """
 
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter):
+        self._cuda, self._clock = device.type == "cuda", clock
         self._marks: list[tuple[str, Any]] = []
 
     def start(self) -> None:
@@ -56,7 +57,7 @@ class Stopwatch:
 
     def _now(self) -> Any:
         if not self._cuda:
-            return time.perf_counter()
+            return self._clock()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -76,6 +77,7 @@ class Steps:
         methods: The names of the methods to take steps by.
         backend: The backend of `torch.compile` for student and teachers; None does not compile.
         compiled_teachers: Whether to compile the teachers alone, by the default backend.
+        clock: The clock of the stopwatch on a CPU.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Steps:
         backend: str | None = None,
         *,
         compiled_teachers: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         torch.manual_seed(0)
         parameters = list(student.parameters())
@@ -105,7 +108,7 @@ class Steps:
         self.texts = texts.to(self.device)
         self.caption = torch.arange(batch, device=self.device)
         self.labels = self.caption % CLASSES
-        self.stopwatch = Stopwatch(self.device)
+        self.stopwatch = Stopwatch(self.device, clock)
         if backend is not None:
             student.compile(backend=backend)
             for teacher in self.teachers.values():

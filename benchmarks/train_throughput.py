@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def main() -> None:
     parser.add_argument(
         "--compile-teacher", action="store_true", help="also time TRACER with its teacher compiled"
     )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="on a CPU, measure the process's CPU time, which other work on the machine changes less",
+    )
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/train-throughput"))
     arguments = parser.parse_args()
@@ -71,6 +77,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     steps = Steps(
         student.to(arguments.device), texts, arguments.precision, ("ft", "flyp", "tracer"),
         compiled_teachers=arguments.compile_teacher,
+        clock=time.process_time if arguments.cpu_time else time.perf_counter,
     )  # fmt: skip
     names = ("ft", "flyp", "tracer", *((COMPILED,) if arguments.compile_teacher else ()))
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in names}

@@ -17,7 +17,13 @@ def test_all_methods_are_timed_part_by_part(monkeypatch):
     compiling = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiling(module, backend="eager"))
     arguments = argparse.Namespace(
-        model="tiny-vit-16", batch=4, precision="fp32", rounds=3, device="cpu", compile_teacher=True
+        model="tiny-vit-16",
+        batch=4,
+        precision="fp32",
+        rounds=3,
+        device="cpu",
+        compile_teacher=True,
+        cpu_time=True,
     )
     results = train_throughput.measure(arguments)
     ft, flyp, tracer, compiled = results["seconds"].values()

@@ -309,7 +309,9 @@ def test_the_recipes_data_has_each_methods_captions_and_the_heads_names(tmp_path
     def seen(method, **changes):
         recipe = photo_recipe(**changes)
         data = PhotoData(recipe, towers, tokenizer, root=tmp_path).captioned_for(recipe.method(method))
-        stream = islice(data.pairs(recipe.finetune)(0), 12)
+        drawn = data.pairs(recipe.finetune)
+        assert isinstance(drawn.order, Rows) == (recipe.pairing == "published")
+        stream = islice(drawn(0), 12)
         captions = {tuple(t) for batch in stream for t in batch.tokens.tolist()}
         return data, captions
 
