@@ -6,12 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from wmateacher.checks import one_of
 from wmateacher.integrations.engine import schedules, settings
 from wmateacher.integrations.engine.settings import Hidden, check_at_least
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
-__all__ = ["DRAWN", "PAPER_KERNEL", "RECIPES", "Crops", "Range", "Recipe", "Settings", "drawn", "photographs"]
+__all__ = [
+    "DRAWN",
+    "OBJECTIVES",
+    "PAPER_KERNEL",
+    "RECIPES",
+    "Crops",
+    "Range",
+    "Recipe",
+    "Settings",
+    "drawn",
+    "photographs",
+]
 
 Range = tuple[float, float]
 
@@ -19,6 +31,9 @@ DRAWN = digits.SOURCES
 """The data sets of grey images that are drawn in colour."""
 PAPER_KERNEL = "ema(0.996,1.0,schedule=cosine)"
 """A decay that rises from .996 to 1 along a cosine (Caron et al. 2021, section 3.2)."""
+
+OBJECTIVES: Mapping[str, str | None] = {"dino": None, "byol": "2*cosine", "moco-v3": "0.4*info_nce(0.2)"}
+"""The objectives. All but DINO's own are a loss of the registry between predictions and projections."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +95,15 @@ class Settings(settings.Settings):
         centering: `mean`, or `sinkhorn` as in DINOv2.
         center_momentum: Momentum of the mean centring.
         koleo: Weight of KoLeo, which spreads the features of the first global crop; 0.1 in DINOv2.
+        ibot: Weight of iBOT's term, which predicts the teacher's outputs at masked patches of global crops
+            (Zhou et al. 2022); 1 in iBOT and in DINOv2. It needs a vision transformer.
+        patch_head: Whether iBOT's term uses the head of the images, `shared` as in iBOT, or one of its own,
+            `separate` as in DINOv2.
+        mask_ratio: Range of the share of masked patches of an image.
+        mask_probability: Share of the global crops with masked patches.
+        objective: `dino`; or `byol` or `moco-v3`, whose student predicts the teacher's projections. They use
+            `hidden` and `bottleneck` for projector and predictor, which have batch normalisation, and none
+            of the settings of the head's outputs, temperatures and centring.
         precision: `fp32`, or `bf16` for autocast with float32 weights.
     """
 
@@ -102,11 +126,25 @@ class Settings(settings.Settings):
     centering: Literal["mean", "sinkhorn"] = "mean"
     center_momentum: float = 0.9
     koleo: float = 0.0
+    ibot: float = 0.0
+    patch_head: Literal["shared", "separate"] = "shared"
+    mask_ratio: Range = (0.1, 0.5)
+    mask_probability: float = 0.5
+    objective: Literal["dino", "byol", "moco-v3"] = "dino"
     precision: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, batch_size=2, hold_last=0, temperature_warmup=0, koleo=0)
+        check_at_least(self, batch_size=2, hold_last=0, temperature_warmup=0, koleo=0, ibot=0)
+        one_of("objective", self.objective, OBJECTIVES)
+        one_of("patch_head", self.patch_head, ("shared", "separate"))
+        low, high = self.mask_ratio
+        if not 0 < low <= high < 1:
+            raise ValueError(f"mask_ratio must be a range within (0, 1), got {self.mask_ratio}")
+        if not 0 < self.mask_probability <= 1:
+            raise ValueError(f"mask_probability must be in (0, 1], got {self.mask_probability}")
+        if self.ibot and self.objective != "dino":
+            raise ValueError(f"ibot adds to objective 'dino', got {self.objective!r}: set ibot=0")
         if not self.first_teacher_temperature > 0:
             raise ValueError(
                 f"first_teacher_temperature must be above 0, got {self.first_teacher_temperature}"

@@ -1,4 +1,4 @@
-"""Training a backbone by DINO: one step of the training loop."""
+"""Training a backbone by DINO or one of its relatives: one step of the training loop."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from wmateacher import WMATeacher
+from wmateacher import WMATeacher, losses
 from wmateacher.diagnostics import parameter_gap
-from wmateacher.integrations.dino.model import Head, MultiCrop, MultiCropLoss, koleo
-from wmateacher.integrations.dino.recipes import PAPER_KERNEL, Settings
+from wmateacher.integrations.dino.masks import Masks, draw_blocks
+from wmateacher.integrations.dino.model import (
+    MLP,
+    Head,
+    MultiCrop,
+    MultiCropLoss,
+    Output,
+    PairLoss,
+    koleo,
+    masked_loss,
+)  # fmt: skip
+from wmateacher.integrations.dino.recipes import OBJECTIVES, PAPER_KERNEL, Settings
 from wmateacher.integrations.engine import collapse, loop, processes, training
+from wmateacher.integrations.engine.sampling import generator
 from wmateacher.losses.logits import DINO
 
 if TYPE_CHECKING:
@@ -71,25 +82,23 @@ class Pretraining(training.Training):
         self, backbone: nn.Module, stream: loop.Stream[list[Tensor]], settings: Settings, kernel: str
     ):
         torch.manual_seed(settings.seed)
-        head = Head(
-            backbone.num_features,  # type: ignore[arg-type]
-            settings.outputs, settings.hidden, settings.bottleneck, unit_norm=settings.unit_norm,
-            batch_norm=settings.head_batch_norm,
-        )  # fmt: skip
         device = next(backbone.parameters()).device
-        student = MultiCrop(backbone, head).to(device).train()
+        student = _network(backbone, settings).to(device).train()
         self.model = processes.parallel(student)
-        super().__init__(kernel, settings, student, WMATeacher(student, kernel, settings.steps))
-        criterion = DINO(
-            settings.outputs, settings.student_temperature, settings.first_teacher_temperature,
-            settings.center_momentum, settings.centering,
-        )  # fmt: skip
-        self.loss = MultiCropLoss(criterion).to(self.device)
-        self.monitor = collapse.OutputMonitor(settings.outputs).to(self.device)
+        # As published, the teacher's batch norms, if it has any, use its own batches; nothing is dropped.
+        teacher = WMATeacher(student, kernel, settings.steps, mode="train")
+        super().__init__(kernel, settings, student, teacher)
+        spec = OBJECTIVES[settings.objective]
+        criterion, patches = _criterion(settings), _criterion(settings)
+        self.loss = MultiCropLoss(criterion) if spec is None else PairLoss(losses.build(spec, gather="rows"))
+        self.loss.to(self.device)
+        self.patch_criterion = patches.to(self.device) if settings.ibot else None
+        outputs = settings.outputs if spec is None else settings.bottleneck
+        self.monitor = collapse.OutputMonitor(outputs).to(self.device)
+        lower = f"teacher_temperature ({settings.teacher_temperature}) or " if spec is None else ""
         self.watch = collapse.CollapseWatch(
-            kernel, settings.steps, settings.outputs, min(5.0, 0.05 * settings.outputs),
-            f"lower teacher_temperature ({settings.teacher_temperature}) or learning_rate "
-            f"({settings.learning_rate}), or use another kernel",
+            kernel, settings.steps, outputs, min(5.0, 0.05 * outputs) if spec is None else 0.0,
+            f"lower {lower}learning_rate ({settings.learning_rate}), or use another kernel",
         )  # fmt: skip
         self.optimizer = torch.optim.AdamW(_groups(student), lr=0.0, fused=True)
         self.batch = loop.BatchStream(stream)
@@ -98,38 +107,104 @@ class Pretraining(training.Training):
         """Take one optimizer step."""
         settings = self.settings
         crops = [crop.to(self.device, non_blocking=True) for crop in self.batch(step)]
+        masks = self._masks(step, crops[0]) if settings.ibot else None
         decayed, plain = self.optimizer.param_groups
         decayed["lr"] = plain["lr"] = settings.learning_rate_at(step)
         decayed["weight_decay"] = settings.weight_decay_at(step)
-        self.loss.criterion.teacher_temperature = settings.teacher_temperature_at(step)
         with settings.autocast(self.device):
-            target = self.teacher(crops[:2])
-            output = self.model(crops)
-        loss, probabilities = self.loss(output.logits, target.logits)
-        total = loss
+            target = self.teacher(crops[:2], masks, hide=False)
+            output = self.model(crops, masks)
+        losses, probabilities = self._losses(step, output, target, masks)
+        total = sum(losses.values(), torch.zeros((), device=self.device))
         if settings.koleo:
-            total = loss + settings.koleo * koleo(output.features[0])
+            total = total + settings.koleo * koleo(output.features[0])
         total.backward()
         if settings.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), settings.clip_norm)
-        if step < settings.hold_last:
-            self.student.head.hold_last_layer()
+        if step < settings.hold_last and settings.objective == "dino":
+            for head in (self.student.head, self.student.patch_head):
+                if head is not None:
+                    head.hold_last_layer()  # type: ignore[operator]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.teacher.update()
-        logged: dict[str, Tensor | float] = {"loss": loss.detach(), "gap": parameter_gap(self.teacher)}
-        return logged | self.monitor.update(step, probabilities)
+        logged = {name: loss.detach() for name, loss in losses.items()}
+        return {**logged, "gap": parameter_gap(self.teacher), **self.monitor.update(step, probabilities)}
+
+    def _losses(
+        self, step: int, output: Output, target: Output, masks: Masks | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the losses by name, `loss` first, and what tells whether the teacher's outputs collapse."""
+        settings = self.settings
+        if settings.objective != "dino":
+            found = {"loss": self.loss(output.predictions, target.logits)}
+            # Embeddings have no classes. Their softmax is the same for all inputs if and only if they are.
+            return found, (nn.functional.normalize(target.logits.float(), dim=-1) / 0.1).softmax(-1)
+        temperature = settings.teacher_temperature_at(step)
+        criterion: Any = self.loss.criterion
+        criterion.teacher_temperature = temperature
+        loss, probabilities = self.loss(output.logits, target.logits)
+        found = {"loss": loss}
+        if masks is not None:
+            assert self.patch_criterion is not None
+            self.patch_criterion.teacher_temperature = temperature
+            found["ibot"] = settings.ibot * masked_loss(
+                self.patch_criterion, output.patches, target.patches, masks.weights  # type: ignore[arg-type]
+            )  # fmt: skip
+        return found, probabilities
+
+    def _masks(self, step: int, crop: Tensor) -> Masks:
+        """Return the masks of this process's global crops."""
+        backbone: Any = self.student.backbone
+        rows, columns = backbone.patch_embed.patch_size
+        grid = (crop.shape[-2] // rows, crop.shape[-1] // columns)
+        settings = self.settings
+        hidden = draw_blocks(
+            2 * settings.batch_size, grid, settings.mask_ratio, settings.mask_probability,
+            generator(settings.seed, 2, step),
+        )  # fmt: skip
+        own = processes.shard_rows(hidden.unflatten(0, (2, -1)).transpose(0, 1)).transpose(0, 1)
+        return Masks.of(own.flatten(0, 1)).to(self.device)
 
     def stateful(self) -> dict[str, loop.Part]:
         """Return every object whose state changes during training."""
         return {
             "student": self.student, "teacher": self.teacher, "loss": self.loss,
             "monitor": self.monitor, "optimizer": self.optimizer,
+            **({} if self.patch_criterion is None else {"patch_criterion": self.patch_criterion}),
         }  # fmt: skip
 
     def run_config(self) -> dict[str, Any]:
         """Return the kernel and the settings."""
         return {"kernel": self.name, **self.settings.run_config()}
+
+
+def _network(backbone: nn.Module, settings: Settings) -> MultiCrop:
+    """Return the backbone with the heads of the objective."""
+    width: int = backbone.num_features  # type: ignore[assignment]
+
+    def head() -> Head:
+        return Head(
+            width, settings.outputs, settings.hidden, settings.bottleneck, unit_norm=settings.unit_norm,
+            batch_norm=settings.head_batch_norm,
+        )  # fmt: skip
+
+    if settings.objective != "dino":
+        inner, outer = settings.hidden, settings.bottleneck
+        projector = MLP([width, inner, outer], batch_norm=True, activation=nn.ReLU)
+        return MultiCrop(backbone, projector, MLP([outer, inner, outer], batch_norm=True, activation=nn.ReLU))
+    images = head()
+    separate = settings.ibot > 0 and settings.patch_head == "separate"
+    patches = head() if separate else images if settings.ibot else None
+    return MultiCrop(backbone, images, patch_head=patches)
+
+
+def _criterion(settings: Settings) -> DINO:
+    """Return DINO's loss."""
+    return DINO(
+        settings.outputs, settings.student_temperature, settings.first_teacher_temperature,
+        settings.center_momentum, settings.centering,
+    )  # fmt: skip
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:

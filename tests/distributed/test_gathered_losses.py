@@ -240,6 +240,22 @@ def test_sinkhorn_balances_the_batches_of_all_ranks(folder):
     torch.testing.assert_close(ours.targets(whole.split(ROWS[:size])[rank]), expected, rtol=1e-4, atol=1e-6)
 
 
+@on_ranks(1, 2, 4)
+def test_info_nce_of_features_has_the_candidates_of_all_ranks(folder):
+    size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 3 * size, 5, dtype=torch.float64, generator=generator).to(device())
+    weight = torch.eye(5, dtype=torch.float64, device=device()).requires_grad_()
+    own = slice(3 * rank, 3 * rank + 3)
+    loss = losses.build("info_nce")(student[own] @ weight, teacher[own])
+    (gradient,) = torch.autograd.grad(loss, weight)
+    whole = losses.build("info_nce", gather="off")(student @ weight, teacher)
+    (expected,) = torch.autograd.grad(whole, weight)
+    both = torch.cat([loss.detach()[None], gradient.flatten()])
+    torch.distributed.all_reduce(both)
+    torch.testing.assert_close(both / size, torch.cat([whole.detach()[None], expected.flatten()]))
+
+
 @on_ranks(2)
 def test_low_precision_gathers_in_float32(folder):
     _, own = batches(even=True)

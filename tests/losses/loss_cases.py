@@ -34,7 +34,7 @@ LOGITS = (
     f"dino({CLASSES})",
     f"dino({CLASSES},student_temperature=0.5,teacher_temperature=0.25)",
 )
-FEATURES = ("feature_mse", "cosine", "relational")
+FEATURES = ("feature_mse", "cosine", "relational", "info_nce", "info_nce(0.5)")
 SPECS = PAIRED + LOGITS + FEATURES
 
 # The arguments of a spec as the oracle's keywords.
@@ -47,6 +47,7 @@ PARAMETERS = {
     "jsd(0.1,2.0)": {"beta": 0.1, "temperature": 2.0},
     "jsd(0.9,top_k=2,support=teacher)": {"beta": 0.9, "top_k": 2, "support": "teacher"},
     "mse(space=logits)": {"space": "logits"},
+    "info_nce(0.5)": {"temperature": 0.5},
     LOGITS[-1]: {"student_temperature": 0.5, "teacher_temperature": 0.25},
 }
 

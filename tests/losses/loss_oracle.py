@@ -197,6 +197,12 @@ def cosine(student, teacher):
     return mean(1 - sum(a * b) for a, b in pairs)
 
 
+def info_nce_of_features(student, teacher, temperature=0.2):
+    rows, candidates = unit(rows_of(student)), unit(rows_of(teacher))
+    logits = [np.array([sum(a * b) / temperature for b in candidates]) for a in rows]
+    return mean(-math.log(softmax(row)[i]) for i, row in enumerate(logits))
+
+
 def relational(student, teacher):
     def relative(features):
         rows = features.reshape(len(features), -1)
@@ -238,6 +244,7 @@ ORACLES = {
     "feature_mse": feature_mse,
     "gd": gd,
     "icl": icl,
+    "info_nce": info_nce_of_features,
     "jsd": jsd,
     "kl": kl,
     "mse": mse,

@@ -1,5 +1,7 @@
 """The features family: identities, invariances, degenerate batches, errors."""
 
+import math
+
 import loss_oracle as oracle
 import pytest
 import torch
@@ -35,6 +37,18 @@ def test_cosine_and_relational_ignore_the_features_size(seed, factor):
     for spec in ("cosine", "relational"):
         expected = value(spec, student, teacher).item()
         assert value(spec, factor * student, teacher).item() == pytest.approx(expected, rel=1e-8)
+
+
+def test_info_nce_knows_rows_that_are_alike():
+    rows = torch.eye(4, dtype=torch.float64)
+    assert value("info_nce(0.01)", 3 * rows, rows).item() == pytest.approx(0, abs=1e-9)
+    assert value("info_nce", torch.ones(4, 3), torch.ones(4, 3)).item() == pytest.approx(
+        math.log(4), rel=1e-6
+    )
+    with pytest.raises(ValueError, match=r"info_nce needs features \[B, ..., d\], got shape \[4\]"):
+        value("info_nce", rows[0], rows[0])
+    with pytest.raises(ValueError, match="info_nce: temperature must be a finite number > 0, got 0"):
+        losses.build("info_nce(0)")
 
 
 @property_test

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wmateacher import checks
-from wmateacher.losses.numerics import upcast
+from wmateacher.losses.gathering import GatherMode
+from wmateacher.losses.numerics import diagonal_cross_entropy, upcast
 from wmateacher.losses.registry import add_family, register
 
-__all__ = ["cosine", "feature_mse", "relational"]
+__all__ = ["InfoNCE", "cosine", "feature_mse", "relational"]
 
 _TAKES = "a tensor of features [B, ...]"
 
@@ -37,6 +38,15 @@ def _prepare(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
 _family = add_family("features", _TAKES, _prepare)
 
 
+def _check_vectors(name: str, student: Tensor, teacher: Tensor) -> None:
+    checks.same_shape(name, student, teacher)
+    if student.ndim < 2:
+        raise ValueError(
+            f"{name} needs features [B, ..., d], got shape {list(student.shape)}; "
+            "add the feature dimension, for instance with .unsqueeze(-1)"
+        )
+
+
 @register("feature_mse", family="features")
 @_family.standalone
 def feature_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -57,13 +67,52 @@ def cosine(student: Tensor, teacher: Tensor) -> Tensor:
     Raises:
         ValueError: If the shapes differ, or there is no dimension after the batch.
     """
-    checks.same_shape("cosine", student, teacher)
-    if student.ndim < 2:
-        raise ValueError(
-            f"cosine needs features [B, ..., d], got shape {list(student.shape)}; "
-            "add the feature dimension, for instance with .unsqueeze(-1)"
-        )
+    _check_vectors("cosine", student, teacher)
     return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+
+
+@register("info_nce", family="features")
+class InfoNCE(nn.Module):
+    """Compute InfoNCE, by which each row of the student finds the teacher's row of the same input.
+
+        mean_i -log softmax_j(cos(f_S(i), f_T(j)) / tau)_i
+
+    With a predictor on the student and both orders of two views, 2 tau times this is the loss of MoCo v3
+    (Chen et al. 2021, algorithm 1). The candidates j are the teacher's rows on all ranks, unless
+    `gather_mode` is "off". The rows i are the rank's own, so the mean over ranks with equally many rows is
+    that of the whole batch, for the gradient too.
+
+    Attributes:
+        gather_mode: The `GatherMode` that says which ranks' batches count as one; set by `build`.
+    """
+
+    def __init__(self, temperature: float = 0.2) -> None:
+        """Set the temperature.
+
+        Args:
+            temperature: tau; the default is that of MoCo v3.
+
+        Raises:
+            ValueError: If the temperature is not a finite number above 0.
+        """
+        super().__init__()
+        self.temperature = checks.positive("info_nce", "temperature", temperature)
+        self.gather_mode = GatherMode()
+
+    @_family.standalone
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Compute the loss of features `[B, ..., d]`, 0-d; each vector in the last dimension is a row.
+
+        Raises:
+            ValueError: If the shapes differ, or there is no dimension after the batch.
+        """
+        _check_vectors("info_nce", student, teacher)
+        rows, candidates = (F.normalize(x, dim=-1).flatten(0, -2) for x in (student, teacher))
+        layout = self.gather_mode.layout(candidates)
+        if layout is not None:
+            candidates = layout.gather_replicated(candidates)
+        logits = rows @ candidates.mT / self.temperature
+        return diagonal_cross_entropy(logits, 0 if layout is None else layout.first)
 
 
 @register("relational", family="features")

@@ -182,8 +182,9 @@ def build(
     With an initialised process group, the paired losses treat the batches of all ranks as one, which may
     differ in size: every rank gets the loss of the concatenated batch, and gradients whose average over the
     ranks (which DDP and FSDP2 take) is the gradient of that loss. `dino` moves its centre by the mean over
-    all ranks. All other losses are means over the rank's own batch. Every rank must call the criterion,
-    with at least one row. Each call exchanges the batch sizes, and the host waits for them.
+    all ranks, and `info_nce` has the candidates of all ranks. All other losses are means over the rank's own
+    batch. Every rank must call the criterion, with at least one row. Each call exchanges the batch sizes, and
+    the host waits for them.
 
     Example:
         >>> criterion = build("kl + 0.5*mse(logits)")

@@ -4,7 +4,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmateacher.integrations.dino.model import MultiCropLoss, koleo
+from wmateacher import losses
+from wmateacher.integrations.dino.masks import Masks
+from wmateacher.integrations.dino.model import MultiCropLoss, PairLoss, koleo, masked_loss
 from wmateacher.losses.logits import DINO
 
 
@@ -107,3 +109,36 @@ def test_koleo_of_equal_rows_is_finite_and_of_one_row_an_error():
     assert torch.isfinite(koleo(torch.ones(3, 4)))
     with pytest.raises(ValueError, match=r"at least two rows of features, got shape \[1, 4\]"):
         koleo(torch.ones(1, 4))
+
+
+def test_ibot_compares_every_masked_patch_with_the_teacher_of_the_same_patch():
+    random = np.random.default_rng(0)
+    hidden = random.random((6, 9)) < 0.4
+    hidden[2] = False
+    student, teacher = random.normal(size=(2, int(hidden.sum()), 5))
+    criterion = DINO(5, 0.1, 0.07)
+    center = random.normal(size=5)
+    criterion.center.copy_(torch.from_numpy(center))
+    expected, row = 0.0, 0
+    for image in hidden:
+        for _ in range(image.sum()):
+            p, q = softmax((teacher[row] - center) / 0.07), softmax(student[row] / 0.1)
+            expected += -(p * np.log(q)).sum() / image.sum() / len(hidden)
+            row += 1
+    weights = Masks.of(torch.from_numpy(hidden)).weights
+    value = masked_loss(criterion, torch.from_numpy(student), torch.from_numpy(teacher), weights)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    moved = 0.9 * torch.from_numpy(center).float() + 0.1 * torch.from_numpy(teacher).float().mean(0)
+    torch.testing.assert_close(criterion.center, moved)
+
+
+def test_predictions_are_compared_with_all_other_global_crops():
+    student, teacher = torch.randn(3, 4, 5).double(), torch.randn(2, 4, 5).double()
+
+    def byol(s, t):
+        s, t = (x / x.norm(dim=-1, keepdim=True) for x in (s, t))
+        return (s - t).square().sum(-1).mean()  # Grill et al. 2020, equation 2
+
+    pairs = [(1, 0), (2, 0), (0, 1), (2, 1)]
+    expected = sum(byol(student[s], teacher[t]) for s, t in pairs) / 4
+    torch.testing.assert_close(PairLoss(losses.build("2*cosine"))(student, teacher), expected)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from wmateacher import WMATeacher
-from wmateacher.integrations.dino.model import Head, MultiCrop
+from wmateacher.integrations.dino.masks import Masks
+from wmateacher.integrations.dino.model import MLP, Head, MultiCrop
 from wmateacher.integrations.vision import backbones
 
 VIT = "vit_tiny_patch16_224(patch_size=4,embed_dim=16,depth=1,num_heads=2)"
@@ -55,6 +56,60 @@ def test_crops_of_one_size_go_through_together_and_come_out_in_order(spec):
     for i, crop in enumerate(crops):
         torch.testing.assert_close(output.features[i], backbone(crop), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(output.logits[i], network.head(backbone(crop)), rtol=1e-4, atol=1e-5)
+
+
+def masked_network():
+    backbone = backbones.build(VIT, 16).eval()
+    head = Head(backbone.num_features, 5, hidden=6, bottleneck=4)
+    network = MultiCrop(backbone, head, patch_head=Head(backbone.num_features, 7, hidden=6, bottleneck=4))
+    with torch.no_grad():
+        network.mask_token.normal_()
+    return network.eval()
+
+
+def test_the_student_does_not_see_masked_patches_and_the_teacher_does():
+    network = masked_network()
+    first, second, small = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.randn(2, 3, 8, 8)
+    hidden = torch.zeros(4, 16, dtype=torch.bool)
+    hidden[0, [0, 5]] = hidden[3, 15] = True
+    masks = Masks.of(hidden)
+    changed = first.clone()
+    changed[0, :, :4, :4] += 1  # patch 0
+    student, other = (network([x, second, small], masks) for x in (first, changed))
+    torch.testing.assert_close(other.logits, student.logits)
+    assert student.patches.shape == (3, 7)
+    plain = network([first, second, small])
+    assert plain.patches is None
+    torch.testing.assert_close(student.logits[0, 1], plain.logits[0, 1])  # nothing of it is hidden
+    torch.testing.assert_close(student.logits[2], plain.logits[2])  # local crops have no masks
+    assert (student.logits[0, 0] - plain.logits[0, 0]).abs().max() > 1e-4
+    teacher = network([first, second], masks, hide=False)
+    torch.testing.assert_close(teacher.logits, plain.logits[:2])
+    tokens = [network.backbone.forward_features(x)[:, 1:] for x in (first, second)]
+    expected = network.patch_head(torch.stack([tokens[0][0, 0], tokens[0][0, 5], tokens[1][1, 15]]))
+    torch.testing.assert_close(teacher.patches, expected)
+    assert not network.backbone.patch_embed._forward_hooks
+
+
+def test_global_and_local_crops_of_one_size_are_told_apart():
+    network, crops = masked_network(), list(torch.randn(3, 2, 3, 16, 16))
+    masks = Masks.of(torch.ones(4, 16, dtype=torch.bool))
+    torch.testing.assert_close(network(crops, masks).logits[2], network(crops).logits[2])
+
+
+def test_convolutions_cannot_be_masked():
+    backbone = backbones.build("test_resnet", 16)
+    head = Head(backbone.num_features, 5, hidden=6, bottleneck=4)
+    with pytest.raises(
+        ValueError, match="vision transformer of timm, got a backbone of class ResNet: choose"
+    ):
+        MultiCrop(backbone, head, patch_head=head)
+
+
+def test_rows_in_several_dimensions_are_one_batch():
+    network = MLP([3, 4, 2], batch_norm=True, activation=torch.nn.ReLU)
+    rows = torch.randn(5, 6, 3)
+    torch.testing.assert_close(network(rows), network(rows.flatten(0, 1)).unflatten(0, (5, 6)))
 
 
 def test_a_teacher_averages_directions_and_shares_the_held_norms():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from wmateacher.integrations.dino.crops import DrawnCrops
+from wmateacher.integrations.dino.model import Head
 from wmateacher.integrations.dino.recipes import PAPER_KERNEL, Crops, Settings
 from wmateacher.integrations.dino.training import Pretraining, fit
 from wmateacher.integrations.engine.collapse import CollapseWarning
@@ -42,7 +43,13 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("kernel", [PAPER_KERNEL, "beta(0.5,0.5)", "uniform"])
-@pytest.mark.parametrize("options", [{}, {"centering": "sinkhorn", "koleo": 0.1}, {"precision": "bf16"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"centering": "sinkhorn", "koleo": 0.1}, {"precision": "bf16"}, {"ibot": 1.0},
+        {"objective": "byol"}, {"objective": "moco-v3", "precision": "bf16"},
+    ],
+)  # fmt: skip
 def test_any_kernel_trains(kernel, options):
     fitted = run(replace(SETTINGS, **options), kernel)
     assert len(fitted.history.values("loss")) == 6
@@ -78,6 +85,43 @@ def test_the_last_layer_is_held_for_its_steps():
     assert moved == [False, False, True, True]
 
 
+@pytest.mark.parametrize(("kind", "heads"), [("shared", 1), ("separate", 2)])
+def test_patches_have_the_head_of_the_images_or_their_own(kind, heads):
+    fitted = run(replace(SETTINGS, ibot=0.5, patch_head=kind, hold_last=SETTINGS.steps))
+    student = fitted.student
+    assert (student.patch_head is student.head) == (heads == 1)
+    assert len({id(m) for m in student.modules() if isinstance(m, Head)}) == heads
+    for head in {student.head, student.patch_head}:
+        # Held for the whole run, so the average over the run is the layer itself.
+        average = fitted.teacher.module.get_submodule("patch_head" if head is not student.head else "head")
+        torch.testing.assert_close(average.last.weight, head.last.weight, rtol=0, atol=1e-6)
+        assert not torch.equal(average.mlp[0].weight, head.mlp[0].weight)
+    assert student.mask_token.abs().max() > 0
+    assert fitted.history.values("ibot")[-1] > 0
+
+
+def test_a_step_hides_the_same_patches_whenever_it_is_taken():
+    pretraining = Pretraining(
+        backbones.build(VIT, 16), DrawnCrops(digits.load("digits").val, WIDE, 16, Crops(16, 8, 2), 8, 3),
+        replace(SETTINGS, ibot=1.0), PAPER_KERNEL,
+    )  # fmt: skip
+    crop = torch.zeros(8, 3, 16, 16)
+    one, same, other = (pretraining._masks(step, crop).hidden for step in (3, 3, 4))
+    assert one.shape == (16, 16)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_the_teacher_uses_its_batches_as_published():
+    pretraining = task()
+    norms = [m for m in pretraining.teacher.module.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all(m.training for m in norms)
+    before = norms[0].running_mean.clone()
+    pretraining.train_step(0)
+    assert not torch.equal(norms[0].running_mean, before)
+
+
 def test_biases_and_norms_are_not_decayed():
     decayed, plain = task().optimizer.param_groups
     assert all(p.ndim > 1 for p in decayed["params"])
@@ -89,9 +133,17 @@ def evaluate(networks):
     return {"validation": float(sum(p.detach().sum() for p in networks["teacher"].parameters()))}
 
 
-@pytest.mark.parametrize("backbone", [VIT, "test_resnet"])
-def test_a_resumed_run_ends_bit_identical(tmp_path, backbone):
-    settings = replace(SETTINGS, koleo=0.1)
+@pytest.mark.parametrize(
+    ("backbone", "changes"),
+    [
+        (VIT, {"koleo": 0.1}),
+        (VIT, {"ibot": 1.0, "patch_head": "separate"}),
+        ("test_resnet", {"head_batch_norm": True}),
+        ("test_resnet", {"objective": "byol"}),
+    ],
+)
+def test_a_resumed_run_ends_bit_identical(tmp_path, backbone, changes):
+    settings = replace(SETTINGS, **changes)
     options = {"evaluate": evaluate, "evaluate_every": 2, "evaluate_last": True, "backbone": backbone}
     whole, file = run(settings, **options), tmp_path / "run.pt"
     for stop_after in (1, 3, 5):
@@ -133,6 +185,11 @@ def test_a_collapse_is_warned_of_once_by_name():
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"first_teacher_temperature": 0.0}, "first_teacher_temperature must be above 0, got 0.0"),
         ({"koleo": -1.0}, "koleo must be at least 0, got -1.0"),
+        ({"objective": "simclr"}, "unknown objective 'simclr'; .*available: byol, dino, moco-v3"),
+        ({"patch_head": "both"}, "unknown patch_head 'both'"),
+        ({"mask_ratio": (0.5, 0.1)}, r"mask_ratio must be a range within \(0, 1\), got \(0.5, 0.1\)"),
+        ({"mask_probability": 0.0}, r"mask_probability must be in \(0, 1\], got 0.0"),
+        ({"ibot": 1.0, "objective": "byol"}, "ibot adds to objective 'dino', got 'byol': set ibot=0"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
     ],
 )
