@@ -77,10 +77,19 @@ def start_late(teacher: WMATeacher, step: int, total_steps: int | None, missing:
     Args:
         teacher: A teacher that has counted no step.
         step: The optimizer step at which the run continues.
-        total_steps: The horizon of the whole run; None to keep the teacher's.
+        total_steps: The horizon of the continued run, in optimizer steps from its beginning; None to keep
+            the teacher's.
         missing: The missing part of the checkpoint, with which the warning begins.
         warn: See above.
+
+    Raises:
+        ValueError: If `step` is past `total_steps`.
     """
+    if total_steps is not None and step > total_steps:
+        raise ValueError(
+            f"total_steps={total_steps} ends before step {step}, at which the run continues: pass the "
+            "steps of the whole run, counted from its beginning, also if its checkpoint has no teacher"
+        )
     message = f"{missing}: the teacher starts here, from the student as it is"
     counted = min(step, getattr(teacher.kernel, "start_step", 0))
     if total_steps is not None:

@@ -68,8 +68,8 @@ class TeacherCallback(Callback):
 
         Args:
             kernel: The kernel, as for `WMATeacher`.
-            total_steps: The optimizer steps of the run. None for the Trainer's estimate from its limits, the
-                data and the gradient accumulation.
+            total_steps: The optimizer steps of the whole run, from its beginning also if it is resumed. None
+                for the Trainer's estimate from its limits, the data and the gradient accumulation.
             student: The path of the submodule to average, such as `"backbone"`; None for the whole
                 LightningModule.
             name: The attribute of the LightningModule that holds the teacher. Several callbacks need
@@ -168,8 +168,7 @@ class TeacherCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the optimizer's steps from here on: what a tuner has tried before does not count.
 
-        If the checkpoint of a resumed run has no teacher, average over the remaining steps, or over
-        `total_steps` if it was given.
+        If the checkpoint of a resumed run has no teacher, average over the remaining steps.
 
         Raises:
             ValueError: If not exactly one optimizer trains the student and `optimizer` names none.
@@ -183,10 +182,10 @@ class TeacherCallback(Callback):
             else:
                 self._start(pl_module)
         self._attachment = self.teacher.attach(self._counted(trainer, self._student_of(pl_module)))
-        step, total = trainer.global_step, plan[0] if self._total_steps is None else None
+        step = steps.taken(trainer)
         if step and not self.teacher.step:
             missing = f"the checkpoint at step {step} has no {self._name}"
-            resuming.start_late(self.teacher, step, total, missing, rank_zero_warn)
+            resuming.start_late(self.teacher, step, plan[0], missing, rank_zero_warn)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the run was shorter than the kernel's horizon."""
