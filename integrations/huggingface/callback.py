@@ -64,8 +64,13 @@ class TeacherCallback(TrainerCallback):
                 `from_pretrained` reads: the model or the adapter with its configuration, and the tokenizer or
                 processor if the Trainer has one.
             **options: Further options of `WMATeacher`: `update_every`, `dtype`, `device`, `buffers`,
-                `frozen`, `exclude`, `hooks`.
+                `frozen`, `exclude`, `mode`, `dropout`, `nonfinite`, `hooks`, `module_factory`.
+
+        Raises:
+            ValueError: If `total_steps` is out of range, or the kernel or an option is unknown.
+            TypeError: If no kernel can be built from `kernel`.
         """
+        resuming.check(kernel, total_steps, options)
         self.teacher: WMATeacher | None = None
         self.resume_from = resume_from
         self._kernel, self._total_steps, self._options = kernel, total_steps, options

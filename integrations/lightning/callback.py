@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -27,7 +26,6 @@ from wmateacher.kernels import KernelLike
 __all__ = ["TeacherCallback"]
 
 _TUNERS = (BatchSizeFinder, LearningRateFinder)
-_OPTIONS = [p.name for p in inspect.signature(WMATeacher).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 class TeacherCallback(Callback):
@@ -100,13 +98,11 @@ class TeacherCallback(Callback):
             ("evaluate_with", evaluate_with), ("finish_with", finish_with), ("checkpoint", checkpoint),
         ):  # fmt: skip
             checks.one_of(f"weights for {argument}", value, ("student", "teacher"))
-        for option in options:
-            checks.one_of("option of TeacherCallback", option, _OPTIONS)
+        resuming.check(kernel, total_steps, options)
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"name must be the name of an attribute, got {name!r}")
         if update_every != "epoch":
             checks.positive_int("update_every, if it is not 'epoch',", update_every)
-        kernels.build(kernel)
         self.teacher: WMATeacher | None = None
         self._kernel, self._total_steps, self._every, self._options = (
             kernel,

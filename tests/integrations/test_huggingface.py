@@ -328,7 +328,7 @@ def test_a_given_horizon_is_the_whole_runs_also_if_it_had_no_teacher(tmp_path):
     assert callback.teacher.trajectory_weights() == pytest.approx(kernels.Beta(0.5, 0.5).profile(2))
     short = TeacherCallback(total_steps=1)
     trainer = Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[short])
-    with pytest.raises(ValueError, match="total_steps=1 ends before step 2, .* from the beginning"):
+    with pytest.raises(ValueError, match="total_steps=1 ends before step 2, .* from its beginning"):
         trainer.train(resume_from_checkpoint=last)
 
 
@@ -646,14 +646,13 @@ def test_bad_arguments_say_what_to_do(tmp_path):
         TypeError, match=r"teacher_callback must be a TeacherCallback, got 'uniform': TeacherCallback\(ker"
     ):
         TeacherTrainer(classifier(), arguments(tmp_path), teacher_callback="uniform")
-    trainer = TeacherTrainer(
-        classifier(),
-        arguments(tmp_path),
-        train_dataset=Sentences(),
-        teacher_callback=TeacherCallback(total_steps=0),
-    )
-    with pytest.raises(ValueError, match="total_steps must be a whole number of at least 1, got 0"):
-        trainer.train()
+    for settings, message in (
+        ({"total_steps": 0}, "total_steps must be a whole number of at least 1, got 0"),
+        ({"kernel": "betta(1,1)"}, "unknown kernel 'betta'; did you mean 'beta'"),
+        ({"buffer": "keep"}, "unknown option of TeacherCallback 'buffer'; did you mean 'buffers'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TeacherCallback(**settings)
     with pytest.raises(ValueError, match="unknown loss 'kll'; did you mean 'kl'"):
         TeacherTrainer(classifier(), arguments(tmp_path), distillation="kll")
 

@@ -263,7 +263,7 @@ def test_a_given_horizon_is_the_whole_runs_also_if_it_had_no_teacher(tmp_path):
         warnings.filterwarnings("error", "the run is now")
         again, _ = fitted(tmp_path, TeacherCallback(total_steps=20), path=path, max_epochs=4)
     assert torch.equal(weights(again.teacher.module), weights(whole.teacher.module))
-    with pytest.raises(ValueError, match="total_steps=9 ends before step 10, .* from the beginning"):
+    with pytest.raises(ValueError, match="total_steps=9 ends before step 10, .* from its beginning"):
         fitted(tmp_path, TeacherCallback(total_steps=9), path=tmp_path / "plain.ckpt", max_epochs=4)
 
 
