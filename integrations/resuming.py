@@ -1,11 +1,12 @@
-"""Saving a teacher in a framework's checkpoints, and continuing a run from one.
+"""The settings of a framework's teacher, saving it in checkpoints, and continuing a run from one.
 
 Where a function has an argument `warn`, it is the framework's function for warnings: it gets the message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -13,15 +14,45 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from wmateacher import WMATeacher
+from wmateacher import WMATeacher, checks, kernels
 
-__all__ = ["Weights", "extend", "is_sharded", "restore", "saved_state", "start_late", "warn_if_short"]
+__all__ = [
+    "Weights",
+    "check",
+    "extend",
+    "is_sharded",
+    "restore",
+    "saved_state",
+    "start_late",
+    "warn_if_short",
+]
 
 Weights = Literal["student", "teacher"]
 Warn = Callable[[str], Any]
 
+_OPTIONS = [p.name for p in inspect.signature(WMATeacher).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
 # The steps of the run that a teacher does not count, because it started late.
 _UNCOUNTED: MutableMapping[WMATeacher, int] = WeakKeyDictionary()
+
+
+def check(kernel: kernels.KernelLike, total_steps: int | None, options: Iterable[str]) -> None:
+    """Check settings of a teacher that is not built yet.
+
+    Args:
+        kernel: The kernel, as for `WMATeacher`.
+        total_steps: The horizon; None if it is not known yet.
+        options: The names of further options of `WMATeacher`.
+
+    Raises:
+        ValueError: If a number is out of range, or the kernel or an option is unknown.
+        TypeError: If no kernel can be built from `kernel`.
+    """
+    for option in options:
+        checks.one_of("option of TeacherCallback", option, _OPTIONS)
+    if total_steps is not None:
+        checks.positive_int("total_steps", total_steps)
+    kernels.build(kernel)
 
 
 def is_sharded(teacher: WMATeacher) -> bool:
@@ -77,10 +108,19 @@ def start_late(teacher: WMATeacher, step: int, total_steps: int | None, missing:
     Args:
         teacher: A teacher that has counted no step.
         step: The optimizer step at which the run continues.
-        total_steps: The horizon of the whole run; None to keep the teacher's.
+        total_steps: The horizon of the continued run, in optimizer steps from its beginning; None to keep
+            the teacher's.
         missing: The missing part of the checkpoint, with which the warning begins.
         warn: See above.
+
+    Raises:
+        ValueError: If `step` is past `total_steps`.
     """
+    if total_steps is not None and step > total_steps:
+        raise ValueError(
+            f"total_steps={total_steps} ends before step {step}, at which the run continues: pass the "
+            "steps of the whole run, counted from its beginning, also if its checkpoint has no teacher"
+        )
     message = f"{missing}: the teacher starts here, from the student as it is"
     counted = min(step, getattr(teacher.kernel, "start_step", 0))
     if total_steps is not None:

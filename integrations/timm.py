@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from wmateacher import WMATeacher, pairing
+from wmateacher import WMATeacher, checks, pairing
 from wmateacher.kernels import Array, Kernel, KernelLike, build
 
 __all__ = ["ModelWma"]
@@ -110,9 +110,16 @@ class ModelWma(WMATeacher):
         self.load_average(pairing.unwrap(model).state_dict(), self.step)
 
     def get_decay(self, step: int | None = None) -> float:
-        """Return the kernel's retention, timm's decay, at a step; None for the last one."""
-        at = np.array([self.step if step is None else step])
-        return float(self.kernel.retention(at, self.total_steps)[0])
+        """Return the kernel's retention, timm's decay, at a step; None for the last one.
+
+        Raises:
+            ValueError: If `step` is not a whole number within the run.
+            RuntimeError: If the kernel needs a horizon that is not set yet.
+        """
+        total, step = self.total_steps, self.step if step is None else checks.whole("step", step, 0)
+        if total is not None and step > total:
+            raise ValueError(f"step must be at most total_steps={total}, got {step}")
+        return float(super().kernel.retention(np.array([step]), total)[0])
 
 
 @dataclass(frozen=True)
@@ -134,8 +141,8 @@ class _WithoutHorizon(Kernel):
             return self.kernel.retention(steps, total_steps)
         if steps.any():
             raise RuntimeError(
-                f"kernel {str(self.kernel)!r} needs total_steps, and ModelWma was built without it: call its "
-                "set_total_steps(num_epochs * updates_per_epoch) before the first update"
+                f"kernel {str(self.kernel)!r} needs total_steps, and ModelWma was built without it: first "
+                "call its set_total_steps(num_epochs * updates_per_epoch)"
             )
         return np.zeros(len(steps))
 

@@ -154,6 +154,39 @@ def test_a_teacher_goes_on_as_the_peer_would(kind):
         teacher.update()
 
 
+@pytest.mark.parametrize(
+    ("kind", "options", "kernel"),
+    [
+        (Torch, None, "ema(0.9,start_step=4)"),
+        (Swa, None, "uniform(start_step=4)"),
+        (Timm, {"update_after_step": 3}, "ema(0.9,start_step=4)"),
+        (EmaPytorch, {"update_after_step": 3, "update_every": 1}, PeerEMA(0.9, "inverse_gamma", delay=3)),
+        (EmaPytorch, {"update_after_step": 3, "update_every": 1, "min_value": 0.9}, "ema(0.9,start_step=4)"),
+        (Diffusers, {"update_after_step": 3}, PeerEMA(0.9, "ratio", delay=3)),
+        (Diffusers, {"update_after_step": 3, "min_decay": 0.9}, "ema(0.9,start_step=4)"),
+    ],
+)
+def test_a_peers_late_start_is_a_kernel(kind, options, kernel):
+    """Until then timm, ema-pytorch and diffusers have the student, as here; torch still has the start."""
+    net = network()
+    peer = kind(net)
+    if kind is Timm:
+        peer.peer = timm.utils.ModelEmaV3(net, 0.9, **options)
+    elif kind is EmaPytorch:
+        peer.peer = ema_pytorch.EMA(net, beta=0.9, **options)
+    elif kind is Diffusers:
+        peer.peer = EMAModel(net.parameters(), decay=0.9, **options)
+    teacher = WMATeacher(net, kernel, frozen="copy")
+    for count in range(1, 25):
+        step(net)
+        teacher.update()
+        if options is not None or count >= 4:
+            peer.update(net, count)
+            ours = dict(teacher.module.named_parameters())
+            for name, weight in peer.weights(net).items():
+                torch.testing.assert_close(ours[name].detach(), weight.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", [TorchEmaConstant, Timm])
 def test_a_state_without_a_clock_asks_for_it(kind):
     net = network()
@@ -229,9 +262,10 @@ def test_buffers_may_be_missing():
             r"'0.weight' has shape \(2, 2\) there and \(4, 3\)",
         ),
         (lambda s: None, 21, "step must be at most total_steps=20, got 21"),
-        (lambda s: None, -1, "step must be a whole number of at least 1, got -1"),
-        (lambda s: None, None, "step must be a whole number of at least 1, got None"),
-        (lambda s: None, 0.0, "step must be a whole number of at least 1, got 0.0"),
+        (lambda s: None, -1, "step must be a whole number of at least 0, got -1"),
+        (lambda s: None, None, "step must be a whole number of at least 0, got None"),
+        (lambda s: None, 0.0, "step must be a whole number of at least 0, got 0.0"),
+        (lambda s: None, False, "step must be a whole number of at least 0, got False"),
     ],
 )
 def test_what_does_not_fit_changes_nothing(change, step_, message):
@@ -279,7 +313,12 @@ def test_an_average_that_was_never_updated_is_refused():
     [
         ({"decay": 1.5}, r"decay must be a retention in \[0, 1\], got 1.5"),
         ({"decay": 0.9, "rule": "ratios"}, "unknown rule 'ratios'; did you mean 'ratio'"),
-        ({"decay": 0.9, "gamma": 0.0}, "gamma must be above 0, got 0.0"),
+        ({"decay": True}, r"decay must be a retention in \[0, 1\], got True"),
+        ({"decay": 0.9, "gamma": 0.0}, "gamma must be a finite number above 0, got 0.0"),
+        ({"decay": 0.9, "power": float("inf")}, "power must be a finite number above 0, got inf"),
+        ({"decay": 0.9, "delay": 2.5}, "delay must be a whole number of optimizer steps, got 2.5"),
+        ({"decay": 0.9, "delay": 1e30}, "delay must be a whole number of optimizer steps, got 1e.30"),
+        ({"decay": 0.9, "delay": True}, "delay must be a whole number of optimizer steps, got True"),
         ({"decay": 0.9, "every": 0}, "every must be a whole number of at least 1, got 0"),
     ],
 )

@@ -189,6 +189,70 @@ def test_layers_that_the_student_keeps_in_eval_mode_stay_so():
         WMATeacher(student, "uniform")
 
 
+@pytest.mark.parametrize("policy", ["copy", "average", "keep"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_layers_that_are_frozen_and_unfrozen_in_the_middle_of_a_run_are_followed(policy, every):
+    """A frozen layer has the student's statistics from then on; an unfrozen one goes on from those."""
+    student = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).double()
+    student[2].eval()
+    options = {"mode": "train", "buffers": policy, "update_every": every}
+    teacher = WMATeacher(student, "ema(0.5)", **options)
+    reference = WMATeacher(student, "ema(0.5)", update_every=every)
+
+    def step(seed):
+        torch.manual_seed(seed)
+        x = torch.randn(8, 3, dtype=torch.float64) + seed
+        with torch.no_grad():
+            student(x)
+            student[1].weight.add_(0.1)
+        teacher.update()
+        reference.update()
+        return teacher(2 * x), 2 * x
+
+    def normalised(x, *modes):
+        """The averaged weights, each norm with the batch's statistics or the given running ones."""
+        for place, running in zip((0, 2), modes, strict=True):
+            if running is None:
+                x = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt()
+            else:
+                x = (x - running[0]) / (running[1] + 1e-5).sqrt()
+            x = x if place else reference.module[1](x)
+        return x
+
+    def statistics(layer):
+        return layer.running_mean.clone(), layer.running_var.clone()
+
+    frozen = statistics(student[2])
+    out, x = step(1)
+    torch.testing.assert_close(out, normalised(x, None, frozen))
+    student[0].eval()
+    student[2].train()
+    out, x = step(2)
+    own, theirs = statistics(teacher.module[0]), statistics(student[0])
+    assert all(map(torch.equal, own, theirs)) == (policy != "keep")
+    torch.testing.assert_close(out, normalised(x, own, None))
+    assert not torch.equal(teacher.module[2].running_mean, frozen[0])  # it collects again
+    assert not torch.equal(teacher.module[2].running_mean, student[2].running_mean)
+    student.train()
+    before = statistics(teacher.module[0])
+    out, x = step(3)
+    torch.testing.assert_close(out, normalised(x, None, None))
+    torch.testing.assert_close(teacher.module[0].running_mean, 0.9 * before[0] + 0.1 * x.mean(0))
+    student.eval()  # which does not tell what is frozen in training
+    out, x = step(4)
+    torch.testing.assert_close(out, normalised(x, None, None))
+    student.train()[0].eval()
+    out = teacher(x)  # before the next update
+    own = statistics(teacher.module[0])
+    assert all(map(torch.equal, own, statistics(student[0]))) == (policy != "keep")
+    torch.testing.assert_close(out, normalised(x, own, None))
+    twin = copy.deepcopy(teacher)
+    twin.student[0].train()
+    torch.testing.assert_close(twin(x), normalised(x, None, None))
+    for name, average in teacher.module.named_parameters():
+        assert torch.equal(average, reference.module.get_parameter(name)), name
+
+
 def test_a_compiled_teacher_normalises_by_its_batch():
     student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
     teacher = WMATeacher(student, "ema(0.9)", mode="train")

@@ -300,12 +300,29 @@ def test_autocast_compiled_modules_and_renormalised_embeddings():
     torch.testing.assert_close(plain[2].running_var, student[2].running_var)
 
 
-def test_frozen_layers_keep_their_statistics():
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
+@pytest.mark.parametrize("options", [{}, {"buffers": "average"}, {"buffers": "keep"}, {"mode": "train"}])
+@pytest.mark.parametrize("recompute", ["recalibrate", "update_bn"])
+def test_frozen_layers_keep_their_statistics(options, recompute):
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     model[0].eval()
-    teacher = WMATeacher(model, "ema(0.9)", mode="train")
+    with torch.no_grad():
+        model[0].running_mean.fill_(0.5)
+        model[0].running_var.fill_(2.0)
+    teacher = WMATeacher(model, "ema(0.9)", **options)
+    model[2].eval()  # frozen later
+    teacher.update()
+    x = torch.randn(8, 2) + 3
     for one in (model, teacher):
-        recalibrate(one, [torch.randn(8, 2) + 3])
-    for module in (model, teacher.module):
-        assert not module[0].running_mean.any()
-        assert module[1].running_mean.abs().min() > 1
+        if recompute == "recalibrate":
+            recalibrate(one, [x])
+        elif one is teacher:  # torch itself resets the frozen layers of other models
+            update_bn([x], teacher)
+    for module in (model, teacher.module) if recompute == "recalibrate" else (teacher.module,):
+        assert module[0].running_mean.eq(0.5).all()
+        assert module[0].running_var.eq(2.0).all()
+        normalised = (x - 0.5) / (2.0 + 1e-5) ** 0.5
+        torch.testing.assert_close(module[1].running_mean, normalised.mean(0))
+        torch.testing.assert_close(module[1].running_var, normalised.var(0))
+        assert not module[2].running_mean.any()
+        assert module[2].running_var.eq(1).all()
+    assert torch.equal(teacher.averaged_state_dict()["0.running_mean"], torch.full((2,), 0.5))

@@ -192,11 +192,43 @@ def test_a_callable_whose_density_changed_is_noticed():
         (("uniform", 0), "total_steps must be a whole number of at least 1, got 0"),
         (("uniform", 10, 0), "update_every must be a whole number of at least 1, got 0"),
         (("uniform", 10, 1.5), "update_every must be a whole number of at least 1, got 1.5"),
+        (("uniform", True), "total_steps must be a whole number of at least 1, got True"),
+        (("uniform", 1e3), "total_steps must be a whole number of at least 1, got 1000.0"),
+        (("uniform", 10**30), r"total_steps must be at most 2\*\*53, got 10"),
+        (("uniform", 10, np.True_), "update_every must be a whole number of at least 1, got np.True_"),
     ],
 )  # fmt: skip
 def test_bad_arguments_say_what_to_do(arguments, message):
     with pytest.raises(ValueError, match=message):
         Clock(kernels.build(arguments[0]), *arguments[1:])
+
+
+def test_numpys_integers_are_plain_ones_in_the_state():
+    kernel = kernels.Ema(np.float32(0.5), start_step=np.int64(2))
+    assert str(kernel) == "ema(0.5,start_step=2)"
+    clock, plain = Clock(kernel, np.int32(6), np.int64(2)), Clock(kernels.build(str(kernel)), 6, 2)
+    assert clock.state() == plain.state()
+    assert all(type(clock.state()[key]) is int for key in ("step", "update_every"))
+    assert [clock.tick() for _ in range(6)] == [plain.tick() for _ in range(6)]
+
+
+@pytest.mark.parametrize("start", [10**6, 1e15])
+def test_the_mean_age_of_an_average_that_starts_very_late_takes_no_memory(start):
+    """Half of a run of twice the start is averaged."""
+    for late, expected in (
+        (kernels.Uniform(start_step=start), 0.25),
+        (kernels.Ema(0.9, start_step=start), 9 / 2e6),
+    ):
+        age = Clock(late, None).relative_mean_age()
+        assert age == pytest.approx(expected, abs=1e-6, rel=1e-6)
+        assert Clock(late, int(2 * start)).relative_mean_age() == age
+
+
+def test_a_table_that_does_not_fit_into_memory_names_the_horizon():
+    with pytest.raises(
+        MemoryError, match="fit into memory for total_steps=9007199254740992: check the number"
+    ):
+        Clock(kernels.Beta(0.5, 0.5), 2**53)
 
 
 def test_the_horizon_cannot_end_before_now():

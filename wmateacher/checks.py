@@ -6,6 +6,7 @@ import difflib
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -25,10 +26,14 @@ __all__ = [
     "positive_int",
     "same_batch",
     "same_shape",
+    "whole",
     "width",
 ]
 
 _T = TypeVar("_T")
+
+_LARGEST = 2**53
+"""The largest count that float64, in which kernels compute, tells from the next."""
 
 _FIX_SHAPES = "give both the same inputs, and project one where only the widths differ"
 
@@ -81,14 +86,34 @@ def positive_int(argument: str, value: Any) -> int:
     """Return `value` as an int of at least 1.
 
     Raises:
-        ValueError: If `value` is not a whole number or is less than 1.
+        ValueError: If `value` is not a whole number, is less than 1, or is more than 2^53.
+    """
+    return whole(argument, value, 1)
+
+
+def whole(argument: str, value: Any, least: int, *, integral: bool = False) -> int:
+    """Return `value` as an int from `least` to 2^53.
+
+    Args:
+        argument: The argument's name.
+        value: The value that the user passed.
+        least: The smallest number.
+        integral: Whether floats such as 1e3 are whole numbers, too.
+
+    Raises:
+        ValueError: If `value` is not such a whole number.
     """
     try:
         number = operator.index(value)
     except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise ValueError(f"{argument} must be a whole number of at least 1, got {value!r}")
+        number = least - 1
+        with suppress(TypeError, ValueError):
+            if integral and (found := as_float(value)).is_integer():
+                number = int(found)
+    if number < least or _is_bool(value):
+        raise ValueError(f"{argument} must be a whole number of at least {least}, got {value!r}")
+    if number > _LARGEST:
+        raise ValueError(f"{argument} must be at most 2**53, got {value!r}")
     return number
 
 
@@ -106,7 +131,7 @@ def number(owner: str, argument: str, value: Any, ok: Callable[[float], bool], r
         ValueError: If `value` is not a finite number that satisfies `ok`.
     """
     try:
-        found = as_float(value)
+        found = math.nan if _is_bool(value) else as_float(value)
     except (TypeError, ValueError):
         found = math.nan
     if not (math.isfinite(found) and ok(found)):
@@ -174,6 +199,11 @@ def width(loss: str, argument: str, value: Any) -> int:
         f"{loss}: {argument} must be an integer >= 1, got {value!r}; "
         f"give the size of the last dimension, as in {loss}(512)"
     )
+
+
+def _is_bool(value: Any) -> bool:
+    """Return whether a value is True or False, of numpy or torch as well."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 
 def _is_number(value: Any) -> bool:

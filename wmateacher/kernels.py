@@ -463,11 +463,6 @@ class FunctionDensity(Density):
 # --- kernels without a density ------------------------------------------------------------------------
 
 
-def _checked_start(owner: str, start_step: int) -> int:
-    rule = "a whole number of optimizer steps, at least 0"
-    return int(checks.number(owner, "start_step", start_step, lambda x: x >= 0 and x.is_integer(), rule))
-
-
 def _since(kernel: Uniform | Ema, steps: NDArray[np.int64], total_steps: int | None) -> NDArray[np.int64]:
     """Return the steps counted from the kernel's `start_step`, 0 before it."""
     if total_steps is not None and kernel.start_step > total_steps:
@@ -495,7 +490,7 @@ class Uniform(Kernel):
     start_step: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        _set(self, start_step=_checked_start("uniform", self.start_step))
+        _set(self, start_step=checks.whole("uniform: start_step", self.start_step, 0, integral=True))
 
     @property
     def needs_horizon(self) -> bool:  # noqa: D102
@@ -639,7 +634,7 @@ class Ema(Kernel):
             life = checks.number("ema", "half_life", self.half_life, lambda x: x > 0, steps)
             # 500 prints as it was written.
             _set(self, half_life=int(life) if life.is_integer() else life)
-        _set(self, start_step=_checked_start("ema", self.start_step))
+        _set(self, start_step=checks.whole("ema: start_step", self.start_step, 0, integral=True))
         if self.final_decay is None:
             if self.schedule is not None or self.warmup != 1.0:
                 raise ValueError(

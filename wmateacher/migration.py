@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmateacher import walking
-from wmateacher.checks import one_of, positive_int
+from wmateacher import checks, walking
 from wmateacher.kernels import Array, Kernel
 from wmateacher.teacher import WMATeacher
 
@@ -61,14 +60,19 @@ class PeerEMA(Kernel):
     every: int = 1
 
     def __post_init__(self) -> None:
-        for argument, value in (("decay", self.decay), ("least", self.least)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"{argument} must be a retention in [0, 1], got {value!r}")
-        one_of("rule", self.rule, ("constant", "inverse_gamma", "ratio"))
-        for argument, value in (("gamma", self.gamma), ("power", self.power)):
-            if not value > 0:
-                raise ValueError(f"{argument} must be above 0, got {value!r}")
-        positive_int("every", self.every)
+        checks.one_of("rule", self.rule, ("constant", "inverse_gamma", "ratio"))
+        rules: dict[str, tuple[Callable[[float], bool], str]] = {
+            "decay": (lambda x: 0 <= x <= 1, "a retention in [0, 1]"),
+            "least": (lambda x: 0 <= x <= 1, "a retention in [0, 1]"),
+            "gamma": (lambda x: x > 0, "a finite number above 0"),
+            "power": (lambda x: x > 0, "a finite number above 0"),
+            "delay": (lambda x: x.is_integer() and abs(x) <= 2**53, "a whole number of optimizer steps"),
+        }
+        for argument, (ok, rule) in rules.items():
+            value = checks.number("peer_ema", argument, getattr(self, argument), ok, rule)
+            # Plain numbers, of which the kernel's name in a saved state consists.
+            object.__setattr__(self, argument, int(value) if argument == "delay" else value)
+        object.__setattr__(self, "every", checks.positive_int("peer_ema: every", self.every))
 
     @property
     def needs_horizon(self) -> bool:

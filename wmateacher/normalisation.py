@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
+from operator import attrgetter
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from wmateacher import naming, pairing
 
-__all__ = ["FAR", "MODES", "Mode", "frozen", "layers", "statistics", "use_batches"]
+__all__ = ["FAR", "MODES", "Flags", "Mode", "frozen", "layers", "statistics", "use_batches"]
 
 Mode = Literal["eval", "train"]
 MODES: tuple[Mode, ...] = ("eval", "train")
@@ -17,6 +18,8 @@ MODES: tuple[Mode, ...] = ("eval", "train")
 # The share of the run above which the mean age of an average counts as far. On small image classifiers a
 # teacher that copies its student's statistics loses nothing at 0.11, and more than ten points at 0.25.
 FAR = 0.2
+
+_TRAINING = attrgetter("training")
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -40,6 +43,36 @@ def _switched(model: nn.Module) -> dict[str, nn.Module]:
 def frozen(student: nn.Module) -> frozenset[str]:
     """Return the names of the layers that a student in train mode keeps in eval mode."""
     return frozenset(n for n, layer in _switched(student).items() if student.training and not layer.training)
+
+
+class Flags:
+    """The flags of a student's layers, looked up once, that say which of them are frozen."""
+
+    def __init__(self, student: nn.Module, key: Any = None):
+        """Look up the layers of an unwrapped student.
+
+        Args:
+            student: The student.
+            key: What the layers belong to, so that they may be looked up anew if it is another object.
+        """
+        self.student, self.key = student, key
+        layers = _switched(student)
+        self._names, self._layers = list(layers), list(layers.values())
+        self._seen: list[bool] | None = None
+
+    def frozen(self) -> frozenset[str] | None:
+        """Return the names of the frozen layers if the flags have changed, and None otherwise.
+
+        A student in eval mode does not tell which layers it keeps in eval mode in training.
+        """
+        # This runs at every update and forward pass of a teacher.
+        if not self.student.training:
+            return None
+        flags = list(map(_TRAINING, self._layers))
+        if flags == self._seen:
+            return None
+        self._seen = flags
+        return frozenset(n for n, training in zip(self._names, flags, strict=True) if not training)
 
 
 def statistics(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:

@@ -106,6 +106,16 @@ class Roles:
             shared=(*self.shared, *names),
         )
 
+    def give(self, kept: Collection[str], copied: Collection[str]) -> Roles:
+        """Return the roles in which some buffers of the teacher's own are kept, and others copied."""
+        new = {*kept, *copied}
+        return replace(
+            self,
+            averaged=tuple(n for n in self.averaged if n not in new),
+            copied=(*(n for n in self.copied if n not in new), *copied),
+            kept=(*(n for n in self.kept if n not in new), *kept),
+        )
+
 
 class Binding:
     """A model's tensors by name, looked up once, with a test for whether they are still the same.

@@ -33,10 +33,11 @@ def recalibrate(
 
     Every running mean and variance becomes the plain mean over all batches of the batch's mean and unbiased
     variance, as by `torch.optim.swa_utils.update_bn` (which leaves instance normalisation out), but summed in
-    float64. With a process group, this is the mean over the batches of all processes, each of which must
-    call it. Layers of batch and instance normalisation take part, except for those that the model keeps in
-    eval mode while it is in train mode itself. All other modules run in eval mode, without dropout. Modes and
-    momenta are restored afterwards, and the old statistics, too, if an error interrupts the pass.
+    float64. With a process group, this is the mean over the batches of all processes, each of which must call
+    it. Layers of batch and instance normalisation take part, except for those that the model, or the
+    teacher's student, keeps in eval mode while it is in train mode itself. All other modules run in eval
+    mode, without dropout. Modes and momenta are restored afterwards, and the old statistics, too, if an error
+    interrupts the pass.
 
     In a teacher the statistics hold for its present average. With `buffers="copy"` the next snapshot replaces
     them by the student's; with `"average"` the running average goes on from them; with `"keep"` they stay; in

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wmateacher.checks import positive_int
+from wmateacher.checks import positive_int, whole
 from wmateacher.kernels import Array, Kernel, build, realised_weights
 
 __all__ = ["Clock"]
@@ -76,14 +76,17 @@ class Clock:
         Without a horizon, the run is taken to be long. Kernels that are asked step by step are looked at for
         a million steps at most.
         """
-        late = 2 * getattr(self.kernel, "start_step", 0)  # enough for an average that starts late
-        total = self.total_steps or max(_LONG, late)
-        if self._table is None:
-            total = min(total, max(_LONGEST, late))
-        horizon = total if self._table is None else self.total_steps
-        kept = self._kept(np.arange(1, total + 1), horizon)
+        late = getattr(self.kernel, "start_step", 0)
+        total = self.total_steps or max(_LONG, 2 * late)  # enough for an average that starts late
+        # Such an average is that of a run that begins where it starts.
+        first, last = (0, total) if self._table is not None else (late, min(total, late + _LONGEST))
+        if first == last:
+            return 0.0
+        kept = self._kept(
+            np.arange(first + 1, last + 1), self.total_steps if self._table is not None else last
+        )
         # A state is at least n steps old with the product of the last n retentions.
-        return float(np.cumprod(kept[::-1]).sum()) / total
+        return float(np.cumprod(kept[::-1]).sum()) / (last - first) * (total - first) / total
 
     def tick(self) -> float | None:
         """Count one optimizer step.
@@ -175,7 +178,7 @@ class Clock:
             ValueError: If `step` is not a whole number in [0, total_steps].
         """
         total = self.total_steps
-        step = 0 if isinstance(step, Integral) and step == 0 else positive_int("step", step)
+        step = whole("step", step, 0)
         if total is not None and step > total:
             raise ValueError(f"step must be at most total_steps={total}, got {step}")
         self.step = self.snapshot = self.joined = step
@@ -259,7 +262,13 @@ class Clock:
         if total_steps is None or self.kernel.stepwise:
             return None
         # A density has to be summed over the whole run to give any of its retentions, so that is done once.
-        return self.kernel.retention(np.arange(total_steps + 1), total_steps)
+        try:
+            return self.kernel.retention(np.arange(total_steps + 1), total_steps)
+        except MemoryError:
+            raise MemoryError(
+                f"kernel {str(self.kernel)!r} needs a table of all steps, which does not fit into memory for "
+                f"total_steps={total_steps}: check the number, or use a kernel such as 'ema(0.999)'"
+            ) from None
 
     def _kept(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:
         """Return the retention of some steps under the current horizon or an earlier one."""

@@ -221,6 +221,13 @@ class Shadow:
         self._watch(Binding(self.module))
         self._look_up_shared()
 
+    def give(self, kept: Collection[str], copied: Collection[str]) -> None:
+        """Keep some buffers as they are from now on, and copy others at every snapshot."""
+        self.roles = self.roles.give(kept, copied)
+        self._beside = {n: t for n, t in self._beside.items() if n in self.roles.averaged}
+        self._watch(Binding(self.module))
+        self._plan = None
+
     def take_up_different(self, values: Mapping[str, Tensor], step: int) -> None:
         """Take up the shared parameters whose average is given and is not the student's value."""
         own = self.bind()

@@ -111,12 +111,12 @@ class WMATeacher(nn.Module):
                 that they cost no memory and are not saved. One that is unfrozen later is averaged from the
                 value that it had until then. `"copy"` gives the teacher its own.
             exclude: `fnmatch` patterns for the names of tensors to copy instead of averaging.
-            mode: `"eval"` normalises with running statistics. `"train"` normalises with the statistics of
-                the teacher's own batch, as the student does and as in mean teacher (Tarvainen & Valpola
-                2017), and collects running statistics of the teacher's own, which `teacher.eval()`, `swap`,
+            mode: `"eval"` normalises with running statistics. `"train"` normalises with the statistics of the
+                teacher's own batch, as the student does and as in mean teacher (Tarvainen & Valpola 2017),
+                and collects running statistics of the teacher's own, which `teacher.eval()`, `swap`,
                 `copy_to` and saved states use. It makes a difference to batch normalisation, and to instance
-                normalisation that tracks statistics. Layers that a student in train mode holds in eval mode
-                when the teacher is built stay in eval mode and copy the student's statistics. What is
+                normalisation that tracks statistics. Layers that a student in train mode holds in eval mode,
+                at any time, are in eval mode in the teacher, too, with the student's statistics. What is
                 averaged does not depend on the mode. Under DDP each process has its own running statistics,
                 as in the student; `wmateacher.recalibrate` makes them equal.
             dropout: Whether a teacher in `mode="train"` runs dropout and everything else in train mode, too,
@@ -176,6 +176,7 @@ class WMATeacher(nn.Module):
         sharding.reshard(sharding.fully_sharded(student))
         self._mode, self._dropout = mode, dropout
         self._fixed_layers = normalisation.frozen(student)
+        self._layer_flags = normalisation.Flags(student)
         own = normalisation.statistics(student, self._fixed_layers)
         roles = pairing.assign(
             student, buffers=buffers, frozen=frozen, exclude=exclude, keep=own if mode == "train" else ()
@@ -343,6 +344,10 @@ class WMATeacher(nn.Module):
             refused = error  # the last student was refused; this one counts before that is said
         self._shadow.take_up_unfrozen(self.step, trained=True)
         plan = self._shadow.plan(student, is_original=student is original, step=self.step)
+        if self._layer_flags.key is not plan:
+            self._layer_flags = normalisation.Flags(student, plan)
+        if self._follow_frozen():
+            plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
         omega = self._clock.tick()
         try:
@@ -484,6 +489,8 @@ class WMATeacher(nn.Module):
         swapping.refuse(self.module, "the teacher's forward pass")
         self._refuse_merged("the teacher's forward pass")
         self._shadow.take_up_unfrozen(self.step)
+        if not torch.compiler.is_compiling():
+            self._follow_frozen()
         for module, mode in self._flags:
             if module.training != mode:  # teacher.module was evaluated, for example
                 module.training = mode
@@ -506,18 +513,40 @@ class WMATeacher(nn.Module):
 
     def _set_modes(self) -> None:
         """Put the averaged module's submodules into train or eval mode."""
-        module = self._shadow.module
         if self._collecting:
             self._shadow.take_up_statistics()
         self._collecting = self.training and self._shadow.statistics_were_reset()
-        self._flags = []
+        if self._collecting and self._fixed_layers:
+            # What was reset is recomputed, except for frozen layers, which have the student's.
+            own = normalisation.statistics(self.student, without=self._fixed_layers)
+            every = normalisation.statistics(self.student)
+            self._shadow.write({n: every[n] for n in every if n not in own})
+        self._apply_modes()
+
+    def _apply_modes(self) -> None:
+        module, self._flags = self._shadow.module, []
         if self.training and (self._mode == "train" or self._collecting):
-            # What was reset has to be recomputed everywhere.
-            fixed = () if self._collecting else self._fixed_layers
-            normalisation.use_batches(module, fixed, dropout=self._dropout)
+            normalisation.use_batches(module, self._fixed_layers, dropout=self._dropout)
             self._flags = [(m, m.training) for m in module.modules()]
         else:
             module.eval()
+
+    def _follow_frozen(self) -> bool:
+        """Treat normalisation layers as the student does; return whether roles have changed by that."""
+        student, before = self._layer_flags.student, self._fixed_layers
+        now = None if self._collecting else self._layer_flags.frozen()
+        if now is None or now == before:
+            return False
+        self._fixed_layers = now
+        if self._mode == "eval":
+            return False
+        used = normalisation.statistics(student, without=before)
+        uses = normalisation.statistics(student, without=now)
+        frozen = {n: t for n, t in used.items() if n not in uses and self.roles.buffers != "keep"}
+        self._shadow.give(kept=[n for n in uses if n not in used], copied=list(frozen))
+        self._shadow.write(frozen)
+        self._apply_modes()
+        return True
 
     @contextmanager
     def _recalibrating(self) -> Iterator[tuple[nn.Module, Collection[str], Callable[..., None]]]:
@@ -525,6 +554,7 @@ class WMATeacher(nn.Module):
         self._refuse_lent("recalibrate()")
         self._refuse_merged("recalibrate()")
         self._shadow.take_up_unfrozen(self.step)
+        self._follow_frozen()
         with self._shadow.guarding(self.roles.averaged):
             yield self._shadow.module, self._fixed_layers, self._shadow.write
 
@@ -640,11 +670,13 @@ class WMATeacher(nn.Module):
             "_attachment": None,
             "_lending": None,
             "_flags": [],
+            "_layer_flags": None,
             "_collecting": False,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._layer_flags = normalisation.Flags(self.student)
         self._set_modes()
         unfreezing.watch(self, _take_up_unfrozen)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from wmateacher import WMATeacher, files
@@ -55,16 +56,21 @@ class TeacherCallback(TrainerCallback):
 
         Args:
             kernel: The kernel, as for `WMATeacher`.
-            total_steps: The optimizer steps of the run. None for the Trainer's number, from `max_steps` or
-                `num_train_epochs`.
+            total_steps: The optimizer steps of the whole run, from its beginning also if it is resumed. None
+                for the Trainer's number, from `max_steps` or `num_train_epochs`.
             resume_from: The `checkpoint-*` folder from which a resumed run loads the teacher; None for the
                 one in `output_dir`. A Trainer with `TeacherMixin` sets it.
             save_average: Whether each checkpoint also holds the average as a folder `average` that
                 `from_pretrained` reads: the model or the adapter with its configuration, and the tokenizer or
                 processor if the Trainer has one.
             **options: Further options of `WMATeacher`: `update_every`, `dtype`, `device`, `buffers`,
-                `frozen`, `exclude`, `hooks`.
+                `frozen`, `exclude`, `mode`, `dropout`, `nonfinite`, `hooks`, `module_factory`.
+
+        Raises:
+            ValueError: If `total_steps` is out of range, or the kernel or an option is unknown.
+            TypeError: If no kernel can be built from `kernel`.
         """
+        resuming.check(kernel, total_steps, options)
         self.teacher: WMATeacher | None = None
         self.resume_from = resume_from
         self._kernel, self._total_steps, self._options = kernel, total_steps, options
@@ -83,7 +89,7 @@ class TeacherCallback(TrainerCallback):
         total_steps = state.max_steps if self._total_steps is None else self._total_steps
         self.teacher = WMATeacher(kwargs["model"], self._kernel, total_steps, **self._options)
         if state.global_step:
-            self._resume(self.teacher, args, state.global_step, total_steps)
+            self._resume(self.teacher, args, state, total_steps)
         self._attachment = self.teacher.attach(kwargs["optimizer"])
 
     def on_train_end(
@@ -101,7 +107,7 @@ class TeacherCallback(TrainerCallback):
             return
         saved = resuming.saved_state(self.teacher)  # if sharded, every process takes part
         if args.should_save:
-            folder = _folder(args, state.global_step)
+            folder = _written(args, state)
             if self._save_average:
                 _save_average(self.teacher, folder / AVERAGE, _processing_class(**kwargs))
             with files.write_atomically(folder / FILE) as stream:
@@ -126,13 +132,20 @@ class TeacherCallback(TrainerCallback):
         self.teacher = teacher
         return teacher
 
-    def _resume(self, teacher: WMATeacher, args: TrainingArguments, step: int, total_steps: int) -> None:
-        folder = _folder(args, step) if self.resume_from is None else Path(self.resume_from)
-        if not folder.is_dir():
+    def _resume(
+        self, teacher: WMATeacher, args: TrainingArguments, state: TrainerState, total_steps: int
+    ) -> None:
+        step = state.global_step
+        places = _places(args, state) if self.resume_from is None else [Path(self.resume_from)]
+        found = [folder for folder in places if folder.is_dir()]
+        if len(found) != 1:
+            which = ", ".join(map(str, found)) or ", ".join(map(str, places)) or args.output_dir
             raise FileNotFoundError(
-                f"the run continues at step {step}, and there is no folder {folder} to load the teacher "
-                "from: pass TeacherCallback(resume_from=CHECKPOINT)"
+                f"the run continues at step {step}, and the teacher is to be loaded from one folder, but "
+                f"{'there are ' if found else 'there is no folder '}{which}: pass "
+                "TeacherCallback(resume_from=CHECKPOINT)"
             )
+        (folder,) = found
         if (folder / FILE).exists():
             resuming.restore(teacher, pretrained.read(folder), total_steps, warnings.warn)
         else:
@@ -203,8 +216,21 @@ def _processing_class(processing_class: Any = None, train_dataloader: Any = None
     return getattr(collator, "tokenizer", None) if processing_class is None else processing_class
 
 
-def _folder(args: TrainingArguments, step: int) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+def _places(args: TrainingArguments, state: TrainerState) -> list[Path]:
+    """Return the folders that may be the checkpoint of the present step: one, outside of a search."""
+    output, name = Path(str(args.output_dir)), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    return sorted(output.rglob(name)) if state.is_hyper_param_search else [output / name]
+
+
+def _written(args: TrainingArguments, state: TrainerState) -> Path:
+    """Return the folder of the checkpoint that the Trainer has just written."""
+    # The Trainer does not tell its callbacks the folder of the trial that it runs.
+    return max(_places(args, state), key=_time)
+
+
+def _time(folder: Path) -> int:
+    file = folder / TRAINER_STATE_NAME
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -27,7 +26,6 @@ from wmateacher.kernels import KernelLike
 __all__ = ["TeacherCallback"]
 
 _TUNERS = (BatchSizeFinder, LearningRateFinder)
-_OPTIONS = [p.name for p in inspect.signature(WMATeacher).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
 class TeacherCallback(Callback):
@@ -68,8 +66,8 @@ class TeacherCallback(Callback):
 
         Args:
             kernel: The kernel, as for `WMATeacher`.
-            total_steps: The optimizer steps of the run. None for the Trainer's estimate from its limits, the
-                data and the gradient accumulation.
+            total_steps: The optimizer steps of the whole run, from its beginning also if it is resumed. None
+                for the Trainer's estimate from its limits, the data and the gradient accumulation.
             student: The path of the submodule to average, such as `"backbone"`; None for the whole
                 LightningModule.
             name: The attribute of the LightningModule that holds the teacher. Several callbacks need
@@ -100,13 +98,11 @@ class TeacherCallback(Callback):
             ("evaluate_with", evaluate_with), ("finish_with", finish_with), ("checkpoint", checkpoint),
         ):  # fmt: skip
             checks.one_of(f"weights for {argument}", value, ("student", "teacher"))
-        for option in options:
-            checks.one_of("option of TeacherCallback", option, _OPTIONS)
+        resuming.check(kernel, total_steps, options)
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"name must be the name of an attribute, got {name!r}")
         if update_every != "epoch":
             checks.positive_int("update_every, if it is not 'epoch',", update_every)
-        kernels.build(kernel)
         self.teacher: WMATeacher | None = None
         self._kernel, self._total_steps, self._every, self._options = (
             kernel,
@@ -168,8 +164,7 @@ class TeacherCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the optimizer's steps from here on: what a tuner has tried before does not count.
 
-        If the checkpoint of a resumed run has no teacher, average over the remaining steps, or over
-        `total_steps` if it was given.
+        If the checkpoint of a resumed run has no teacher, average over the remaining steps.
 
         Raises:
             ValueError: If not exactly one optimizer trains the student and `optimizer` names none.
@@ -183,10 +178,10 @@ class TeacherCallback(Callback):
             else:
                 self._start(pl_module)
         self._attachment = self.teacher.attach(self._counted(trainer, self._student_of(pl_module)))
-        step, total = trainer.global_step, plan[0] if self._total_steps is None else None
+        step = steps.taken(trainer)
         if step and not self.teacher.step:
             missing = f"the checkpoint at step {step} has no {self._name}"
-            resuming.start_late(self.teacher, step, total, missing, rank_zero_warn)
+            resuming.start_late(self.teacher, step, plan[0], missing, rank_zero_warn)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if the run was shorter than the kernel's horizon."""

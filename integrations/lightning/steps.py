@@ -7,7 +7,7 @@ import math
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
-__all__ = ["steps_per_epoch", "total_steps"]
+__all__ = ["steps_per_epoch", "taken", "total_steps"]
 
 
 def total_steps(trainer: Trainer) -> int | None:
@@ -22,6 +22,13 @@ def total_steps(trainer: Trainer) -> int | None:
         steps = sum(math.ceil(batches / factor) for factor in factors)
         steps = steps if trainer.max_steps == -1 else min(steps, trainer.max_steps)
     return int(steps) if math.isfinite(steps) and steps > 0 else None
+
+
+def taken(trainer: Trainer) -> int:
+    """Return the number of optimizer steps so far, counted as `total_steps` counts those of the run."""
+    # `global_step` adds up the steps of all optimizers. Each of several, which the module steps itself, is
+    # taken to step once a batch.
+    return trainer.fit_loop.total_batch_idx + 1 if len(trainer.optimizers) > 1 else trainer.global_step
 
 
 def steps_per_epoch(trainer: Trainer) -> int:

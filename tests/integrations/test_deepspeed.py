@@ -19,6 +19,17 @@ def test_two_processes(tmp_path):
         assert "the averages are right" in rank.stdout
 
 
+def test_an_engine_without_an_optimizer_says_what_to_do(monkeypatch):
+    engine = type("Engine", (), {"optimizer": None})()
+    base = types.SimpleNamespace(DeepSpeedEngine=type(engine))
+    monkeypatch.setitem(sys.modules, "deepspeed.runtime.engine", base)
+    teacher = WMATeacher(nn.Linear(2, 2), "uniform")
+    with pytest.raises(
+        ValueError, match="DeepSpeed engine has no optimizer .*pass optimizer= to deepspeed.init"
+    ):
+        teacher.attach(engine)
+
+
 def test_a_removed_attachment_counts_no_more_whatever_was_attached_since(monkeypatch):
     class Optimizer:
         def __init__(self, parameters):

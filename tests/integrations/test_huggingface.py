@@ -3,10 +3,12 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import programs
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
@@ -20,8 +22,9 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import HPSearchBackend
 
-from wmateacher import WMATeacher
+from wmateacher import WMATeacher, kernels
 from wmateacher.integrations.huggingface import (
     FILE,
     Comparison,
@@ -310,6 +313,41 @@ def test_a_longer_run_another_kernel_and_a_checkpoint_without_a_teacher(tmp_path
         without.train(resume_from_checkpoint=True)
     (teacher,) = (c.teacher for c in without.callback_handler.callbacks if isinstance(c, TeacherCallback))
     assert teacher.step == teacher.total_steps == 6
+    assert teacher.trajectory_weights() == pytest.approx(kernels.Beta(0.5, 0.5).profile(6))
+
+
+def test_a_given_horizon_is_the_whole_runs_also_if_it_had_no_teacher(tmp_path):
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=4)
+    Trainer(classifier(), args, train_dataset=Sentences()).train()
+    last = str(tmp_path / "checkpoint-2")
+    callback = TeacherCallback(total_steps=4)
+    trainer = Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[callback])
+    with pytest.warns(UserWarning, match=f"has no {FILE}: .* over the 2 steps that are left"):
+        trainer.train(resume_from_checkpoint=last)
+    assert callback.teacher.step == callback.teacher.total_steps == 2
+    assert callback.teacher.trajectory_weights() == pytest.approx(kernels.Beta(0.5, 0.5).profile(2))
+    short = TeacherCallback(total_steps=1)
+    trainer = Trainer(classifier(), args, train_dataset=Sentences(), callbacks=[short])
+    with pytest.raises(ValueError, match="total_steps=1 ends before step 2, .* from its beginning"):
+        trainer.train(resume_from_checkpoint=last)
+
+
+def test_the_trials_of_a_search_keep_their_teachers_in_their_own_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    callback = TeacherCallback()
+    trainer = Trainer(args=args, model_init=classifier, train_dataset=Sentences(), callbacks=[callback])
+    trainer.hp_search_backend, trainer.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    averages = {}
+    for number, folder in ((3, "run-3"), (5, "run-5"), (4, "fast/rate-4"), (2, "rate-2")):
+        trainer.hp_name = None if folder.startswith("run-") else lambda trial, name=folder: name
+        trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": number / 100}))
+        averages[tmp_path / folder / "checkpoint-2" / FILE] = weights(callback.teacher.module)
+    assert set(tmp_path.rglob(FILE)) == averages.keys()
+    for file, average in averages.items():
+        assert torch.equal(weights(callback.load(classifier(), file.parent).module), average)
+    with pytest.raises(FileNotFoundError, match="one folder, but there are .*rate-2.*resume_from=CHECKPOINT"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run-3/checkpoint-2"))
 
 
 def test_the_file_is_read_without_running_code(tmp_path):
@@ -608,14 +646,13 @@ def test_bad_arguments_say_what_to_do(tmp_path):
         TypeError, match=r"teacher_callback must be a TeacherCallback, got 'uniform': TeacherCallback\(ker"
     ):
         TeacherTrainer(classifier(), arguments(tmp_path), teacher_callback="uniform")
-    trainer = TeacherTrainer(
-        classifier(),
-        arguments(tmp_path),
-        train_dataset=Sentences(),
-        teacher_callback=TeacherCallback(total_steps=0),
-    )
-    with pytest.raises(ValueError, match="total_steps must be a whole number of at least 1, got 0"):
-        trainer.train()
+    for settings, message in (
+        ({"total_steps": 0}, "total_steps must be a whole number of at least 1, got 0"),
+        ({"kernel": "betta(1,1)"}, "unknown kernel 'betta'; did you mean 'beta'"),
+        ({"buffer": "keep"}, "unknown option of TeacherCallback 'buffer'; did you mean 'buffers'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TeacherCallback(**settings)
     with pytest.raises(ValueError, match="unknown loss 'kll'; did you mean 'kl'"):
         TeacherTrainer(classifier(), arguments(tmp_path), distillation="kll")
 

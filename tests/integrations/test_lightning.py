@@ -26,7 +26,7 @@ from lightning_students import (
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from wmateacher import WMATeacher, migration
+from wmateacher import WMATeacher, kernels, migration
 from wmateacher.integrations.lightning import TeacherCallback
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in IGNORED]
@@ -250,10 +250,29 @@ def test_a_late_start_in_a_run_that_had_no_teacher(tmp_path, start_step, steps, 
     assert teacher.trajectory_weights()[-averaged:] == pytest.approx([1 / averaged] * averaged)
 
 
-def test_a_given_horizon_is_kept_in_a_run_that_had_no_teacher(tmp_path):
+def test_a_given_horizon_is_the_whole_runs_also_if_it_had_no_teacher(tmp_path):
     path = without_teacher(tmp_path)
-    with pytest.warns(UserWarning, match="checkpoint at step 10 has no teacher"):
-        module, _ = fitted(tmp_path, TeacherCallback(total_steps=10), path=path, max_epochs=4)
+    saves = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1)
+    options = {"max_epochs": 4, "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match="checkpoint at step 10 has no teacher: .* over the 10 steps"):
+        whole, _ = fitted(tmp_path, TeacherCallback(total_steps=20), None, saves, path=path, **options)
+    assert whole.teacher.step == whole.teacher.total_steps == 10
+    assert whole.teacher.trajectory_weights() == pytest.approx(kernels.Beta(0.5, 0.5).profile(10))
+    path = tmp_path / "step=15.ckpt"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "the run is now")
+        again, _ = fitted(tmp_path, TeacherCallback(total_steps=20), path=path, max_epochs=4)
+    assert torch.equal(weights(again.teacher.module), weights(whole.teacher.module))
+    with pytest.raises(ValueError, match="total_steps=9 ends before step 10, .* from its beginning"):
+        fitted(tmp_path, TeacherCallback(total_steps=9), path=tmp_path / "plain.ckpt", max_epochs=4)
+
+
+def test_one_of_several_optimizers_has_its_own_steps_left(tmp_path):
+    saves = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(tmp_path, saves, enable_checkpointing=True).fit(Adversaries(), data())
+    callback = TeacherCallback("uniform", total_steps=20, student="critic")
+    with pytest.warns(UserWarning, match="step 10 has no teacher: .* over the 10 steps"):
+        module, _ = fitted(tmp_path, callback, Adversaries(), path=tmp_path / "last.ckpt", max_epochs=4)
     assert module.teacher.step == module.teacher.total_steps == 10
 
 

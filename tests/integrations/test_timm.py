@@ -255,7 +255,19 @@ def test_the_horizon_may_be_set_until_the_first_update():
     ):
         late.update(model, step=1)
     assert late.step == 0
+    assert late.get_decay() == known.get_decay() == 0  # the start counts alone
+    with pytest.raises(RuntimeError, match=r"without it: first call its set_total_steps\(num_epochs"):
+        late.get_decay(1)
     late.set_total_steps(9)
+    weights = kernels.Beta(0.5, 0.5).profile(9)
+    assert late.get_decay(5) == known.get_decay(5) == pytest.approx(1 - weights[5] / weights[:6].sum())
+    for step, message in (
+        (10, "step must be at most total_steps=9, got 10"),
+        (-1, "step must be a whole number of at least 0, got -1"),
+        (1.5, "step must be a whole number of at least 0, got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            known.get_decay(step)
     for step in range(1, 10):
         with torch.no_grad():
             [p.add_(1) for p in model.parameters()]
