@@ -187,6 +187,11 @@ class DigitsRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("data", self.data, digits.SOURCES)
+        if ":" in self.model:
+            raise ValueError(
+                f"model must be the name of towers, got {self.model!r}, which has weights: this recipe "
+                "pre-trains its own"
+            )
 
     def adjust(self) -> DigitsRecipe:
         """Return the recipe with more steps of pre-training if `data` was changed to larger data.

@@ -170,9 +170,9 @@ def test_every_kind_of_towers_comes_back(name, tmp_path):
         towers.train()(pixels, WORDS.tokenizer(["a", "b"] * 4))  # moves running statistics
     export.save(towers, tmp_path / "model", WORDS)
     again = export.load(tmp_path / "model")
-    assert torch.equal(
-        again.logits(pixels), towers.eval().encode_image(pixels, normalize=True) @ head_of(towers, WORDS)
-    )
+    with torch.no_grad():
+        expected = towers.eval().encode_image(pixels, normalize=True) @ head_of(towers, WORDS)
+    assert torch.equal(again.logits(pixels), expected)
     assert list(again.prompts.classes) == WORDS.classes
     assert torch.equal(
         open_clip.get_tokenizer(f"local-dir:{tmp_path / 'model'}")(WORDS.classes),
@@ -229,7 +229,7 @@ def test_transformers_computes_the_same_logits(gelu, custom, tmp_path):
         ("coca_ViT-B-32", "CLIPModel has no multimodal_cfg"),
         ("ViT-B-16-SigLIP", "is from timm"),
         ("MobileCLIP-B", "is from timm"),
-        ("ViT-B-32-plus-240", None),
+        ("ViT-B-32-plus-256", None),
     ],
 )
 def test_what_transformers_has_is_known_by_the_configuration(name, reason):
@@ -262,8 +262,14 @@ def test_averages_of_model_folders_are_model_folders(run, images, tmp_path, caps
     assert wise.linear
     torch.testing.assert_close(wise.head, (0.75 * heads[0] + 0.25 * heads[1]).float())
 
+    fewer, quick = tmp_path / "fewer", tmp_path / "quick"
+    export.save(Classifier(build("tiny-vit-16")[0], WORDS), fewer, WORDS, run.data.preprocessing)
+    towers.config = {**towers.config, "quick_gelu": True}
+    export.save(towers, quick, run.prompts, run.data.preprocessing)
     for sources, message in (
-        ([sides[0], linear], "'head'"),
+        ([sides[0], linear], "head ('text', 'linear')"),
+        ([fewer, linear], "differ in classes (['cat', 'dog', 'a red fox'], ['zero', 'one',"),
+        ([quick, sides[0]], "differ in model_cfg.quick_gelu (True, None)"),
         ([run.output], "pass a folder inside, models/ft-0/student"),
         ([run.models("tracer", 0)], "pass a folder inside, student, "),
     ):
@@ -339,6 +345,8 @@ def test_wrong_folders_and_options_are_explained(run, tmp_path):
         export.load(bare, classes=["cat"])
     with pytest.raises(ValueError, match="has its own weights, got pretrained='openai': pass None"):
         build(f"local-dir:{model}", "openai")
+    with pytest.raises(ValueError, match="this recipe pre-trains its own"):
+        replace(get("digits"), model=f"local-dir:{model}")
     with pytest.raises(ValueError, match="exists and is not an empty folder"):
         export.save(build("tiny-vit-16")[0], images, WORDS)
     with pytest.raises(ValueError, match="do not know the configuration"):
