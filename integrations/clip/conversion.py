@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,7 @@ def write_transformers(
     vision = asdict(open_clip.CLIPVisionCfg(**config["vision_cfg"]))
     text = asdict(open_clip.CLIPTextCfg(**config["text_cfg"]))
     save(_renamed(state), folder / _WEIGHTS)
-    tokenizer = SimpleTokenizer(context_length=text["context_length"])
-    start, end = tokenizer.all_special_ids
+    start, end = _tokenizer().all_special_ids
     common = {
         "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
         "projection_dim": config["embed_dim"],
@@ -145,7 +145,7 @@ def write_transformers(
         },
     )
     _write_preprocessor(preprocessing, vision["image_size"], folder)
-    _write_tokenizer(tokenizer, folder)
+    _write_tokenizer(text["context_length"], folder)
 
 
 def _sizes(tower: Mapping[str, Any], heads: int) -> dict[str, Any]:
@@ -209,8 +209,14 @@ def _write_preprocessor(preprocessing: Mapping[str, Any], size: int, folder: Pat
     )
 
 
-def _write_tokenizer(tokenizer: SimpleTokenizer, folder: Path) -> None:
+@cache
+def _tokenizer() -> SimpleTokenizer:
+    return SimpleTokenizer()
+
+
+def _write_tokenizer(context_length: int, folder: Path) -> None:
     """Write open_clip's vocabulary under transformers' names of the special tokens."""
+    tokenizer = _tokenizer()
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     _write_json(folder / "vocab.json", {special.get(k, k): i for k, i in tokenizer.encoder.items()})
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks)]
@@ -222,7 +228,7 @@ def _write_tokenizer(tokenizer: SimpleTokenizer, folder: Path) -> None:
     }
     _write_json(
         folder / "tokenizer_config.json",
-        {"tokenizer_class": "CLIPTokenizer", "model_max_length": tokenizer.context_length, **tokens},
+        {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, **tokens},
     )
 
 
