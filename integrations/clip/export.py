@@ -314,7 +314,10 @@ def _check(folder: Path) -> None:
             f"there is no folder {str(folder)!r}: give a model folder, such as RUN/models/tracer-0/student"
         )
     if (folder / CONFIG).is_file():
-        return
+        with suppress(ValueError):
+            if "model_cfg" in json.loads((folder / CONFIG).read_text(encoding="utf-8")):
+                return
+        raise ValueError(f"{str(folder / CONFIG)!r} is damaged: save or download the model again")
     inside = sorted(str(f.parent.relative_to(folder)) for f in folder.glob(f"**/{CONFIG}"))
     hint = (
         f"it holds {', '.join(inside[:6])}: give one of them"

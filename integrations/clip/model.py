@@ -186,8 +186,9 @@ def build(
         except (RuntimeError, UnpicklingError, KeyError, EOFError, SafetensorError) as error:
             if not reads:
                 raise
+            which = f"the weights of {model!r}" if has_weights else f"weights {pretrained!r} for {model!r}"
             raise ValueError(
-                f"cannot read weights {pretrained or 'of its own'!r} for {model!r} ({type(error).__name__}: "
+                f"cannot read {which} ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''}): give a checkpoint of that model"
             ) from error
     return Towers(clip, config), open_clip.get_tokenizer(model)

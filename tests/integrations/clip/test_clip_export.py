@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -349,8 +348,11 @@ def test_wrong_folders_and_options_are_explained(run, tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             predict.main([*map(str, arguments), "--device", "cpu"])
+    (bare / export.WEIGHTS).write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="cannot read the weights of"):
+        export.load(bare, classes=["cat"])
     (bare / export.WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="cannot read weights"):
+    with pytest.raises(ValueError, match="cannot read the weights of"):
         export.load(bare, classes=["cat"])
     with pytest.raises(ValueError, match="has its own weights, got pretrained='openai': pass None"):
         build(f"local-dir:{model}", "openai")
@@ -373,9 +375,12 @@ def test_a_saved_model_is_where_a_run_starts(run):
     assert all(torch.equal(value, own[key]) for key, value in towers.clip.state_dict().items())
 
 
-def test_the_last_lines_of_a_run_say_how_to_use_its_model(run):
+def test_the_last_lines_of_a_run_say_how_to_use_its_model(run, tmp_path, capsys):
     lines = export.how_to_use(run.models("tracer", 0)).splitlines()
-    program = "\n".join(line.strip() for line in lines if line.startswith("  "))
-    assert f"export.load({str(run.models('tracer', 0) / 'student')!r})" in program
-    assert "predict " + str(run.models("tracer", 0) / "student") in program
-    assert Path(run.models("tracer", 0) / "student/transformers").is_dir()
+    folder = run.models("tracer", 0) / "student"
+    picture(tmp_path / "image.png", "red")
+    program = "\n".join(line.strip() for line in lines[1:4])
+    exec(program.replace("image.png", str(tmp_path / "image.png")))
+    assert capsys.readouterr().out == f"{export.load(folder).classify([tmp_path / 'image.png'])}\n"
+    assert lines[-1].endswith(f"predict {folder} IMAGES")
+    assert any(str(folder / "transformers") in line for line in lines)
