@@ -8,6 +8,11 @@ paper's experiments:
     python examples/clip_tracer.py --methods flyp tracer --methods.tracer.kernel 'ema(0.99)'
     python examples/clip_tracer.py imagenet-vit-b-16 --data-root DIR --dry-run
     torchrun --nproc-per-node 2 examples/clip_tracer.py
+
+Every run leaves its student as a model folder, `models/METHOD-SEED/student`, and beside it its teacher if it
+has one. open_clip loads them, and they classify the images of a folder:
+
+    python -m wmateacher.integrations.clip.predict OUTPUT/models/tracer-0/student IMAGES
 """
 
 from __future__ import annotations
@@ -45,6 +50,8 @@ class Options(command.RunOptions):
     """Print the configuration, the length, the memory and the missing data of a run, without running it."""
     compare_paper: bool = False
     """Print each result beside the paper's, with the difference."""
+    save_models: bool = True
+    """Save student and teacher of every run as model folders, each twice for open_clip and transformers."""
     cache: Path | None = None
     """Folder that keeps pre-trained towers, or None for ~/.cache/wmateacher."""
 
@@ -113,6 +120,7 @@ def describe(options: Options, recipe: recipes.Recipe) -> None:
 
 def run(options: Options, recipe: recipes.Recipe) -> None:
     """Run the methods and print their figures."""
+    from wmateacher.integrations.clip import export
     from wmateacher.integrations.clip.experiment import Experiment
 
     with processes.process_group(options.device) as device:
@@ -120,6 +128,7 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
         experiment = Experiment(
             recipe, output, root=options.data_root, download=options.download, cache=options.cache,
             device=device, workers=options.workers, say=console.say, adapt=lambda r: select(options, r)[0],
+            save_models=options.save_models,
         )  # fmt: skip
         recipe, names = select(options, experiment.recipe)
         experiment.check(names)
@@ -135,6 +144,8 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
                 print(f"\n{paper.compare(experiment.results, recipe.published)}\n")
             if options.ablate is not None:
                 report_ablation(experiment, options.ablate, names)
+            if (saved := experiment.models(names[-1], 0)).exists():
+                print(f"\n{export.how_to_use(saved)}")
 
 
 def headline(record: Mapping[str, Any]) -> str:

@@ -30,12 +30,19 @@ SHARD_BYTES = 5 * 10**9
 """The largest size of a shard, which is the default of `save_pretrained` in many versions."""
 
 _INDEX = ".index.json"
-# The beginnings of the names of weights: of transformers (two kinds of files), PEFT and diffusers. Of several
-# files of one library, `from_pretrained` reads the first in this order.
-_STEMS = (("model", "pytorch_model"), ("adapter_model",), ("diffusion_pytorch_model",))
+# The beginnings of the names of weights: of transformers (two kinds of files) or open_clip, of PEFT, and of
+# diffusers. Of several files in one group the first is read, as `from_pretrained` does.
+_STEMS = (
+    ("model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model"),
+    ("adapter_model",),
+    ("diffusion_pytorch_model",),
+)
 _SUFFIXES = (".safetensors", f".safetensors{_INDEX}", ".bin", f".bin{_INDEX}")
+_WHOLE_MODELS = tuple(f"{stem}{suffix}" for stems in _STEMS for stem in stems for suffix in _SUFFIXES)
 # Files that are not copied: weights in any format, and the state of the training that wrote them.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", _INDEX)
+_HEAD = "head"
+"""The tensor, and the file, of the linear head that `wmateacher.integrations.clip.export` saves."""
 _TRAINING = ("trainer_state.json", "README.md")
 
 
@@ -74,17 +81,11 @@ def open_source(source: Checkpoint, key: str | None = None) -> Iterator[OpenChec
             yield opened
         return
     file = _weights_file(Path(source))  # type: ignore[arg-type]
-    if not file.name.endswith(_INDEX):
-        with open_checkpoint(file, key) as opened:
-            yield opened
-        return
-    index = _read_index(file)
+    index = _read_index(file) if file.name.endswith(_INDEX) else {}
+    names = list(dict.fromkeys(index.values())) or [file.name, *_heads(file)]
     with ExitStack() as stack:
-        shards = {
-            s: stack.enter_context(open_checkpoint(file.parent / s, key))
-            for s in dict.fromkeys(index.values())
-        }
-        if key is None:
+        shards = {s: stack.enter_context(open_checkpoint(file.parent / s, key)) for s in names}
+        if index and key is None:
             _compare(file, index, shards)
         home = {name: opened for opened in shards.values() for name in opened.specs}
         specs = {name: opened.specs[name] for name, opened in home.items()}
@@ -111,11 +112,25 @@ def _weights_file(source: Path) -> Path:
             "of these files instead of the folder"
         )
     if not files:
+        inside = sorted(
+            str(f.relative_to(source))
+            for pattern in ("*", "*/*", "*/*/*")
+            for f in source.glob(pattern)
+            if f.is_dir() and any((f / name).is_file() for name in _WHOLE_MODELS)
+        )
+        more = f" and {len(inside) - 6} more" if len(inside) > 6 else ""
         raise ValueError(
             f"the folder {str(source)!r} holds no model: none of model.safetensors, pytorch_model.bin, "
-            f"adapter_model.safetensors and their {_INDEX}; pass the checkpoint file itself"
+            f"adapter_model.safetensors, open_clip_model.safetensors and their {_INDEX}; pass "
+            + (f"a folder inside, {', '.join(inside[:6])}{more}" if inside else "the checkpoint file itself")
         )
     return files[0]
+
+
+def _heads(file: Path) -> list[str]:
+    """Return the file of the linear head beside the weights of a CLIP classifier, if there is one."""
+    head = f"{_HEAD}.safetensors"
+    return [head] if file.name.startswith("open_clip") and (file.parent / head).is_file() else []
 
 
 def _read_index(file: Path) -> dict[str, str]:
@@ -208,8 +223,13 @@ def write(state: Mapping[str, Any], output: File, like: Checkpoint, shard_bytes:
         for file in source.parent.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in _TRAINING:
                 shutil.copy2(file, partial)
-        # PEFT reads an adapter from one file.
-        shards = [dict(state)] if stem == "adapter_model" else _split(state, shard_bytes)
+        heads = _heads(source)
+        if heads:
+            save({n: v for n, v in state.items() if n == _HEAD}, partial / heads[0], texts=texts)
+            state = {n: v for n, v in state.items() if n != _HEAD}
+        # PEFT and open_clip read a model from one file.
+        whole = stem in ("adapter_model", "open_clip_model")
+        shards = [dict(state)] if whole else _split(state, shard_bytes)
         count, index = len(shards), {}
         for i, shard in enumerate(shards):
             name = f"{stem}.safetensors" if count == 1 else f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"

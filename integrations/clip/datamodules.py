@@ -17,11 +17,11 @@ from torchvision.transforms import InterpolationMode
 
 from wmateacher.integrations.clip.data import files, imagenet
 from wmateacher.integrations.clip.data.batches import Batch, Pairing, Sampling
-from wmateacher.integrations.clip.data.digits import DigitPairs, normalise
+from wmateacher.integrations.clip.data.digits import PREPROCESSING, DigitPairs, normalise
 from wmateacher.integrations.clip.data.photos import PhotoPairs
 from wmateacher.integrations.clip.evaluation import Labelled, Scorer, score, score_set
 from wmateacher.integrations.clip.methods import Method
-from wmateacher.integrations.clip.model import Prompts, Tokenizer, Towers
+from wmateacher.integrations.clip.model import Prompts, Tokenizer, Towers, evaluation_view
 from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Settings
 from wmateacher.integrations.engine import loop, processes
 from wmateacher.integrations.vision import digits
@@ -41,9 +41,12 @@ class CLIPData(Protocol):
         validation: The validation sets by name, for all choices that depend on results.
         labelled: Whether training pairs have labels.
         anchored: Whether there are anchor pairs.
+        preprocessing: What a saved model must do to images, where that is not in its towers; in the terms of
+            `open_clip.get_model_preprocess_cfg`.
     """
 
     prompts: Prompts
+    preprocessing: Mapping[str, Any]
     labelled: bool
     anchored: bool
     tests: Mapping[str, Scorer]
@@ -77,6 +80,7 @@ class DigitsData:
     """
 
     labelled = anchored = True
+    preprocessing = PREPROCESSING
 
     def __init__(
         self,
@@ -149,6 +153,7 @@ class PhotoData:
     """
 
     validation: Mapping[str, Scorer] = {}
+    preprocessing: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -174,9 +179,7 @@ class PhotoData:
         self.anchored = self._anchors is not None
         seen = open_clip.get_model_preprocess_cfg(towers.clip)
         self._view = training_view(towers.image_size, seen["mean"], seen["std"], recipe.scale, recipe.flip)
-        view = open_clip.image_transform(
-            towers.image_size, is_train=False, mean=seen["mean"], std=seen["std"]
-        )
+        view = evaluation_view(towers)
         self.tests: Mapping[str, Scorer] = {
             name: partial(
                 score_set, test=imagenet.load(name, root, crop_border=recipe.crop_border), transform=view,

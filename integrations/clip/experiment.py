@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wmateacher.integrations.clip import export
 from wmateacher.integrations.clip.datamodules import CLIPData, DigitsData, PhotoData
 from wmateacher.integrations.clip.evaluation import Scorer, Scores, summarise
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
@@ -52,6 +53,7 @@ class Experiment(experiment.Experiment[Recipe]):
         progress: Whether to show progress bars.
         say: Called with a line of text at every evaluation during training.
         adapt: Changes the recipe once its number of steps is known, such as for an ablation of intervals.
+        save_models: Whether each run leaves its student and teacher as model folders.
 
     Attributes:
         recipe: The recipe with the number of steps that its data makes.
@@ -78,8 +80,9 @@ class Experiment(experiment.Experiment[Recipe]):
         progress: bool = True,
         say: Callable[[str], None] | None = None,
         adapt: Callable[[Recipe], Recipe] | None = None,
+        save_models: bool = False,
     ):
-        self.say, self.cache = say, cache or default_cache()
+        self.say, self.cache, self.save_models = say, cache or default_cache(), save_models
         self.data: CLIPData
         if isinstance(recipe, PhotoRecipe):
             torch.manual_seed(recipe.finetune.seed)  # for towers without weights
@@ -129,9 +132,27 @@ class Experiment(experiment.Experiment[Recipe]):
             if method.trains:
                 processes.check_batch(self.recipe.finetune.batch_size, equal=method.head == "linear")
 
+    def run(self, name: str, seed: int = 0) -> dict[str, Any]:
+        """Train, evaluate, save and record one method, unless it is recorded already; save missing models."""
+        record = super().run(name, seed)
+        if self._lacks_models(name, seed):
+            needed = self._checkpoints(name, seed)
+            lost = processes.broadcast_from_main([str(file) for file in needed if not file.exists()])
+            if not lost:
+                self._save(name, seed, self._finished(self.recipe.method(name), seed))
+            elif self.say is not None:
+                self.say(f"{name} (seed {seed}): models cannot be saved, {', '.join(lost)} is missing")
+        return record
+
+    def models(self, name: str, seed: int) -> Path:
+        """Return the folder of the models of a run, one for the student and one for its teacher."""
+        return self.file("models", name, seed).with_suffix("")
+
     def train(self, name: str, seed: int) -> Outcome:
-        """Fine-tune by the method `name` from the pretrained towers, and evaluate."""
+        """Fine-tune by the method `name` from the pretrained towers, save the models, and evaluate."""
         end = self._finished(self.recipe.method(name), seed)
+        if self._lacks_models(name, seed):
+            self._save(name, seed, end)
         series = end.history.series
         prompts = self._data_of(self.recipe.trained(name)).prompts
         scores = self._scores(end.networks, prompts)
@@ -179,6 +200,25 @@ class Experiment(experiment.Experiment[Recipe]):
     def _data_of(self, method: Method) -> CLIPData:
         """Return the data with the captions of a method."""
         return self.data.captioned_for(method) if isinstance(self.data, PhotoData) else self.data
+
+    def _lacks_models(self, name: str, seed: int) -> bool:
+        """Return whether the models of a run are to be saved and are not, in all processes the same."""
+        return self.save_models and not processes.broadcast_from_main(self.models(name, seed).exists())
+
+    def _checkpoints(self, name: str, seed: int) -> list[Path]:
+        """Return the checkpoints from which the networks of a finished run can be read again."""
+        method = self.recipe.method(name)
+        trained = self.recipe.trained(name)
+        count = 1 if method.merge is None else method.merge.models
+        seeds = range(count * seed, count * (seed + 1)) if trained.trains else ()
+        files = (self.loop_options(trained.name, s)["checkpoint"] for s in seeds)
+        return [file for file in files if file is not None]
+
+    def _save(self, name: str, seed: int, end: Fit) -> None:
+        """Save student and teacher as model folders."""
+        if processes.is_main():
+            folder, data = self.models(name, seed), self._data_of(self.recipe.trained(name))
+            export.save_all(end.networks, folder, data.prompts, data.preprocessing)  # type: ignore[arg-type]
 
     def _scores(self, networks: Mapping[str, nn.Module], prompts: Prompts) -> dict[str, dict[str, Scores]]:
         """Score student and teacher on the test sets."""

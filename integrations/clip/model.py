@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from wmateacher.checks import lookup, nearest
@@ -25,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "Towers",
     "build",
+    "evaluation_view",
     "head_of",
     "towers_of",
     "zero_shot_head",
@@ -42,15 +44,20 @@ open_clip.add_model_config(Path(__file__).parent / "configs")
 class Towers(nn.Module):
     """An open_clip model whose forward returns the embeddings of image-text pairs.
 
+    Args:
+        clip: The open_clip model.
+        config: The configuration that open_clip built it from. Saving it as a model folder needs it.
+
     Attributes:
         clip: The open_clip model.
+        config: Its configuration.
     """
 
     clip: Any
 
-    def __init__(self, clip: nn.Module):
+    def __init__(self, clip: nn.Module, config: Mapping[str, Any] | None = None):
         super().__init__()
-        self.clip = clip
+        self.clip, self.config = clip, config
 
     def forward(self, images: Tensor, tokens: Tensor, caption: Tensor | None = None) -> PairedEmbeddings:
         """Embed a batch of pairs.
@@ -143,39 +150,58 @@ def build(
 
     Args:
         model: A name that open_clip knows, or one of this package's small configurations
-            (`tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`).
-        pretrained: A tag of open_clip or a checkpoint file. None initialises the towers at random.
+            (`tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`). `local-dir:FOLDER` and
+            `hf-hub:NAME` name a model with its weights.
+        pretrained: A tag of open_clip or a checkpoint file. None initialises the towers at random, unless the
+            model has its weights.
         device: The device of the tensors; `"meta"` gives their shapes without memory.
 
     Raises:
         ValueError: If open_clip does not know the model or the tag, or the file is not a checkpoint of it.
     """
-    if ":" not in model:
+    has_weights = ":" in model
+    if not has_weights:
         lookup("model", model, dict.fromkeys(open_clip.list_models()))
+    elif pretrained is not None:
+        raise ValueError(f"model {model!r} has its own weights, got pretrained={pretrained!r}: pass None")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained is not None and pretrained.lower() not in tags and not Path(pretrained).exists():
         raise ValueError(
             f"unknown weights {pretrained!r} for {model!r}: neither a file nor a tag; "
             f"{nearest(pretrained, tags)}"
         )
-    if "init_logit_bias" in (open_clip.get_model_config(model) or {}):
+    config = open_clip.get_model_config(model)
+    if "init_logit_bias" in (config or {}):
         raise ValueError(
             f"model {model!r} has a logit bias (SigLIP), which the contrastive objective here lacks: choose "
             "a CLIP model"
         )
-    with _quiet_about_random_weights(pretrained is None), torch.device(device):
+    # A model with weights of its own would otherwise start at random if they are missing.
+    reads = (has_weights or pretrained is not None) and torch.device(device).type != "meta"
+    with _quiet_about_random_weights(not reads), torch.device(device):
         try:
             clip = open_clip.create_model(
-                model, pretrained=pretrained, load_weights=pretrained is not None, device=device
+                model, pretrained=pretrained, load_weights=reads, require_pretrained=reads, device=device
             )
-        except (RuntimeError, UnpicklingError, KeyError, EOFError) as error:
-            if pretrained is None:
+        except (RuntimeError, UnpicklingError, KeyError, EOFError, SafetensorError) as error:
+            if not reads:
                 raise
+            which = f"the weights of {model!r}" if has_weights else f"weights {pretrained!r} for {model!r}"
             raise ValueError(
-                f"cannot read weights {pretrained!r} for {model!r} ({type(error).__name__}: "
+                f"cannot read {which} ({type(error).__name__}: "
                 f"{str(error).splitlines()[0] if str(error) else ''}): give a checkpoint of that model"
             ) from error
-    return Towers(clip), open_clip.get_tokenizer(model)
+    return Towers(clip, config), open_clip.get_tokenizer(model)
+
+
+def evaluation_view(towers: Towers) -> Callable[[Any], Tensor]:
+    """Return the function from a PIL image to `[3, H, W]` that belongs to the weights of the towers."""
+    seen = open_clip.get_model_preprocess_cfg(towers.clip)
+    how = {name: seen[name] for name in ("interpolation", "resize_mode", "fill_color") if name in seen}
+    view: Callable[[Any], Tensor] = open_clip.image_transform(
+        towers.image_size, is_train=False, mean=seen["mean"], std=seen["std"], **how
+    )
+    return view
 
 
 @contextmanager

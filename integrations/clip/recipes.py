@@ -193,6 +193,11 @@ class DigitsRecipe(Recipe):
                     f"method {method.name!r} has templates={method.templates!r}, which are for ImageNet's "
                     "classes: leave them out for digits, which have captions of their own"
                 )
+        if ":" in self.model:
+            raise ValueError(
+                f"model must be the name of towers, got {self.model!r}, which has weights: this recipe "
+                "pre-trains its own"
+            )
 
     def adjust(self) -> DigitsRecipe:
         """Return the recipe with more steps of pre-training if `data` was changed to larger data.

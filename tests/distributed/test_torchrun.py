@@ -52,7 +52,11 @@ def test_the_table_is_that_of_one_process_also_resumed_on_another_number(tmp_pat
         assert done.stdout.count("method ") == 1
         assert done.stdout.count("wrote ") == 1
         assert done.stdout.count("zero-shot (seed 0): ID") == 1
+        assert done.stdout.count("models in ") == 1
     expected = results(tmp_path / "one")
+    for folder in ("one", "two", "three"):
+        saved = sorted(str(f.relative_to(tmp_path / folder)) for f in (tmp_path / folder).glob("models/*/*"))
+        assert saved == ["models/tracer-0/student", "models/tracer-0/teacher", "models/zero-shot-0/student"]
     for folder in ("two", "three"):
         found = results(tmp_path / folder)
         for name in expected:

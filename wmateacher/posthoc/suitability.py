@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -27,12 +28,17 @@ _PACKED = ("weight", "qweight", "weight_packed")
 _VOLATILE = {
     "_name_or_path", "_commit_hash", "_attn_implementation_autoset", "_diffusers_version", "torch_dtype",
     "dtype", "transformers_version", "revision", "use_cache", "gradient_checkpointing",
+    "timm_model_pretrained", "hf_model_pretrained",
 }  # fmt: skip
 # Of an adapter's configuration, what scales or places its weights.
 _ADAPTER = {
     "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern",
     "fan_in_fan_out",
 }  # fmt: skip
+
+
+_CLASSES = "classes.json"
+"""The classes of a CLIP classifier, as `wmateacher.integrations.clip.export` writes them."""
 
 
 def check_tensors(opened: OpenCheckpoint, label: str) -> None:
@@ -84,7 +90,7 @@ def check_configurations(checkpoints: Sequence[Checkpoint]) -> None:
         ValueError: If a model is quantised, or if two configurations differ.
     """
     folders = [folder for folder in map(folder_of, checkpoints) if folder is not None]
-    for name in ("config.json", "adapter_config.json"):
+    for name in ("config.json", "adapter_config.json", "open_clip_config.json", _CLASSES):
         files = [folder / name for folder in folders if (folder / name).is_file()]
         found = [_read(file) for file in files]
         for file, config in zip(files, found, strict=True):
@@ -99,7 +105,9 @@ def check_configurations(checkpoints: Sequence[Checkpoint]) -> None:
                 key for key in values[-1].keys() | other if values[-1].get(key) != other.get(key)
             )
             if differing:
-                shown = ", ".join(f"{k} ({other.get(k)!r}, {values[-1].get(k)!r})" for k in differing[:5])
+                shown = ", ".join(
+                    f"{k} ({short(other.get(k))}, {short(values[-1].get(k))})" for k in differing[:5]
+                )
                 raise ValueError(
                     f"{str(file)!r} and {str(files[-1])!r} differ in {shown}: the same weights mean "
                     "something else there; average models of one configuration, or pass the files with the "
@@ -109,7 +117,7 @@ def check_configurations(checkpoints: Sequence[Checkpoint]) -> None:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         config = None
     if not isinstance(config, dict):
@@ -118,7 +126,14 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _decisive(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    if name == "config.json":
+    if name == _CLASSES:
+        # Only the rows of a trained head stand for classes.
+        return {
+            key: config.get(key)
+            for key in ("head", "classes")
+            if key == "head" or config.get("head") == "linear"
+        }
+    if name != "adapter_config.json":
         return dict(_flat(config))
     # The order of the modules is that of a set.
     return {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from wmateacher.integrations.engine import processes
 from wmateacher.integrations.engine.sampling import Epochs, generator
 from wmateacher.integrations.vision.digits import Domain, Split
 
-__all__ = ["DigitPairs", "normalise"]
+__all__ = ["PREPROCESSING", "DigitPairs", "normalise"]
 
 _MEAN, _STD = 0.5, 0.25
+PREPROCESSING: Mapping[str, Any] = {"mean": (_MEAN,) * 3, "std": (_STD,) * 3}
+"""The same as `normalise`, in the terms of `open_clip.get_model_preprocess_cfg`."""
 
 
 def normalise(images: Tensor) -> Tensor:
