@@ -16,6 +16,7 @@ from wmateacher import (
     adapters,
     caches,
     checks,
+    controller,
     copying,
     kernels,
     naming,
@@ -32,8 +33,8 @@ from wmateacher import buffers as changing
 from wmateacher.attachment import Attachment
 from wmateacher.finiteness import NONFINITE, Nonfinite, Verdict
 from wmateacher.kernels import Array, Kernel, KernelLike
-from wmateacher.schedule import Clock
 from wmateacher.shadow import Shadow
+from wmateacher.transfers import Transfer
 
 __all__ = ["WMATeacher"]
 
@@ -160,9 +161,9 @@ class WMATeacher(nn.Module):
         checks.one_of("mode", mode, normalisation.MODES)
         if dropout and mode == "eval":
             raise ValueError("dropout=True needs mode='train', got mode='eval', in which dropout is off")
-        self._clock = Clock(kernels.build(kernel), total_steps, update_every)
+        self._clock = controller.clock(kernels.build(kernel), total_steps, update_every)
         checks.one_of("hooks policy", hooks, copying.HOOKS)
-        self._omega = 0.0
+        self._omega: float | Transfer = 0.0
         self._nonfinite: Nonfinite = nonfinite
         self._verdict: Verdict | None = None  # of the last snapshot, until the host knows it
         self._reported: list[str] = []  # the averages that a warning has named
@@ -191,6 +192,12 @@ class WMATeacher(nn.Module):
                 hooks=hooks,
                 module_factory=module_factory,
                 nonfinite=nonfinite,
+                measured=isinstance(self.kernel, kernels.Gap),
+            )
+            self._distances = (
+                controller.Distances(self.kernel, self._shadow, student)
+                if isinstance(self.kernel, kernels.Gap)
+                else None
             )
         self.module = self._shadow.module
         self._collecting = False  # whether update_bn() is recomputing the running statistics
@@ -237,7 +244,7 @@ class WMATeacher(nn.Module):
     def omega(self) -> float:
         """The weight that the last step gave to the student; 0.0 if no snapshot was due or it was skipped."""
         self._settle()
-        return self._omega
+        return float(self._omega)
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -344,14 +351,20 @@ class WMATeacher(nn.Module):
         self._shadow.take_up_unfrozen(self.step, trained=True)
         plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
-        omega = self._clock.tick()
+        omega: float | Tensor | None = self._clock.tick()
+        is_due = omega is not None
         try:
-            if omega:
+            if is_due and self._distances is not None:
+                omega = self._distances.omega(plan)
+            if isinstance(omega, Tensor) or omega:
                 self._verdict = plan.apply(omega)
         except BaseException:
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
-        self._omega = omega or 0.0
+        if is_due and isinstance(self._clock, controller.MeasuredClock):
+            self._omega = self._clock.record(omega)
+        else:
+            self._omega = omega or 0.0
         self._shadow.note_values()
         if self._verdict is not None and self._verdict.has_arrived():
             self._settle()
@@ -619,7 +632,7 @@ class WMATeacher(nn.Module):
         self._settle()
         state = {
             "format": _FORMAT,
-            "omega": self._omega,
+            "omega": float(self._omega),
             **self._clock.state(),
             "shared": list(self.roles.shared),
             "unfrozen": [[name, step] for name, step in self._shadow.unfrozen.items()],
@@ -637,6 +650,7 @@ class WMATeacher(nn.Module):
         # A copy of the teacher is not attached to the optimizer of the original.
         return {
             **super().__getstate__(),
+            "_omega": float(self._omega),
             "_attachment": None,
             "_lending": None,
             "_flags": [],
@@ -658,6 +672,8 @@ class WMATeacher(nn.Module):
         """Move or cast the averaged module; the averages move along and keep their precision."""
         with torch.inference_mode(False), torch.no_grad(), self._shadow.moving():
             super()._apply(fn, recurse)
+        if self._distances is not None:
+            self._distances.to_device()
         return self
 
     def _refuse_lent(self, action: str) -> None:
@@ -691,6 +707,8 @@ def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
 def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     assert isinstance(teacher, WMATeacher)
     states.complete(teacher._shadow, teacher.module, state, f"{prefix}module.")
+    if teacher._distances is not None:
+        state.update({prefix + key: value for key, value in teacher._distances.state().items()})
 
 
 def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
@@ -721,6 +739,10 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     for field in ("shared", "unfrozen", "changed_buffers"):
         if not isinstance(clock.get(field, []), list | tuple):
             raise ValueError(f"the teacher's state is damaged: {field} is {clock[field]!r}, not a list")
+    begins = f"{prefix}{controller.PREFIX}"
+    start = {} if teacher._distances is None else {k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(begins)}
+    if teacher._distances is not None:
+        teacher._distances.check(start, clock.get("shared"))
     states.load(
         teacher._shadow,
         teacher.module,
@@ -731,6 +753,8 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
         dict(clock.get("unfrozen", ())),
         clock.get("changed_buffers", ()),
     )
+    if teacher._distances is not None:
+        teacher._distances.load(start)
 
 
 def _is_clock(value: Any) -> bool:
