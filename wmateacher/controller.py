@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,15 +26,20 @@ from wmateacher.schedule import Clock
 from wmateacher.shadow import Plan, Shadow
 from wmateacher.transfers import Transfer
 
-__all__ = ["PREFIX", "Distances", "MeasuredClock", "clock"]
+__all__ = ["Distances", "MeasuredClock", "clock", "distances"]
 
-PREFIX = "start."
+_START = "start."
 """What the names of W^0 begin with in a teacher's state."""
 
 
 def clock(kernel: Kernel, total_steps: int | None, update_every: int) -> Clock:
     """Return the clock for a kernel."""
     return (MeasuredClock if isinstance(kernel, Gap) else Clock)(kernel, total_steps, update_every)
+
+
+def distances(kernel: Kernel, shadow: Shadow, student: nn.Module) -> Distances | None:
+    """Return what measures the distances that the kernel asks for, if it asks for any."""
+    return Distances(kernel, shadow, student) if isinstance(kernel, Gap) else None
 
 
 class MeasuredClock(Clock):
@@ -153,24 +158,52 @@ def _precise(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+class Start(nn.Module):
+    """W^0: a tree of buffers with the names of the averaged parameters, in the student's dtype."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by canonical name."""
+        return dict(self.named_buffers(remove_duplicate=False))
+
+    def hold(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold these tensors and no others."""
+        self._modules.clear()
+        self._buffers.clear()
+        for name, tensor in tensors.items():
+            *path, last = name.split(".")
+            module: nn.Module = self
+            for key in path:
+                if key not in module._modules:
+                    module.add_module(key, nn.Module())
+                module = module._modules[key]  # type: ignore[assignment]
+            module.register_buffer(last, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Start:
+        """Move the tensors, but do not cast them: W^0 keeps its precision."""
+        self.hold({name: tensor.to(fn(tensor).device) for name, tensor in self.tensors().items()})
+        return self
+
+
 class Distances:
-    """The student's weights at the start, and the distances to them and to the average.
+    """The distances from the student to its start and to its average, and the weight that follows from them.
 
     Attributes:
-        start: W^0, the local shards of every averaged parameter by canonical name.
+        start: W^0, which the teacher registers as its own submodule, so that its state has it.
     """
 
     def __init__(self, kernel: Gap, shadow: Shadow, student: nn.Module):
         """Keep a copy of the student's present weights on the teacher's device."""
         self._share, self._shadow = kernel.share, shadow
-        self.start: dict[str, Tensor] = {}
+        self.start = Start()
         self._plan: Plan | None = None
         self._layouts: list[tuple[Tensor, list[_Batch]]] = []
-        values = Binding(student)
-        own = Binding(shadow.module)
-        for name in self._names(own):
-            value, device = values.local[name].detach(), own.local[name].device
-            self.start[name] = torch.empty_like(value, device=device).copy_(value)
+        values, own = Binding(student).local, Binding(shadow.module)
+        self.start.hold(
+            {
+                name: sharding.spread(pairing.clone(values[name].detach(), own.local[name].device), own.tensors[name])
+                for name in self._names(own)
+            }
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None, "_layouts": []}
@@ -199,64 +232,56 @@ class Distances:
 
     def complete(self) -> None:
         """Add the parameters that have begun to be averaged, whose average is their value at the start."""
-        own = self._shadow.bind()
+        own, known = self._shadow.bind(), self.start.tensors()
         names = self._names(own)
-        if names != [*self.start]:
-            known = self.start
-            self.start = {n: known[n] if n in known else self._value(own, n) for n in names}
+        if names != sorted(known):
+            self.start.hold({n: known[n] if n in known else self._value(own, n) for n in names})
             self._plan = None
 
-    def to_device(self) -> None:
-        """Follow the averages to their device."""
-        own = Binding(self._shadow.module).local
-        self.start = {name: value.to(own[name].device) for name, value in self.start.items()}
-        self._plan = None
-
-    def state(self) -> dict[str, Tensor]:
-        """Return W^0 by the names of a state, as DTensors where the average is sharded."""
-        self.complete()
-        own = self._shadow.bind().tensors
-        return {PREFIX + name: sharding.spread(value, own[name]) for name, value in self.start.items()}
-
-    def check(self, start: Mapping[str, Tensor], shared: Collection[str] | None) -> None:
-        """Check that W^0 from a state fits the averages in it.
+    def take(self, state: dict[str, Any], prefix: str, shared: Collection[str] | None) -> dict[str, Tensor]:
+        """Take W^0 out of a teacher's state, and check that it fits the averages in it.
 
         Args:
-            start: The tensors by their names in the state.
+            state: The state, from which its entries are removed.
+            prefix: The prefix of the teacher's keys in it.
             shared: The names of the parameters that were shared with the student when it was written.
 
         Raises:
-            ValueError: If a tensor is missing, unknown, or of another shape or sharding.
+            ValueError: If a tensor is missing, unknown, or of another shape, kind or sharding.
         """
-        own = self._shadow.bind().tensors
-        roles = self._shadow.roles
-        shared = roles.shared if shared is None else shared
-        candidates = [n for n in (*roles.averaged, *roles.shared) if n not in shared and n not in roles.excluded]
-        needed = {PREFIX + n: own[n] for n in candidates if isinstance(own[n], nn.Parameter)}
-        missing, extra = sorted(needed.keys() - start.keys()), sorted(start.keys() - needed.keys())
-        if missing or extra:
-            raise ValueError(
-                "the teacher's state has not the W^0 of its averages: "
-                + pairing.describe_difference(missing, extra)
-            )
-        for key, value in start.items():
-            like = needed[key]
-            if not isinstance(value, Tensor) or value.shape != like.shape or not sharding.alike(value, like):
+        keys = [key for key in state if key.startswith(prefix + _START)]
+        found = {key.removeprefix(prefix + _START): state.pop(key) for key in keys}
+        roles, own = self._shadow.roles, self._shadow.bind().tensors
+        candidates = {*roles.averaged, *roles.shared} - {*roles.excluded} - {*(shared or ())}
+        needed = {n for n in candidates if isinstance(own[n], nn.Parameter) and _is_continuous(own[n])}
+        if found.keys() != needed:
+            difference = pairing.describe_difference(sorted(needed - found.keys()), sorted(found.keys() - needed))
+            raise ValueError(f"the state has not the W^0 ({prefix}{_START}...) of its averages: {difference}")
+        for name, value in found.items():
+            like = own[name]
+            fits = isinstance(value, Tensor) and value.shape == like.shape and _is_continuous(value)
+            if not (fits and sharding.alike(value, like)):
                 there = f"{tuple(value.shape)}, {sharding.describe(value)}" if isinstance(value, Tensor) else value
                 raise ValueError(
-                    f"in the state {key!r} is {there}, the teacher's is {tuple(like.shape)}, "
-                    f"{sharding.describe(like)}: load the state of a teacher of the same model, sharded alike"
+                    f"in the state {prefix + _START + name!r} is {there}, the teacher's is {tuple(like.shape)}, "
+                    f"{sharding.describe(like)}: load the state of a teacher of this model, sharded alike"
                 )
+        return found
 
-    def load(self, start: Mapping[str, Tensor]) -> None:
-        """Take W^0 from a state, after its averages have been loaded."""
-        own = self._shadow.bind().local
-        found = {key.removeprefix(PREFIX): sharding.local(value).detach() for key, value in start.items()}
-        self.start = {n: found[n].to(own[n].device, copy=True) for n in sorted(found)}
+    def load(self, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take over W^0 from a state, and return the tensors that hold it by their names in a state."""
+        own = self._shadow.bind()
+        held = {}
+        for name in sorted(start):
+            local = sharding.local(start[name]).detach()
+            held[name] = sharding.spread(pairing.clone(local, own.local[name].device), own.tensors[name])
+        self.start.hold(held)
         self._plan = None
+        return {_START + name: value for name, value in held.items()}
 
     def _value(self, own: Binding, name: str) -> Tensor:
-        return self._shadow.average(own, name).read().to(own.local[name].dtype, copy=True)
+        value = self._shadow.average(own, name).read().to(own.local[name].dtype, copy=True)
+        return sharding.spread(value, own.tensors[name])
 
     def _names(self, own: Binding) -> list[str]:
         # Sorted, so that the sums do not depend on the order in which parameters were unfrozen.
@@ -266,16 +291,20 @@ class Distances:
         """Return the batches of each sharding, and a tensor that has it. Every rank has the same shardings."""
         self.complete()
         layouts: dict[Any, tuple[Tensor, dict[Any, list[tuple[Tensor, ...]]]]] = {}
-        for name, start in self.start.items():
+        for name, start in self.start.tensors().items():
             whole, average = plan.own.tensors[name], self._shadow.average(plan.own, name)
-            row = [average.held, plan.student.local[name].detach(), start]
+            row = [average.held, plan.student.local[name].detach(), sharding.local(start)]
             row = [torch.view_as_real(t) if t.is_complex() else t for t in row]
             layout = (whole.device_mesh, whole.placements) if sharding.is_sharded(whole) else None
             _, groups = layouts.setdefault(layout, (whole, {}))
-            if start.numel():
+            if row[0].numel():
                 key = (average.split, row[0].device, row[0].dtype, row[1].device, row[1].dtype)
                 groups.setdefault(key, []).append((*row, *[average.own.detach()] * average.split))
         return [(like, [b for g in groups.values() for b in _batches(g)]) for like, groups in layouts.values()]
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _batches(rows: Sequence[tuple[Tensor, ...]]) -> list[_Batch]:

@@ -61,6 +61,7 @@ class WMATeacher(nn.Module):
 
     Attributes:
         module: The averaged module, in the student's dtype.
+        start: The student's weights at construction, if the kernel measures distances to them (`gap`).
     """
 
     # `walking` recognises teachers by it, so that a teacher may be a submodule of its own student.
@@ -194,12 +195,10 @@ class WMATeacher(nn.Module):
                 nonfinite=nonfinite,
                 measured=isinstance(self.kernel, kernels.Gap),
             )
-            self._distances = (
-                controller.Distances(self.kernel, self._shadow, student)
-                if isinstance(self.kernel, kernels.Gap)
-                else None
-            )
+            self._distances = controller.distances(self.kernel, self._shadow, student)
         self.module = self._shadow.module
+        if self._distances is not None:
+            self.start = self._distances.start
         self._collecting = False  # whether update_bn() is recomputing the running statistics
         self._flags: list[tuple[nn.Module, bool]] = []  # the modules' modes, if not all in eval mode
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
@@ -352,19 +351,18 @@ class WMATeacher(nn.Module):
         plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
         omega: float | Tensor | None = self._clock.tick()
-        is_due = omega is not None
         try:
-            if is_due and self._distances is not None:
+            if omega is not None and self._distances is not None:
                 omega = self._distances.omega(plan)
             if isinstance(omega, Tensor) or omega:
                 self._verdict = plan.apply(omega)
         except BaseException:
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
-        if is_due and isinstance(self._clock, controller.MeasuredClock):
-            self._omega = self._clock.record(omega)
-        else:
-            self._omega = omega or 0.0
+        if omega is not None and isinstance(self._clock, controller.MeasuredClock):
+            omega = self._clock.record(omega)
+        assert not isinstance(omega, Tensor)
+        self._omega = 0.0 if omega is None else omega
         self._shadow.note_values()
         if self._verdict is not None and self._verdict.has_arrived():
             self._settle()
@@ -672,8 +670,6 @@ class WMATeacher(nn.Module):
         """Move or cast the averaged module; the averages move along and keep their precision."""
         with torch.inference_mode(False), torch.no_grad(), self._shadow.moving():
             super()._apply(fn, recurse)
-        if self._distances is not None:
-            self._distances.to_device()
         return self
 
     def _refuse_lent(self, action: str) -> None:
@@ -701,14 +697,14 @@ def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
     teacher._refuse_lent("state_dict() of the teacher")
     teacher._settle()
     teacher._report_nonfinite()
+    if teacher._distances is not None:
+        teacher._distances.complete()
     sharding.reshard(teacher._shadow.fully_sharded)
 
 
 def _complete_state(teacher: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
     assert isinstance(teacher, WMATeacher)
     states.complete(teacher._shadow, teacher.module, state, f"{prefix}module.")
-    if teacher._distances is not None:
-        state.update({prefix + key: value for key, value in teacher._distances.state().items()})
 
 
 def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused: Any) -> None:
@@ -739,10 +735,8 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     for field in ("shared", "unfrozen", "changed_buffers"):
         if not isinstance(clock.get(field, []), list | tuple):
             raise ValueError(f"the teacher's state is damaged: {field} is {clock[field]!r}, not a list")
-    begins = f"{prefix}{controller.PREFIX}"
-    start = {} if teacher._distances is None else {k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(begins)}
-    if teacher._distances is not None:
-        teacher._distances.check(start, clock.get("shared"))
+    distances = teacher._distances
+    start = {} if distances is None else distances.take(state, prefix, clock.get("shared"))
     states.load(
         teacher._shadow,
         teacher.module,
@@ -753,8 +747,8 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
         dict(clock.get("unfrozen", ())),
         clock.get("changed_buffers", ()),
     )
-    if teacher._distances is not None:
-        teacher._distances.load(start)
+    if distances is not None:
+        state.update({prefix + key: value for key, value in distances.load(start).items()})
 
 
 def _is_clock(value: Any) -> bool:
