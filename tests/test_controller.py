@@ -1,6 +1,7 @@
 """A teacher that keeps its distance: its weights against a float64 loop over the definition, in every kind of run."""
 
 import copy
+import math
 import pickle
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from wmateacher import WMATeacher, kernels, shadow
+from wmateacher import WMATeacher, kernels, shadow, theory
 from wmateacher.schedule import Clock
 
 STATES = 40
@@ -386,3 +387,78 @@ def test_states_of_other_kernels_are_refused_by_name():
             WMATeacher(student, kernel).load_state_dict(state)
     with pytest.raises(ValueError, match="written with kernel='uniform'"):
         WMATeacher(student, "gap(0.5)").load_state_dict(WMATeacher(student, "uniform").state_dict())
+
+
+# --- what theory says of it ---------------------------------------------------------------------------
+
+
+def linear_world():
+    drawn = np.random.default_rng(0)
+    return theory.LinearWorld(
+        drawn.normal(size=(8, 4)), drawn.normal(size=(3, 4)), drawn.normal(size=(3, 8))
+    )
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+@pytest.mark.parametrize(("distill_weight", "every"), [(0, 1), (0.9, 1), (5, 1), (5, 7)])
+def test_its_bias_in_the_linear_world_is_its_closed_form(share, distill_weight, every):
+    world, kernel, steps = linear_world(), kernels.Gap(share), 40
+    run = theory.distil(world, kernel, steps, distill_weight, every)
+    predicted = theory.predict(kernel, steps, distill_weight, every)
+    bias = world.residual(world.start)
+    assert run.teacher_residual[-1] / bias == pytest.approx(predicted.teacher_residual, abs=1e-12)
+    assert run.student_residual[-1] / bias == pytest.approx(predicted.student_residual, abs=1e-12)
+    assert run.gap[-1] / bias == pytest.approx(predicted.gap, abs=1e-12)
+    moved = np.linalg.norm(run.student - world.start)
+    if every == 1 and distill_weight < 1:
+        assert run.gap[-1] == pytest.approx(share * moved, rel=1e-10)
+    # In the limit: a static teacher at `share` times the weight.
+    limit = theory.predict(kernel, 10_000, distill_weight).student_residual
+    static = theory.predict("static", 10_000, share * distill_weight).student_residual
+    assert limit == pytest.approx(static, abs=1e-12)
+    ends = world.residual(world.static_distillation(share * distill_weight))
+    assert limit * bias == pytest.approx(ends, rel=1e-10)
+
+
+def test_the_teacher_chooses_the_weights_that_theory_predicts():
+    world, lam, share = linear_world(), 0.9, 0.5
+    student = nn.Linear(8, 3, bias=False).double()
+    with torch.no_grad():
+        student.weight.copy_(torch.tensor(world.start))
+    teacher = WMATeacher(student, kernels.Gap(share))
+    inside, optimum = torch.tensor(world.projector), torch.tensor(world.optimum)
+    for _ in range(12):
+        with torch.no_grad():
+            pulled = (lam * teacher.module.weight @ inside + optimum) / (1 + lam)
+            student.weight.copy_(student.weight - student.weight @ inside + pulled)
+        teacher.update()
+    expected = theory.predict("gap(0.5)", 12, lam)
+    assert teacher.trajectory_weights()[0] == pytest.approx(expected.start_weight, rel=1e-10)
+    left = world.residual(teacher.module.weight.detach().numpy()) / world.residual(world.start)
+    assert left == pytest.approx(expected.teacher_residual, rel=1e-10)
+
+
+def test_on_a_straight_way_the_start_has_the_weight_of_a_power_function():
+    """Gamma(T + 1) Gamma(1 + c) / Gamma(T + 1 + c), which falls as T^-c."""
+    student = nn.Linear(1, 1, bias=False).double()
+    teacher, steps, c = WMATeacher(student, "gap(0.7)"), 200, 1 / 0.7 - 1
+    for _ in range(steps):
+        student.weight.data.add_(1)
+        teacher.update()
+    expected = math.exp(math.lgamma(steps + 1) + math.lgamma(1 + c) - math.lgamma(steps + 1 + c))
+    weights = teacher.trajectory_weights()
+    assert weights[0] == pytest.approx(expected, rel=1e-9)
+    assert 0.5 * np.abs(weights - kernels.Power(exponent=c - 1).profile(steps)).sum() < 0.015
+
+
+@pytest.mark.parametrize("share", [0.5, 3**-0.5, 0.7])
+def test_on_a_random_walk_it_averages_a_power_function_of_another_exponent(share):
+    """With 2 c + 1 = 1 / share^2 the mean age is T / (c + 1); 1 / sqrt(3) is the running mean."""
+    generator = torch.Generator().manual_seed(0)
+    student = nn.Linear(20_000, 1, bias=False).double()
+    teacher, steps, c = WMATeacher(student, kernels.Gap(share)), 150, (1 / share**2 - 1) / 2
+    for _ in range(steps):
+        student.weight.data.add_(torch.randn(student.weight.shape, generator=generator, dtype=torch.float64))
+        teacher.update()
+    ages = np.arange(steps, -1, -1)
+    assert teacher.trajectory_weights() @ ages == pytest.approx(steps / (c + 1), rel=0.03)
