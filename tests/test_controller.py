@@ -86,11 +86,12 @@ def test_realised_weights_are_the_definitions_through_interval_resume_and_extens
     other.walk = student.walk
     horizons = [total] * (STATES + 1)
     if extended and total is not None:
-        run(teacher, student, 11)
-        run(resumed, other, 11)
+        at = max(resume, 11)
+        run(teacher, student, at)
+        run(resumed, other, at)
         for each in (teacher, resumed):
             each.set_total_steps(STATES - 1)
-        horizons[12:] = [STATES - 1] * (STATES - 11)
+        horizons[at + 1 :] = [STATES - 1] * (STATES - at)
     end = total if total is not None and not extended else STATES - 1
     run(teacher, student, end)
     run(resumed, other, end)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,20 +133,27 @@ class Update:
             mask: A 0-d bool tensor on any device: with False, no average changes. The host does not wait for
                 it.
         """
-        masks: dict[torch.device, Tensor] = {}
-        omegas: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        arrived: dict[Any, Tensor] = {}
+
+        def there(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+            key = (id(value), device, dtype)
+            if key not in arrived:
+                arrived[key] = value.to(device, dtype, non_blocking=True)
+            return arrived[key]
+
         # The next batch is on its way from its device while this one moves.
         for i, step in enumerate(self._steps):
             if i == 0:
                 step.fetch()
             if i + 1 < len(self._steps):
                 self._steps[i + 1].fetch()
-            device, dtype = step.held[0].device, step.dtype
-            if mask is not None and device not in masks:
-                masks[device] = mask.to(device, non_blocking=True)
-            if isinstance(omega, Tensor) and (device, dtype) not in omegas:
-                omegas[device, dtype] = omega.to(device, dtype, non_blocking=True)
-            step.move(omegas.get((device, dtype), omega), masks.get(device))
+            if mask is None:
+                assert not isinstance(omega, Tensor)
+                step.move(omega, None)
+            else:
+                device = step.held[0].device
+                share = there(omega, device, step.dtype) if isinstance(omega, Tensor) else omega
+                step.move(share, there(mask, device, mask.dtype))
 
 
 @torch.no_grad()
