@@ -5,7 +5,8 @@
 A small network has learnt handwritten digits, plain, inverted, noisy and shifted, and then learns to read
 mirrored ones. Its loss adds the divergence from a teacher, at one strength for all kernels. `new` is the
 accuracy on mirrored digits, `kept` the mean accuracy on what it had learnt before, of the student and of the
-teacher. Each seed has data, pre-training and training of its own. It takes about three minutes on a quiet CPU core.
+teacher. Each seed has data, pre-training and training of its own. It takes about three minutes on a quiet
+CPU core.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ KERNELS = (
     "gap(0.3)", "gap(0.5)", "gap(0.7)",
 )  # fmt: skip
 BASELINE = "beta(0.5,0.5)"
-# Of a run that turns out twice as long: name -> kernel, planned share of the run, share at which it is extended.
+# A run that turns out twice as long: name -> kernel, planned share of it, share at which it is extended.
 LONG = {
     "beta(0.5,0.5), planned": (BASELINE, 1.0, None),
     "beta(0.5,0.5), held": (BASELINE, 0.5, None),
@@ -68,7 +69,12 @@ def main() -> None:
     runs = {kernel: (kernel, steps, steps, None) for kernel in KERNELS}
     for name, (kernel, planned, extended) in LONG.items():
         first = None if planned is None else round(2 * steps * planned)
-        runs[f"{name}, long"] = (kernel, 2 * steps, first, None if extended is None else round(2 * steps * extended))
+        runs[f"{name}, long"] = (
+            kernel,
+            2 * steps,
+            first,
+            None if extended is None else round(2 * steps * extended),
+        )
     for seed in range(arguments.seeds):
         train, test = digits(seed)
         start = pretrained(train, seed)
@@ -113,7 +119,9 @@ def domains(images: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
 def pretrained(train: Split, seed: int) -> nn.Module:
     """Return a network that has learnt all domains but the mirrored one."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), RATE)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(PRETRAINING):
@@ -147,7 +155,9 @@ def run(
         images, labels = batch(train, generator)
         images = images.flip(2)
         logits, targets = student(images), teacher(images)
-        apart = F.kl_div(logits.log_softmax(1), targets.log_softmax(1), log_target=True, reduction="batchmean")
+        apart = F.kl_div(
+            logits.log_softmax(1), targets.log_softmax(1), log_target=True, reduction="batchmean"
+        )
         (F.cross_entropy(logits, labels) + weight * apart).backward()
         optimizer.step()
         optimizer.zero_grad()

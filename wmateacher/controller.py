@@ -1,16 +1,16 @@
 """The controller of a teacher whose weights are measured in the run, `kernels.Gap`.
 
 `Distances` measures how far student and average are apart, and how far the student is from its start, and
-chooses omega. `MeasuredClock` counts the steps and keeps the weights that were chosen. On an accelerator omega
-stays there: the average moves by it at once, and the host reads it when it has arrived.
+chooses omega. `MeasuredClock` counts the steps and keeps the weights that were chosen. On an accelerator
+omega stays there: the average moves by it at once, and the host reads it when it has arrived.
 """
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,9 @@ class MeasuredClock(Clock):
 
     def record(self, omega: float | Tensor) -> Transfer:
         """Keep the weight of the snapshot that the last `tick` announced."""
-        transfer = Transfer(torch.as_tensor(omega, dtype=None if isinstance(omega, Tensor) else torch.float64))
+        transfer = Transfer(
+            torch.as_tensor(omega, dtype=None if isinstance(omega, Tensor) else torch.float64)
+        )
         self._steps.append(self.snapshot)
         self._arriving.append(transfer)
         self._settle()
@@ -79,8 +81,8 @@ class MeasuredClock(Clock):
         """Refuse: of an average that was made elsewhere, neither the weights nor W^0 are known."""
         raise ValueError(
             f"kernel {str(self.kernel)!r} cannot continue an average that was made elsewhere, or count steps "
-            f"that it has not measured (step={step}): load the state of a teacher with this kernel, build the "
-            "teacher from a model with these weights as W^0, or use a kernel without a measurement"
+            f"that it has not measured (step={step}): load the state of a teacher with this kernel, build "
+            "the teacher from a model with these weights as W^0, or use a kernel without a measurement"
         )
 
     def state(self) -> dict[str, Any]:  # noqa: D102
@@ -115,15 +117,20 @@ class MeasuredClock(Clock):
 
 def _sound(measured: Any, step: int, snapshot: int) -> bool:
     """Return whether these are the steps of snapshots up to the last one, and a weight for each."""
-    if not (isinstance(measured, Sequence) and len(measured) == 2 and len(measured[0]) == len(measured[1])):
+    if not (_is_list(measured) and len(measured) == 2 and all(map(_is_list, measured))):
         return False
     steps, weights = measured
     return (
-        all(isinstance(s, Integral) and 0 < s <= step for s in steps)
-        and all(isinstance(w, Real) and not (w < 0 or w > 1) for w in weights)
-        and all(a < b for a, b in zip(steps, steps[1:], strict=False))
+        len(steps) == len(weights)
+        and all(isinstance(s, int) and 0 < s <= step for s in steps)
+        and all(isinstance(w, int | float) and not (w < 0 or w > 1) for w in weights)
+        and all(a < b for a, b in itertools.pairwise(steps))
         and snapshot == (steps[-1] if steps else 0)
     )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 class _Batch:
@@ -200,7 +207,9 @@ class Distances:
         values, own = Binding(student).local, Binding(shadow.module)
         self.start.hold(
             {
-                name: sharding.spread(pairing.clone(values[name].detach(), own.local[name].device), own.tensors[name])
+                name: sharding.spread(
+                    pairing.clone(values[name].detach(), own.local[name].device), own.tensors[name]
+                )
                 for name in self._names(own)
             }
         )
@@ -210,7 +219,7 @@ class Distances:
 
     @torch.no_grad()
     def omega(self, plan: Plan) -> float | Tensor:
-        """Return the weight of the student in a due snapshot, as a tensor if the device can act on it alone."""
+        """Return the weight of the student in a snapshot, as a tensor if the device can act on it alone."""
         if self._plan is not plan:
             with torch.inference_mode(False):
                 self._layouts = self._prepare(plan)
@@ -224,7 +233,8 @@ class Distances:
             parts.append(sharding.total(sums, like))
         if not parts:
             return 0.0
-        apart, moved = sum(p.to(parts[0].device, non_blocking=True) for p in parts).sqrt().unbind()
+        home = parts[0].device
+        apart, moved = torch.stack([p.to(home, non_blocking=True) for p in parts]).sum(0).sqrt().unbind()
         # NaN stays NaN: a student that is not finite is treated as with any other kernel.
         omega = (1.0 - self._share * moved / apart).clamp(min=0.0)
         omega = torch.where(apart == 0, 0.0, omega)  # of 0 / 0, if the student has not moved
@@ -255,16 +265,21 @@ class Distances:
         candidates = {*roles.averaged, *roles.shared} - {*roles.excluded} - {*(shared or ())}
         needed = {n for n in candidates if isinstance(own[n], nn.Parameter) and _is_continuous(own[n])}
         if found.keys() != needed:
-            difference = pairing.describe_difference(sorted(needed - found.keys()), sorted(found.keys() - needed))
+            difference = pairing.describe_difference(
+                sorted(needed - found.keys()), sorted(found.keys() - needed)
+            )
             raise ValueError(f"the state has not the W^0 ({prefix}{_START}...) of its averages: {difference}")
         for name, value in found.items():
             like = own[name]
             fits = isinstance(value, Tensor) and value.shape == like.shape and _is_continuous(value)
             if not (fits and sharding.alike(value, like)):
-                there = f"{tuple(value.shape)}, {sharding.describe(value)}" if isinstance(value, Tensor) else value
+                there = type(value).__name__
+                if isinstance(value, Tensor):
+                    there = f"{value.dtype}, {tuple(value.shape)}, {sharding.describe(value)}"
                 raise ValueError(
-                    f"in the state {prefix + _START + name!r} is {there}, the teacher's is {tuple(like.shape)}, "
-                    f"{sharding.describe(like)}: load the state of a teacher of this model, sharded alike"
+                    f"in the state {prefix + _START + name!r} is {there}, the teacher's is {like.dtype}, "
+                    f"{tuple(like.shape)}, {sharding.describe(like)}: load the state of a teacher of this "
+                    "model, sharded alike"
                 )
         return found
 
@@ -288,7 +303,7 @@ class Distances:
         return sorted(n for n in self._shadow.roles.averaged if isinstance(own.tensors[n], nn.Parameter))
 
     def _prepare(self, plan: Plan) -> list[tuple[Tensor, list[_Batch]]]:
-        """Return the batches of each sharding, and a tensor that has it. Every rank has the same shardings."""
+        """Return a tensor of each sharding, and its batches. Every rank has the same shardings."""
         self.complete()
         layouts: dict[Any, tuple[Tensor, dict[Any, list[tuple[Tensor, ...]]]]] = {}
         for name, start in self.start.tensors().items():
@@ -300,7 +315,9 @@ class Distances:
             if row[0].numel():
                 key = (average.split, row[0].device, row[0].dtype, row[1].device, row[1].dtype)
                 groups.setdefault(key, []).append((*row, *[average.own.detach()] * average.split))
-        return [(like, [b for g in groups.values() for b in _batches(g)]) for like, groups in layouts.values()]
+        return [
+            (like, [b for g in groups.values() for b in _batches(g)]) for like, groups in layouts.values()
+        ]
 
 
 def _is_continuous(tensor: Tensor) -> bool:

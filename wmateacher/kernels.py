@@ -722,8 +722,8 @@ class Gap(Kernel):
         if np.any(steps > 0):
             raise ValueError(
                 f"kernel {str(self)!r} has no weights before the run, which it measures: read "
-                "teacher.trajectory_weights() in or after it, or use a kernel that is the same for every run, "
-                f"such as 'power(exponent={round(1 / self.share - 2, 2):g})'"
+                "teacher.trajectory_weights() in or after it, or use a kernel that is the same for every "
+                f"run, such as 'power(exponent={round(1 / self.share - 2, 2):g})'"
             )
         return np.zeros(steps.shape)
 

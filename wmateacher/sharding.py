@@ -1,8 +1,8 @@
 """Sharded tensors and modules: DTensors and FSDP2.
 
 Averaging is linear and acts on each entry separately, so every process averages its own shards. Only `norms`,
-`total` and `consolidate` communicate. torch's distributed modules are never imported here, only used if the user has
-imported them.
+`total` and `consolidate` communicate. torch's distributed modules are never imported here, only used if the
+user has imported them.
 """
 
 from __future__ import annotations

@@ -360,9 +360,10 @@ class WMATeacher(nn.Module):
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
         if omega is not None and isinstance(self._clock, controller.MeasuredClock):
-            omega = self._clock.record(omega)
-        assert not isinstance(omega, Tensor)
-        self._omega = 0.0 if omega is None else omega
+            self._omega = self._clock.record(omega)
+        else:
+            assert not isinstance(omega, Tensor)
+            self._omega = omega or 0.0
         self._shadow.note_values()
         if self._verdict is not None and self._verdict.has_arrived():
             self._settle()

@@ -231,17 +231,17 @@ def distil(
     """
     lam = _distill_weight("distil", distill_weight)
     built = kernels.build(kernel)
-    measured = isinstance(built, kernels.Gap)
-    clock = Clock(kernels.Static() if measured else built, total_steps, update_every)
+    gap = built if isinstance(built, kernels.Gap) else None
+    clock = Clock(built if gap is None else kernels.Static(), total_steps, update_every)
     inside, optimum = world.projector, world.optimum
     student, teacher = world.start, world.start
     course = [_distances(world, student, teacher)]
     for _ in range(total_steps):
         student = student - student @ inside + (lam * teacher @ inside + optimum) / (1.0 + lam)
         omega = clock.tick()
-        if measured and omega is not None:
+        if gap is not None and omega is not None:
             apart, moved = (float(np.linalg.norm(student - other)) for other in (teacher, world.start))
-            omega = max(0.0, 1.0 - built.share * moved / apart) if apart else 0.0
+            omega = max(0.0, 1.0 - gap.share * moved / apart) if apart else 0.0
         omega = omega or 0.0
         teacher = teacher + omega * (student - teacher)
         course.append(_distances(world, student, teacher))
@@ -299,8 +299,8 @@ def predict(
 
     The weights of `gap(s)`, which a run measures, are known here, too: with
     $e^* = \frac{s (1 + \lambda)}{1 + \lambda s}$, the share after n updates is
-    $e^* + (1 - e^*) \big(\frac{\lambda (1 - s)}{1 + \lambda}\big)^n$. In the limit the student's bias is the one
-    under a static teacher at the distillation weight $\lambda s$.
+    $e^* + (1 - e^*) \big(\frac{\lambda (1 - s)}{1 + \lambda}\big)^n$. In the limit the student's
+    bias is the one under a static teacher at the distillation weight $\lambda s$.
 
     Example:
         >>> prediction = predict("beta(0.5,0.5)", 25_030)
@@ -315,8 +315,10 @@ def predict(
     """
     lam = _distill_weight("predict", distill_weight)
     built = kernels.build(kernel)
-    gap = isinstance(built, kernels.Gap)
-    omegas = (_gap_omegas(built, total_steps, update_every, lam) if gap else _omegas(built, total_steps, update_every))
+    if isinstance(built, kernels.Gap):
+        omegas = _gap_omegas(built, total_steps, update_every, lam)
+    else:
+        omegas = _omegas(built, total_steps, update_every)
     left = np.cumprod(1.0 - omegas / (1.0 + lam))
     before = float(left[-2]) if total_steps > 1 else 1.0
     return Prediction(

@@ -9,7 +9,7 @@ __all__ = ["Transfer"]
 
 
 class Transfer:
-    """A copy of a small tensor on the host, which may still be arriving. A 0-d one is a `float` once it has."""
+    """A copy of a small tensor on the host, which may still be arriving. `float` reads a 0-d one."""
 
     def __init__(self, tensor: Tensor):
         """Start the transfer of a tensor's present values."""
