@@ -1,7 +1,7 @@
 """Helpers for teachers under DDP, FSDP2 and distributed checkpoints.
 
-Averaging needs none of them, since it never communicates. `check_ranks_agree` verifies that replicas are
-equal, and `load` reads a teacher from a distributed checkpoint either completely or not at all.
+Averaging needs none of them: of all kernels only `gap` communicates, if the student is sharded.
+`check_ranks_agree` verifies that replicas are equal, and `load` reads a teacher from a distributed checkpoint either completely or not at all.
 """
 
 from __future__ import annotations
