@@ -1,7 +1,8 @@
 """Helpers for teachers under DDP, FSDP2 and distributed checkpoints.
 
 Averaging needs none of them: of all kernels only `gap` communicates, if the student is sharded.
-`check_ranks_agree` verifies that replicas are equal, and `load` reads a teacher from a distributed checkpoint either completely or not at all.
+`check_ranks_agree` verifies that replicas are equal, and `load` reads a teacher from a distributed checkpoint
+either completely or not at all.
 """
 
 from __future__ import annotations
