@@ -38,7 +38,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
             values = [c[key] for c in cells if c[key] is not None]
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-        if kernel != "none":
+        if has_profile(kernel):
             summary = kernels.build(kernel).summary(results["config"]["total_steps"])
             row["start_weight"] = summary.start_weight
             row["mean_age"] = summary.mean_age / results["config"]["total_steps"]
@@ -48,6 +48,11 @@ def rows(results: dict[str, Any]) -> list[Row]:
     for row in found:
         row["front"] = not any(dominates(other, row, axes) for other in found)
     return found
+
+
+def has_profile(kernel: str) -> bool:
+    """Return whether a kernel's weights are known before the run."""
+    return kernel != "none" and not isinstance(kernels.build(kernel), kernels.Gap)
 
 
 def dominates(one: Row, other: Row, axes: list[str]) -> bool:
@@ -132,7 +137,7 @@ def plane(found: list[Row], shown: Figures) -> Any:
 def profiles(found: list[Row], total_steps: int) -> Any:
     """Draw the final weight of every student state, relative to the uniform kernel's."""
     figure, axis = _figure(9, 5)
-    names = list(dict.fromkeys(r["kernel"] for r in found if r["kernel"] != "none"))
+    names = list(dict.fromkeys(r["kernel"] for r in found if has_profile(r["kernel"])))
     for i, name in enumerate(names):
         weights = kernels.build(name).profile(total_steps) * (total_steps + 1)
         style = ("-", "--", ":")[i // 10 % 3]

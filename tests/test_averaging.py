@@ -123,7 +123,7 @@ def test_values_that_arrive_through_a_relay(dtypes):
     relays = [torch.empty(room, dtype=dtypes[1]) for _ in range(2)]
     scratch = torch.empty(room) if dtypes[0] != dtypes[1] else None
     update = Update([], [])
-    batches = list(averaging._batches(list(zip(held, values, strict=True)), room))
+    batches = list(averaging.batched(list(zip(held, values, strict=True)), room))
     update._steps = [averaging._Step(b, relays[i % 2], scratch) for i, b in enumerate(batches)]
     assert len(batches) > 3
     update(0.3)
@@ -174,7 +174,7 @@ def test_joined_vectors_that_arrive_through_a_relay():
     rows = [(a.held, v, a.own) for a, v in zip(averages.values(), values, strict=True)]
     relays, scratch = [torch.empty(20) for _ in range(2)], torch.empty(20, dtype=torch.float64)
     update = Update([], [])
-    batches = list(averaging._batches(rows, 20))
+    batches = list(averaging.batched(rows, 20))
     update._steps = [averaging._JoinedStep(b, relays[i % 2], scratch) for i, b in enumerate(batches)]
     assert len(batches) == 3
     update(0.3)
@@ -186,7 +186,7 @@ def test_joined_vectors_that_arrive_through_a_relay():
 def test_batches_fill_the_scratch_and_lose_nothing():
     rows = [(torch.arange(n).view(shape),) for n, shape in [(7, (7,)), (1, ()), (60, (3, 20)), (36, (6, 6))]]
     rows.append((torch.arange(64).view(8, 8).t(),))
-    batches = list(averaging._batches(rows, 10))
+    batches = list(averaging.batched(rows, 10))
     assert max(sum(p[0].numel() for p in batch) for batch in batches) <= 10
     pieces = torch.cat([p[0].reshape(-1) for batch in batches for p in batch])
     assert sorted(pieces.tolist()) == sorted([*range(7), 0, *range(60), *range(36), *range(64)])

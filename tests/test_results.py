@@ -20,6 +20,7 @@ import adapter_products  # noqa: E402
 import adapter_teacher  # noqa: E402
 import checkpoint_memory  # noqa: E402
 import frameworks  # noqa: E402
+import kernel_gap  # noqa: E402
 import memory  # noqa: E402
 import posthoc_synthesis  # noqa: E402
 import sweep_report  # noqa: E402
@@ -47,6 +48,8 @@ def tables(folder):
         return [
             ablations.table(results, what, ablations.variants(what, recipe.method("tracer"), steps), steps)
         ]
+    if folder == "kernel-gap":
+        return kernel_gap.texts(results)
     makers = {
         "posthoc-synthesis": posthoc_synthesis.table,
         "adapter-products": adapter_products.table,
@@ -54,6 +57,7 @@ def tables(folder):
         "checkpoint-memory": checkpoint_memory.table,
         "frameworks": frameworks.table,
         "train-throughput": train_throughput.table,
+        "kernel-gap-clip": sweep_report.table,
         "kernel-sweep-digits": sweep_report.table,
         "kernel-sweep-mnist": sweep_report.table,
     }

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
@@ -236,3 +238,32 @@ def test_the_horizon_cannot_end_before_now():
     run(clock, 6)
     with pytest.raises(ValueError, match="at least the 6 steps already taken, got 5"):
         clock.set_total_steps(5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "planned", "extended", "expected"),
+    [
+        ("beta(0.5,0.5)", 2000, None, (0.010, 0.500, 0.507, 0.500)),
+        ("beta(0.5,0.5)", 1000, None, (0.014, 0.750, 0.272, 0)),
+        ("beta(0.5,0.5)", 1000, 1000, (0.007, 0.467, 0.525, 0.500)),
+        ("beta(0.5,0.5)", 1000, 500, (0.010, 0.499, 0.524, 0.500)),
+        ("power(exponent=-0.5)", None, None, (0.022, 0.667, 0.345, 0.293)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:update.. was called after step")
+def test_a_run_that_turns_out_twice_as_long_has_the_weights_of_the_kernels_page(
+    kernel, planned, extended, expected
+):
+    clock, steps = Clock(kernels.build(kernel), planned), 2000
+    for step in range(steps):
+        if step == extended:
+            clock.set_total_steps(steps)
+        clock.tick()
+    weights = np.zeros(steps + 1)
+    found = clock.trajectory_weights()
+    weights[: len(found)] = found
+    age = weights @ np.arange(steps, -1, -1) / steps
+    figures = weights[0], age, 1 / (weights @ weights) / steps, weights[steps // 2 + 1 :].sum()
+    assert figures == pytest.approx(expected, abs=6e-4)
+    shown = " | ".join(f"{figure:.3f}" for figure in figures).removesuffix(".000")
+    assert shown in (Path(__file__).parents[1] / "docs/kernels.md").read_text()

@@ -20,19 +20,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from wmateacher import caches
 
-__all__ = ["Average", "Update", "copy_", "is_vector", "side_by_side"]
+__all__ = ["SCRATCH_BYTES", "Average", "Update", "batched", "copy_", "is_vector", "side_by_side", "views"]
 
 # The tensor that holds an average, the value to move it to, and the module's own tensor if it is a third one.
 _Row = tuple[Tensor, ...]
 
 # Small enough for a CPU core's cache between a cast and its use. A GPU has more cache and costlier launches.
-_SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
+SCRATCH_BYTES = {"cpu": 2**22, "other": 2**24}
 
 # A longer vector is worth a call of its own.
 _SHORT = 2**16
@@ -111,7 +112,8 @@ class Update:
         Args:
             averages: The averages to move.
             values: The tensors to move them towards, of the same shapes and of any dtype and device.
-            masked: Whether calls have a mask, which needs room for a second value of each average.
+            masked: Whether calls have a mask, or an omega on a device, which needs room for a second value of
+                each average.
         """
         groups: dict[tuple[object, ...], list[tuple[Average, Tensor]]] = {}
         for average, value in zip(averages, values, strict=True):
@@ -122,26 +124,36 @@ class Update:
         self._steps = [step for group in groups.values() for step in _prepare(group, masked)]
 
     @torch.no_grad()
-    def __call__(self, omega: float, mask: Tensor | None = None) -> None:
+    def __call__(self, omega: float | Tensor, mask: Tensor | None = None) -> None:
         """Move every average towards its value.
 
         Args:
-            omega: The share in (0, 1] by which it moves; 1 copies exactly.
+            omega: The share in (0, 1] by which it moves; 1 copies exactly. A 0-d tensor on any device is
+                allowed together with a mask, and the host does not wait for it.
             mask: A 0-d bool tensor on any device: with False, no average changes. The host does not wait for
                 it.
         """
-        masks: dict[torch.device, Tensor] = {}
+        arrived: dict[Any, Tensor] = {}
+
+        def there(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+            key = (id(value), device, dtype)
+            if key not in arrived:
+                arrived[key] = value.to(device, dtype, non_blocking=True)
+            return arrived[key]
+
         # The next batch is on its way from its device while this one moves.
         for i, step in enumerate(self._steps):
             if i == 0:
                 step.fetch()
             if i + 1 < len(self._steps):
                 self._steps[i + 1].fetch()
-            if mask is not None:
+            if mask is None:
+                assert not isinstance(omega, Tensor)
+                step.move(omega, None)
+            else:
                 device = step.held[0].device
-                if device not in masks:
-                    masks[device] = mask.to(device, non_blocking=True)
-            step.move(omega, None if mask is None else masks[device])
+                share = there(omega, device, step.dtype) if isinstance(omega, Tensor) else omega
+                step.move(share, there(mask, device, mask.dtype))
 
 
 @torch.no_grad()
@@ -186,10 +198,11 @@ class _Step:
         """
         columns = [list(column) for column in zip(*batch, strict=True)]
         self.held, self.values, self.own = columns[0], columns[1], columns[2] if len(columns) > 2 else []
-        self.here = self.values if relay is None else _views(relay, self.held)
-        self.cast = self.here if scratch is None else _views(scratch, self.held)
+        self.here = self.values if relay is None else views(relay, self.held)
+        self.cast = self.here if scratch is None else views(scratch, self.held)
         self.scratch, self.spare = scratch, spare
-        self.before = [] if spare is None else _views(spare, self.held)
+        self.dtype = self.held[0].dtype
+        self.before = [] if spare is None else views(spare, self.held)
         self.arrived: torch.Event | None = None
 
     def fetch(self) -> None:
@@ -205,7 +218,7 @@ class _Step:
             self.arrived = torch.Event(device)
             self.arrived.record(torch.accelerator.current_stream(device))
 
-    def move(self, omega: float, mask: Tensor | None) -> None:
+    def move(self, omega: float | Tensor, mask: Tensor | None) -> None:
         """Cast the values, move the averages and round them into the module."""
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -216,6 +229,10 @@ class _Step:
             assert self.spare is not None
             _copy_(self.before, self.held)
             _choose_(mask, self.scratch, self.spare)
+            if isinstance(omega, Tensor):
+                # A call for each tensor would take longer than this pass over all of them.
+                torch.lerp(self.spare, self.scratch, omega, out=self.scratch)
+                omega = 1.0
         _lerp_(self.held, self.cast, omega)
         _copy_(self.own, self.held)
 
@@ -240,7 +257,7 @@ class _JoinedStep(_Step):
             self.flat_here.copy_(self.gathered, non_blocking=True)
             self._record_arrival()
 
-    def move(self, omega: float, mask: Tensor | None) -> None:
+    def move(self, omega: float | Tensor, mask: Tensor | None) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
         if self.flat_cast is not self.flat_here:
@@ -261,14 +278,15 @@ class _SplitStep(_Step):
         numel = sum(row[0].numel() for row in batch)
         self.average, self.value = (half[:numel] for half in scratch.chunk(2))
         super().__init__(batch, relay, self.value)
+        self.dtype = torch.float32
         self.upper = [own.view(torch.int16) for own in self.own]
         self.bits = self.average.view(torch.int32)
-        self.bits_views = _views(self.bits, self.held)
+        self.bits_views = views(self.bits, self.held)
         # The lower halves borrow the values' half of the scratch, before the values are cast into it.
         self.lower = self.value.view(torch.int32)
-        self.lower_views = _views(self.lower, self.held)
+        self.lower_views = views(self.lower, self.held)
 
-    def move(self, omega: float, mask: Tensor | None) -> None:
+    def move(self, omega: float | Tensor, mask: Tensor | None) -> None:
         if self.arrived is not None:
             self.arrived.synchronize()
         # Join: float32's bits are the upper half times 2^16 plus the lower half as a signed number, because
@@ -305,8 +323,8 @@ def _prepare(group: list[tuple[Average, Tensor]], masked: bool) -> list[_Step]:
         return [_Step(rows, None, None)] if rows else []
     dtype = torch.float32 if average.split else held.dtype
     halves = 2 if average.split or masked else 1
-    room = _SCRATCH_BYTES["cpu" if held.device.type == "cpu" else "other"] // dtype.itemsize // halves
-    batches = list(_batches(rows, room))
+    room = SCRATCH_BYTES["cpu" if held.device.type == "cpu" else "other"] // dtype.itemsize // halves
+    batches = list(batched(rows, room))
     room = max(sum(row[0].numel() for row in batch) for batch in batches)
     scratch = torch.empty(halves * room, dtype=dtype, device=held.device) if needs_scratch else None
     # Two relays alternate: one is filled while the other is read.
@@ -341,7 +359,7 @@ def _relay(value: Tensor, numel: int) -> Tensor:
     return torch.empty(numel, dtype=value.dtype, device="cpu", pin_memory=value.device.type == "cuda")
 
 
-def _batches(rows: Sequence[_Row], room: int) -> Iterator[list[_Row]]:
+def batched(rows: Sequence[_Row], room: int) -> Iterator[list[_Row]]:
     """Yield batches of rows, or pieces of rows, with at most `room` elements in total."""
     batch: list[_Row] = []
     free = room
@@ -369,14 +387,14 @@ def _pieces(row: _Row, room: int) -> Iterator[_Row]:
         yield from _pieces(piece, room)
 
 
-def _views(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def views(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return consecutive parts of a flat buffer with the shapes and memory layouts of `like`."""
-    views, offset = [], buffer.storage_offset()
+    found, offset = [], buffer.storage_offset()
     for tensor in like:
         strides = torch.empty_like(tensor, device="meta").stride()
-        views.append(buffer.as_strided(tensor.shape, strides, offset))
+        found.append(buffer.as_strided(tensor.shape, strides, offset))
         offset += tensor.numel()
-    return views
+    return found
 
 
 def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -384,8 +402,11 @@ def _copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _lerp_(averages: list[Tensor], values: list[Tensor], omega: float) -> None:
-    if omega == 1.0:
+def _lerp_(averages: list[Tensor], values: list[Tensor], omega: float | Tensor) -> None:
+    if isinstance(omega, Tensor):
+        for average, value in zip(averages, values, strict=True):
+            average.lerp_(value, omega)
+    elif omega == 1.0:
         _copy_(averages, values)  # lerp would give NaN from infinity
     else:
         torch._foreach_lerp_(averages, values, omega)

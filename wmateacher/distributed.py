@@ -1,7 +1,8 @@
 """Helpers for teachers under DDP, FSDP2 and distributed checkpoints.
 
-Averaging needs none of them, since it never communicates. `check_ranks_agree` verifies that replicas are
-equal, and `load` reads a teacher from a distributed checkpoint either completely or not at all.
+Averaging needs none of them: of all kernels only `gap` communicates, if the student is sharded.
+`check_ranks_agree` verifies that replicas are equal, and `load` reads a teacher from a distributed checkpoint
+either completely or not at all.
 """
 
 from __future__ import annotations
@@ -154,12 +155,16 @@ def _template(teacher: nn.Module, shared: Collection[str]) -> dict[str, Tensor]:
     del own["_extra_state"]
     module: nn.Module = teacher.module  # type: ignore[assignment]
     tensors = pairing.tensors(module)
+    start = [f"start.{name}" for name in tensors if f"start.{name}" in own]
     for path, name in pairing.state_names(module).items():
         if name in shared:
             own.pop(f"module.{path}", None)
+            own.pop(f"start.{name}", None)
         elif f"module.{path}" not in own:  # shared now, and the teacher's own there
             tensor = tensors[name].detach()
             own[f"module.{path}"] = tensor.to(pairing.accumulator_dtype(tensor, "auto"))
+            if start and tensor.is_floating_point():
+                own[f"start.{name}"] = tensor
     return own
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from wmateacher.transfers import Transfer
+
 __all__ = ["NONFINITE", "Detector", "Nonfinite", "Verdict"]
 
 Nonfinite = Literal["warn", "raise", "skip"]
@@ -59,29 +61,19 @@ class Verdict:
 
     def __init__(self, names: list[str], finite: Tensor):
         """Start the transfer of the result of a detector with these names."""
-        self._names, self._arrived = names, None
-        if finite.device.type == "cpu":
-            self._finite = finite
-        else:
-            pinned = finite.device.type == "cuda"
-            self._finite = torch.empty(finite.shape, dtype=torch.bool, pin_memory=pinned)
-            self._finite.copy_(finite, non_blocking=True)
-            self._arrived = torch.Event(finite.device)
-            # The copy runs on a stream of the flags' device, which need not be the current device.
-            self._arrived.record(torch.accelerator.current_stream(finite.device))
+        self._names, self._finite = names, Transfer(finite)
 
     def has_arrived(self) -> bool:
         """Return whether `nonfinite` would not wait."""
-        return self._arrived is None or self._arrived.query()
+        return self._finite.has_arrived()
 
     def nonfinite(self) -> list[str]:
         """Return the names of the tensors that are not finite, once the result has arrived."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        if bool(self._finite.all()):
+        finite = self._finite.read()
+        if bool(finite.all()):
             return []
-        flags = zip(self._names, self._finite.tolist(), strict=True)
-        return list(dict.fromkeys(name for name, finite in flags if not finite))
+        flags = zip(self._names, finite.tolist(), strict=True)
+        return list(dict.fromkeys(name for name, is_finite in flags if not is_finite))
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:

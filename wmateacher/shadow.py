@@ -57,25 +57,38 @@ class Plan:
         """Return whether the plan is for this student and both modules still have the same tensors."""
         return self.student.model is student and self.student.is_current() and self.own.is_current()
 
-    def apply(self, omega: float) -> Verdict | None:
+    @property
+    def on_device(self) -> bool:
+        """Whether the device decides if and how far the average moves, so that the host need not wait."""
+        return self.copy is not None and not self.changed
+
+    def apply(self, omega: float | Tensor) -> Verdict | None:
         """Move the average towards the student by the share `omega` in (0, 1].
+
+        A 0-d tensor is allowed if the plan is `on_device`. It may be 0, which changes nothing.
 
         Returns:
             What the detector found, if there is one. A student that is not finite has changed nothing.
         """
+        mask = omega != 0 if isinstance(omega, Tensor) else None
         verdict = None
         if self.detector is not None:
             finite = self.detector()
             verdict = Verdict(self.detector.names, finite)
-            if self.copy is not None and not self.changed:
+            if self.on_device:
                 # The host learns of the verdict later. Until then the device acts on it.
-                mask = finite.all()
-                self.update(omega, mask)
-                self.copy(1.0, mask)
-                self.forget()
+                mask = finite.all() if mask is None else finite.all() & mask.to(finite.device)
+            elif verdict.nonfinite():
                 return verdict
-            if verdict.nonfinite():
-                return verdict
+        if mask is not None:
+            assert self.copy is not None
+            if isinstance(omega, Tensor):
+                omega = torch.where(mask.to(omega.device), omega, 0.0)
+            self.update(omega, mask)
+            self.copy(1.0, mask)
+            self.forget()
+            return verdict
+        assert not isinstance(omega, Tensor)
         self.update(omega)
         averaging.copy_(*self.copied)
         if self.changed:
@@ -109,17 +122,19 @@ class Shadow:
         hooks: copying.Hooks,
         module_factory: Callable[[], nn.Module] | None,
         nonfinite: Nonfinite = "warn",
+        measured: bool = False,
     ):
         """Build the averaged module and start every average at the student.
 
-        The arguments after `roles` are those of `WMATeacher`.
+        The arguments after `roles` are those of `WMATeacher`; `measured` says whether the device computes how
+        far an update moves the average.
 
         Raises:
             ValueError: If the student cannot be copied, the factory's module does not match it, or an average
                 that must stay finite would start at NaN.
         """
         self.roles = roles
-        self._detects = nonfinite != "warn"
+        self._detects, self._measured = nonfinite != "warn", measured
         self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
         self.module = building.build(student, roles, device, hooks, module_factory)
         self.fully_sharded = sharding.fully_sharded(self.module)
@@ -312,9 +327,8 @@ class Shadow:
         self._ignored |= frozenset(changed)  # such buffers are made for the forward pass, often with -inf
         names = [n for n in own.tensors if n not in differing and self._role_of_buffer(n) == "copied"]
         targets, sources = ([b.local[n] for n in names] for b in (own, theirs))
-        detector, masked = None, False
-        if self._detects:
-            detector, masked = self._detector(theirs), _decides_on_device(averages, targets)
+        detector = self._detector(theirs) if self._detects else None
+        masked = (self._detects or self._measured) and _decides_on_device(averages, targets)
         # Scratch tensors that were made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged], masked=masked)

@@ -1,8 +1,8 @@
 """Sharded tensors and modules: DTensors and FSDP2.
 
-Averaging is linear and acts on each entry separately, so every process averages its own shards. Only `norms`
-and `consolidate` communicate. torch's distributed modules are never imported here, only used if the user has
-imported them.
+Averaging is linear and acts on each entry separately, so every process averages its own shards. Only `norms`,
+`total` and `consolidate` communicate. torch's distributed modules are never imported here, only used if the
+user has imported them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
     "reshard",
     "shard",
     "spread",
+    "total",
 ]
 
 shard = attrgetter("_local_tensor")
@@ -95,12 +96,21 @@ def norms(local_norms: Tensor, like: Sequence[Tensor]) -> Tensor:
     for i, tensor in enumerate(like):
         if is_sharded(tensor):
             groups.setdefault((tensor.device_mesh, tensor.placements), []).append(i)
-    for (mesh, placements), members in groups.items():
-        kinds = sys.modules["torch.distributed.tensor"]
-        summed = [kinds.Partial() if p.is_shard() else p for p in placements]
-        squares = kinds.DTensor.from_local(local_norms[members].square(), mesh, summed, run_check=False)
-        local_norms[members] = squares.full_tensor().sqrt()
+    for members in groups.values():
+        local_norms[members] = total(local_norms[members].square(), like[members[0]]).sqrt()
     return local_norms
+
+
+def total(local_sums: Tensor, like: Tensor) -> Tensor:
+    """Return sums over whole tensors that are sharded like `like`, given those over the local shards.
+
+    It takes one collective, or none if `like` is not a DTensor.
+    """
+    if not is_sharded(like):
+        return local_sums
+    kinds = sys.modules["torch.distributed.tensor"]
+    summed = [kinds.Partial() if p.is_shard() else p for p in like.placements]
+    return kinds.DTensor.from_local(local_sums, like.device_mesh, summed, run_check=False).full_tensor()
 
 
 def consolidate(state: dict[str, Any]) -> dict[str, Any]:

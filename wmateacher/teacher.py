@@ -16,6 +16,7 @@ from wmateacher import (
     adapters,
     caches,
     checks,
+    controller,
     copying,
     kernels,
     naming,
@@ -32,8 +33,8 @@ from wmateacher import buffers as changing
 from wmateacher.attachment import Attachment
 from wmateacher.finiteness import NONFINITE, Nonfinite, Verdict
 from wmateacher.kernels import Array, Kernel, KernelLike
-from wmateacher.schedule import Clock
 from wmateacher.shadow import Shadow
+from wmateacher.transfers import Transfer
 
 __all__ = ["WMATeacher"]
 
@@ -60,6 +61,7 @@ class WMATeacher(nn.Module):
 
     Attributes:
         module: The averaged module, in the student's dtype.
+        start: The student's weights at construction, if the kernel measures distances to them (`gap`).
     """
 
     # `walking` recognises teachers by it, so that a teacher may be a submodule of its own student.
@@ -160,9 +162,9 @@ class WMATeacher(nn.Module):
         checks.one_of("mode", mode, normalisation.MODES)
         if dropout and mode == "eval":
             raise ValueError("dropout=True needs mode='train', got mode='eval', in which dropout is off")
-        self._clock = Clock(kernels.build(kernel), total_steps, update_every)
+        self._clock = controller.clock(kernels.build(kernel), total_steps, update_every)
         checks.one_of("hooks policy", hooks, copying.HOOKS)
-        self._omega = 0.0
+        self._omega: float | Transfer = 0.0
         self._nonfinite: Nonfinite = nonfinite
         self._verdict: Verdict | None = None  # of the last snapshot, until the host knows it
         self._reported: list[str] = []  # the averages that a warning has named
@@ -192,8 +194,12 @@ class WMATeacher(nn.Module):
                 hooks=hooks,
                 module_factory=module_factory,
                 nonfinite=nonfinite,
+                measured=isinstance(self.kernel, kernels.Gap),
             )
+            self._distances = controller.distances(self.kernel, self._shadow, student)
         self.module = self._shadow.module
+        if self._distances is not None:
+            self.start = self._distances.start
         self._collecting = False  # whether update_bn() is recomputing the running statistics
         self._flags: list[tuple[nn.Module, bool]] = []  # the modules' modes, if not all in eval mode
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
@@ -238,7 +244,7 @@ class WMATeacher(nn.Module):
     def omega(self) -> float:
         """The weight that the last step gave to the student; 0.0 if no snapshot was due or it was skipped."""
         self._settle()
-        return self._omega
+        return float(self._omega)
 
     @property
     def skipped(self) -> tuple[int, ...]:
@@ -349,14 +355,20 @@ class WMATeacher(nn.Module):
         if self._follow_frozen():
             plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
-        omega = self._clock.tick()
+        omega: float | Tensor | None = self._clock.tick()
         try:
-            if omega:
+            if omega is not None and self._distances is not None:
+                omega = self._distances.omega(plan)
+            if isinstance(omega, Tensor) or omega:
                 self._verdict = plan.apply(omega)
         except BaseException:
             self._clock.step, self._clock.snapshot = before  # a step that was not averaged must not count
             raise
-        self._omega = omega or 0.0
+        if omega is not None and isinstance(self._clock, controller.MeasuredClock):
+            self._omega = self._clock.record(omega)
+        else:
+            assert not isinstance(omega, Tensor)
+            self._omega = omega or 0.0
         self._shadow.note_values()
         if self._verdict is not None and self._verdict.has_arrived():
             self._settle()
@@ -649,7 +661,7 @@ class WMATeacher(nn.Module):
         self._settle()
         state = {
             "format": _FORMAT,
-            "omega": self._omega,
+            "omega": float(self._omega),
             **self._clock.state(),
             "shared": list(self.roles.shared),
             "unfrozen": [[name, step] for name, step in self._shadow.unfrozen.items()],
@@ -667,6 +679,7 @@ class WMATeacher(nn.Module):
         # A copy of the teacher is not attached to the optimizer of the original.
         return {
             **super().__getstate__(),
+            "_omega": float(self._omega),
             "_attachment": None,
             "_lending": None,
             "_flags": [],
@@ -717,6 +730,8 @@ def _prepare_state(teacher: nn.Module, *unused: Any) -> None:
     teacher._refuse_lent("state_dict() of the teacher")
     teacher._settle()
     teacher._report_nonfinite()
+    if teacher._distances is not None:
+        teacher._distances.complete()
     sharding.reshard(teacher._shadow.fully_sharded)
 
 
@@ -753,6 +768,8 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     for field in ("shared", "unfrozen", "changed_buffers"):
         if not isinstance(clock.get(field, []), list | tuple):
             raise ValueError(f"the teacher's state is damaged: {field} is {clock[field]!r}, not a list")
+    distances = teacher._distances
+    start = {} if distances is None else distances.take(state, prefix, clock.get("shared"))
     states.load(
         teacher._shadow,
         teacher.module,
@@ -763,6 +780,8 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
         dict(clock.get("unfrozen", ())),
         clock.get("changed_buffers", ()),
     )
+    if distances is not None:
+        state.update({prefix + key: value for key, value in distances.load(start).items()})
 
 
 def _is_clock(value: Any) -> bool:

@@ -230,13 +230,19 @@ def distil(
         update_every: The number of steps between the teacher's updates.
     """
     lam = _distill_weight("distil", distill_weight)
-    clock = Clock(kernels.build(kernel), total_steps, update_every)
+    built = kernels.build(kernel)
+    gap = built if isinstance(built, kernels.Gap) else None
+    clock = Clock(built if gap is None else kernels.Static(), total_steps, update_every)
     inside, optimum = world.projector, world.optimum
     student, teacher = world.start, world.start
     course = [_distances(world, student, teacher)]
     for _ in range(total_steps):
         student = student - student @ inside + (lam * teacher @ inside + optimum) / (1.0 + lam)
-        omega = clock.tick() or 0.0
+        omega = clock.tick()
+        if gap is not None and omega is not None:
+            apart, moved = (float(np.linalg.norm(student - other)) for other in (teacher, world.start))
+            omega = max(0.0, 1.0 - gap.share * moved / apart) if apart else 0.0
+        omega = omega or 0.0
         teacher = teacher + omega * (student - teacher)
         course.append(_distances(world, student, teacher))
     return Distillation(student, teacher, *np.array(course).T)
@@ -291,6 +297,11 @@ def predict(
     $\frac{\lambda}{1 + \lambda} e_{T-1}$. Teacher and student lie on the line from the optimum to the start,
     so the gap is the difference of the two, $\frac{1 - \omega_T}{1 + \lambda} e_{T-1}$.
 
+    The weights of `gap(s)`, which a run measures, are known here, too: with
+    $e^* = \frac{s (1 + \lambda)}{1 + \lambda s}$, the share after n updates is
+    $e^* + (1 - e^*) \big(\frac{\lambda (1 - s)}{1 + \lambda}\big)^n$. In the limit the student's
+    bias is the one under a static teacher at the distillation weight $\lambda s$.
+
     Example:
         >>> prediction = predict("beta(0.5,0.5)", 25_030)
         >>> round(prediction.teacher_residual, 3), round(prediction.student_residual, 3)
@@ -304,7 +315,10 @@ def predict(
     """
     lam = _distill_weight("predict", distill_weight)
     built = kernels.build(kernel)
-    omegas = _omegas(built, total_steps, update_every)
+    if isinstance(built, kernels.Gap):
+        omegas = _gap_omegas(built, total_steps, update_every, lam)
+    else:
+        omegas = _omegas(built, total_steps, update_every)
     left = np.cumprod(1.0 - omegas / (1.0 + lam))
     before = float(left[-2]) if total_steps > 1 else 1.0
     return Prediction(
@@ -361,3 +375,14 @@ def _matrix(argument: str, value: Any) -> Array:
 def _distill_weight(function: str, value: Any) -> float:
     rule = "a finite number of at least 0"
     return checks.number(function, "distill_weight", value, lambda v: v >= 0, rule)
+
+
+def _gap_omegas(kernel: kernels.Gap, total_steps: int, update_every: int, lam: float) -> Array:
+    """Return the omega_1..omega_T that `gap` chooses, with 0 for the steps that `update_every` skips."""
+    limit = kernel.share * (1.0 + lam) / (1.0 + lam * kernel.share)
+    steps = np.arange(1, total_steps + 1)
+    due = (steps % update_every == 0) | (steps == total_steps)
+    # Student and teacher are on the line from the optimum to the start. If the teacher is at the share e of
+    # it, the student goes to lam / (1 + lam) e, and the teacher to e* + lam / (1 + lam) (1 - s) (e - e*).
+    left = limit + (1.0 - limit) * (lam * (1.0 - kernel.share) / (1.0 + lam)) ** np.append(0, np.cumsum(due))
+    return (1.0 + lam) * (1.0 - left[1:] / left[:-1])

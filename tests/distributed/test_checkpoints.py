@@ -1,6 +1,7 @@
 """Distributed checkpoints: from any world size to any, and what goes wrong is said on every rank."""
 
 import copy
+import itertools
 import os
 import shutil
 import signal
@@ -174,12 +175,14 @@ def test_a_full_state_for_inference(folder):
 
 @on_ranks(1, 2)
 def test_torchs_state_helpers_take_a_teacher(folder):
-    student, teacher = build()
-    drive(student, teacher, 0, 3)
-    state = copy.deepcopy(get_model_state_dict(teacher))
-    _, resumed = build()
-    set_model_state_dict(resumed, state)
-    assert_equal(resumed.state_dict(), teacher.state_dict())
+    for kernel in ("beta(0.5,0.5)", "gap(0.5)"):
+        student, teacher = build(kernel=kernel)
+        drive(student, teacher, 0, 3)
+        state = copy.deepcopy(get_model_state_dict(teacher))
+        other, resumed = build(kernel=kernel)
+        drive(other, resumed, 0, 1)
+        set_model_state_dict(resumed, state)
+        assert_equal(resumed.state_dict(), teacher.state_dict())
 
 
 @on_ranks(1, 2, 4)
@@ -244,7 +247,7 @@ class Even(nn.Sequential):
 
 @on_ranks(1, 2)
 def test_what_was_frozen_there_and_trained_here_or_the_reverse_is_read(folder):
-    def build(frozen):
+    def build(frozen, kernel):
         def factory():
             torch.manual_seed(0)
             model = Even().to(device())
@@ -252,15 +255,15 @@ def test_what_was_frozen_there_and_trained_here_or_the_reverse_is_read(folder):
             return shard_each(model)
 
         student = factory()
-        return student, WMATeacher(student, "uniform", STEPS, module_factory=factory)
+        return student, WMATeacher(student, kernel, STEPS, module_factory=factory)
 
-    for frozen in (True, False):
-        student, teacher = build(frozen)
+    for frozen, kernel in itertools.product((True, False), ("uniform", "gap(0.5)")):
+        student, teacher = build(frozen, kernel)
         drive(student, teacher, 0, 1)
-        dcp.save({"teacher": teacher.state_dict()}, checkpoint_id=f"{folder}/{frozen}")
+        dcp.save({"teacher": teacher.state_dict()}, checkpoint_id=f"{folder}/{kernel}-{frozen}")
         torch.distributed.barrier()
-        other, resumed = build(not frozen)
-        load(resumed, f"{folder}/{frozen}")
+        other, resumed = build(not frozen, kernel)
+        load(resumed, f"{folder}/{kernel}-{frozen}")
         assert_equal(resumed.state_dict(), teacher.state_dict())
         assert (resumed.module[0].weight is other[0].weight) == frozen
 

@@ -121,6 +121,40 @@ def test_the_sharded_average_is_the_whole_one_bit_for_bit(folder):
 
 
 @on_ranks(1, 2)
+def test_a_measured_distance_is_that_of_the_whole_model(folder):
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher, whole, single = pair(dtype=dtype, kernel="gap(0.5)")
+        for step in range(STEPS):
+            move(student, whole, step)
+            with CommDebugMode() as comm:
+                teacher.update()
+            assert comm.get_total_counts() == 1  # all tensors are sharded alike
+            single.update()
+        weights = torch.tensor(teacher.trajectory_weights())
+        torch.testing.assert_close(weights, torch.tensor(single.trajectory_weights()), rtol=1e-5, atol=1e-6)
+        everyone = [torch.zeros_like(weights) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(everyone, weights)
+        assert all(torch.equal(theirs, weights) for theirs in everyone)
+        ours, theirs = whole_state(teacher), single.state_dict()
+        for key in ours.keys() - {"_extra_state"}:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5, msg=key)
+            assert key.startswith("module.") or torch.equal(ours[key], theirs[key])
+        other, resumed, _, _ = pair(dtype=dtype, kernel="gap(0.5)", meta=False)
+        with torch.no_grad():
+            for p in other.parameters():
+                p.mul_(2)
+        resumed.load_state_dict(teacher.state_dict())
+        for each in (teacher, resumed):
+            each.set_total_steps(STEPS + 1)
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(1)
+        teacher.update()
+        resumed.update(student)
+        assert (resumed.trajectory_weights() == teacher.trajectory_weights()).all()
+
+
+@on_ranks(1, 2)
 def test_a_split_average_is_sharded_too(folder):
     torch.manual_seed(0)
     whole = Block().to(device(), torch.bfloat16)
