@@ -454,7 +454,8 @@ def load(
     held = torch.zeros(len(whole), dtype=torch.bool)
     if labels is not None:
         most = len(whole) - len(labels.unique())  # each class keeps an image to train on
-        held = hold_out(labels, min(round(validation * len(whole)), most))
+        wanted = max(1, round(validation * len(whole))) if validation else 0
+        held = hold_out(labels, min(wanted, most))
         if missing := [n for i, n in enumerate(known.names) if not (labels == i).any()]:
             notes.append(f"{_some(missing)}: no training images")
     elif validation:
