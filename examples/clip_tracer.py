@@ -1,11 +1,12 @@
 """Fine-tune CLIP by several methods, and compare their accuracy in distribution and under shift.
 
 The default recipe pre-trains a small CLIP on digits of many domains, fine-tunes it on one narrow domain by
-several methods, and compares them there (ID) and under shift (OOD), without any downloads. The others are the
-paper's experiments:
+several methods, and compares them there (ID) and under shift (OOD), without any downloads. The recipe
+`folders` fine-tunes a pretrained CLIP on your own images. The others are the paper's experiments:
 
     python examples/clip_tracer.py
     python examples/clip_tracer.py --methods flyp tracer --methods.tracer.kernel 'ema(0.99)'
+    python examples/clip_tracer.py folders --train DIR/train --tests test DIR/test shifted DIR/shifted
     python examples/clip_tracer.py imagenet-vit-b-16 --data-root DIR --dry-run
     torchrun --nproc-per-node 2 examples/clip_tracer.py
 
@@ -24,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmateacher.checks import one_of
+from wmateacher.collectives import world_size
 from wmateacher.integrations.clip import ablations, paper, plots, recipes
-from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
+from wmateacher.integrations.clip.recipes import DigitsRecipe, FolderRecipe, PhotoRecipe, PretrainedRecipe
 from wmateacher.integrations.engine import command, console, processes, tracking
 
 if TYPE_CHECKING:
@@ -120,7 +122,8 @@ def describe(options: Options, recipe: recipes.Recipe) -> None:
 
 def run(options: Options, recipe: recipes.Recipe) -> None:
     """Run the methods and print their figures."""
-    from wmateacher.integrations.clip import export
+    from wmateacher.integrations.clip import export, plan
+    from wmateacher.integrations.clip.datamodules import FolderData
     from wmateacher.integrations.clip.experiment import Experiment
 
     with processes.process_group(options.device) as device:
@@ -133,6 +136,12 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
         recipe, names = select(options, experiment.recipe)
         experiment.check(names)
         console.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
+        if (
+            isinstance(recipe, FolderRecipe)
+            and isinstance(experiment.data, FolderData)
+            and processes.is_main()
+        ):
+            print(plan.outline(recipe, experiment.data.task, names, world_size()), flush=True)
         with console.resumable(output), tracking.to(options.log_to, output):
             seconds = experiment.pretrain()
             if isinstance(recipe, DigitsRecipe):
@@ -151,7 +160,8 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
 def headline(record: Mapping[str, Any]) -> str:
     """Return ID and OOD accuracy of a record, as text."""
     ood = "" if record["ood"] is None else f", mean OOD {record['ood']:.1f}"
-    return f"ID {record['id']:.1f}{ood}"
+    held = record["validation"].get("validation")
+    return f"ID {record['id']:.1f}{ood}" + ("" if held is None else f", validation {held:.1f}")
 
 
 def report(experiment: Experiment, names: list[str]) -> None:
@@ -178,11 +188,13 @@ def report(experiment: Experiment, names: list[str]) -> None:
 def report_ablation(experiment: Experiment, what: str, names: list[str]) -> None:
     """Print the table of an ablation and write its picture."""
     recipe, file = experiment.recipe, experiment.output / "ablation.png"
-    variants, photos = {name: recipe.method(name) for name in names}, isinstance(recipe, PhotoRecipe)
+    variants = {name: recipe.method(name) for name in names}
+    pretrained = isinstance(recipe, PretrainedRecipe)
     # The paper's ablations are of ViT-B/16; those of the digits are shown beside them.
     table = ablations.table(
         experiment.results, what, variants, recipe.finetune.steps,
-        beside=not photos or recipe.published == "vit-b-16", ece="ece_per_batch" if photos else "ece",
+        beside=not pretrained or recipe.published == "vit-b-16",
+        ece="ece_per_batch" if isinstance(recipe, PhotoRecipe) else "ece",
     )  # fmt: skip
     print(f"\n{table}\n")
     ablations.picture(experiment.results, what, variants, file)

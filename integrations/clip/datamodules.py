@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -15,19 +15,25 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from wmateacher.integrations.clip.data import files, imagenet
+from wmateacher.integrations.clip.data import files, folders, imagenet
 from wmateacher.integrations.clip.data.batches import Batch, Pairing, Sampling
 from wmateacher.integrations.clip.data.digits import PREPROCESSING, DigitPairs, normalise
 from wmateacher.integrations.clip.data.photos import PhotoPairs
-from wmateacher.integrations.clip.evaluation import Labelled, Scorer, score, score_set
+from wmateacher.integrations.clip.evaluation import Labelled, Scorer, TestSet, score, score_set
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Prompts, Tokenizer, Towers, evaluation_view
-from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Settings
+from wmateacher.integrations.clip.recipes import (
+    DigitsRecipe,
+    FolderRecipe,
+    PhotoRecipe,
+    PretrainedRecipe,
+    Settings,
+)
 from wmateacher.integrations.engine import loop, processes
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain, Split
 
-__all__ = ["CLIPData", "DigitsData", "PhotoData", "training_view"]
+__all__ = ["CLIPData", "DigitsData", "FileData", "FolderData", "PhotoData", "training_view"]
 
 _TEST_BATCH = 500
 
@@ -133,7 +139,116 @@ class DigitsData:
         return batches()
 
 
-class PhotoData:
+class FileData:
+    """Pairs from image files; what the `CLIPData` of pretrained towers have in common.
+
+    Args:
+        recipe: The recipe.
+        towers: The towers, for their image size and normalisation.
+        prompts: The classes, templates and tokenizer.
+        train: The training pairs.
+        captions: The class names in the captions of training, if they are not those of the prompts.
+        root: The folder that the recipe's anchors are relative to.
+        workers: Worker processes that read images, in training and again in evaluation; 0 reads them in this
+            process.
+    """
+
+    preprocessing: Mapping[str, Any] = {}
+
+    def __init__(
+        self,
+        recipe: PretrainedRecipe,
+        towers: Towers,
+        prompts: Prompts,
+        train: files.Captioned,
+        *,
+        captions: Sequence[str] | None = None,
+        root: Path | None = None,
+        workers: int = 0,
+    ):
+        self.prompts, self.train = prompts, train
+        self.labelled = train.labels is not None
+        self._recipe, self._workers = recipe, workers
+        self._captions = prompts.classes if captions is None else captions
+        self._anchors = None if recipe.anchors is None else files.load(recipe.anchors, root)
+        self.anchored = self._anchors is not None
+        seen = open_clip.get_model_preprocess_cfg(towers.clip)
+        self._view = training_view(towers.image_size, seen["mean"], seen["std"], recipe.scale, recipe.flip)
+        self._test_view = evaluation_view(towers)
+
+    def pairs(self, settings: Settings) -> PhotoPairs:
+        """Return the pairs of the training set."""
+        return self._read(self.train, settings, self._recipe.sampling, self._recipe.pairing)
+
+    def anchors(self, settings: Settings) -> PhotoPairs | None:
+        """Return the pairs of the recipe's anchors, or None if it names none."""
+        return None if self._anchors is None else self._read(self._anchors, settings, "epochs")
+
+    def _read(
+        self, data: files.Captioned, settings: Settings, sampling: Sampling, pairing: Pairing = "once"
+    ) -> PhotoPairs:
+        return PhotoPairs(
+            data, self._view, self.prompts.tokenizer, batch_size=settings.batch_size, seed=settings.seed,
+            classes=self._captions, templates=self.prompts.templates, sampling=sampling, pairing=pairing,
+            workers=self._workers,
+        )  # fmt: skip
+
+    def _scorer(self, test: TestSet) -> Scorer:
+        return partial(
+            score_set, test=test, transform=self._test_view, batch_size=self._recipe.evaluation_batch,
+            workers=self._workers,
+        )  # fmt: skip
+
+
+class FolderData(FileData):
+    """Your own images as one classification task; a `CLIPData`.
+
+    Args:
+        recipe: The recipe.
+        task: The classes and images, as `FolderData.load` lists them.
+        towers: The towers, for their image size and normalisation.
+        tokenizer: The towers' tokenizer.
+        root: The folder that paths are relative to.
+        workers: Worker processes that read images.
+    """
+
+    def __init__(
+        self,
+        recipe: FolderRecipe,
+        task: folders.Task,
+        towers: Towers,
+        tokenizer: Tokenizer,
+        *,
+        root: Path | None = None,
+        workers: int = 0,
+    ):
+        prompts = Prompts(task.classes, folders.read_templates(recipe.templates, root), tokenizer)
+        super().__init__(recipe, towers, prompts, task.train, root=root, workers=workers)
+        self.task = task
+        held = {} if task.validation is None else {"validation": task.validation}
+        self.validation: Mapping[str, Scorer]
+        self.tests: Mapping[str, Scorer]
+        self.validation, self.tests = (
+            {name: self._scorer(folders.Test(pairs, len(task.classes))) for name, pairs in sets.items()}
+            for sets in (held, task.tests or held)
+        )
+
+    @staticmethod
+    def load(recipe: FolderRecipe, root: Path | None = None) -> folders.Task:
+        """List the images of a recipe.
+
+        Raises:
+            ValueError: If something is damaged, empty, double, or of no known class.
+            FileNotFoundError: If a folder or file is missing.
+        """
+        folders.read_templates(recipe.templates, root)
+        return folders.load(
+            recipe.train, recipe.tests, root=root, classes=recipe.classes, validation=recipe.validation,
+            shots=recipe.shots, seed=recipe.finetune.seed,
+        )  # fmt: skip
+
+
+class PhotoData(FileData):
     """Pairs from files, ImageNet and its shifts; a `CLIPData`.
 
     Args:
@@ -153,7 +268,6 @@ class PhotoData:
     """
 
     validation: Mapping[str, Scorer] = {}
-    preprocessing: Mapping[str, Any] = {}
 
     def __init__(
         self,
@@ -169,49 +283,26 @@ class PhotoData:
                 f"recipe {recipe.name!r} needs the folder that holds its data sets, got root=None: pass "
                 "root=DIR (--data-root DIR)"
             )
-        self.recipe, self._workers = recipe, workers
         templates = recipe.templates or imagenet.openai_templates()
-        self.prompts = Prompts(imagenet.head_names(), templates, tokenizer)
-        self.train = files.load(recipe.train, root)
-        files.check_labels(self.train, imagenet.CLASSES)
-        self.labelled = self.train.labels is not None
-        self._anchors = None if recipe.anchors is None else files.load(recipe.anchors, root)
-        self.anchored = self._anchors is not None
-        seen = open_clip.get_model_preprocess_cfg(towers.clip)
-        self._view = training_view(towers.image_size, seen["mean"], seen["std"], recipe.scale, recipe.flip)
-        view = evaluation_view(towers)
+        prompts = Prompts(imagenet.head_names(), templates, tokenizer)
+        train = files.load(recipe.train, root)
+        files.check_labels(train, imagenet.CLASSES)
+        super().__init__(
+            recipe, towers, prompts, train, captions=imagenet.class_names(), root=root, workers=workers
+        )
+        self._own_templates = bool(recipe.templates)
         self.tests: Mapping[str, Scorer] = {
-            name: partial(
-                score_set, test=imagenet.load(name, root, crop_border=recipe.crop_border), transform=view,
-                batch_size=recipe.evaluation_batch, workers=workers,
-            )
+            name: self._scorer(imagenet.load(name, root, crop_border=recipe.crop_border))
             for name in recipe.tests
-        }  # fmt: skip
+        }
 
     def captioned_for(self, method: Method) -> PhotoData:
         """Return the same data with the captions of a method, unless the recipe has its own."""
-        if self.recipe.templates or method.templates == "openai":
+        if self._own_templates or method.templates == "openai":
             return self
         captioned = copy(self)
         captioned.prompts = replace(self.prompts, templates=imagenet.tracer_templates())
         return captioned
-
-    def pairs(self, settings: Settings) -> PhotoPairs:
-        """Return the pairs of the training set."""
-        return self._read(self.train, settings, self.recipe.sampling, self.recipe.pairing)
-
-    def anchors(self, settings: Settings) -> PhotoPairs | None:
-        """Return the pairs of the recipe's anchors, or None if it names none."""
-        return None if self._anchors is None else self._read(self._anchors, settings, "epochs")
-
-    def _read(
-        self, data: files.Captioned, settings: Settings, sampling: Sampling, pairing: Pairing = "once"
-    ) -> PhotoPairs:
-        return PhotoPairs(
-            data, self._view, self.prompts.tokenizer, batch_size=settings.batch_size, seed=settings.seed,
-            classes=imagenet.class_names(), templates=self.prompts.templates, sampling=sampling,
-            pairing=pairing, workers=self._workers,
-        )  # fmt: skip
 
 
 def training_view(

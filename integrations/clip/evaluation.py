@@ -4,22 +4,53 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from wmateacher.integrations.clip.data.imagenet import Photos, Test
 from wmateacher.integrations.clip.model import Towers
 from wmateacher.integrations.engine import processes, signals
 from wmateacher.integrations.vision import accuracy
 from wmateacher.integrations.vision.accuracy import Labelled, Scores
 
-__all__ = ["Labelled", "Scorer", "Scores", "score", "score_set", "summarise"]
+__all__ = ["Labelled", "LabelledImages", "Scorer", "Scores", "TestSet", "score", "score_set", "summarise"]
 
 Scorer = Callable[[Towers, Tensor], Scores]
 """A function from towers and a head `[d, classes]` to their scores on one test set."""
+
+
+class LabelledImages(Protocol):
+    """Images with class indices, read one at a time; reading raises an OSError if an image is damaged."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Any, int]: ...
+
+    def name(self, index: int) -> str:
+        """Return the location of an image, for messages."""
+        ...
+
+
+class TestSet(Protocol):
+    """A test set.
+
+    Attributes:
+        images: The images, with labels 0 ... C - 1 within the set.
+        classes: The number of classes C.
+    """
+
+    @property
+    def images(self) -> LabelledImages: ...  # noqa: D102
+
+    @property
+    def classes(self) -> int: ...  # noqa: D102
+
+    @property
+    def logits_of(self) -> Callable[[Tensor], Tensor]:
+        """The function from a head's logits to logits of the set's classes, `[B, C]`."""
+        ...
 
 
 def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
@@ -41,20 +72,20 @@ def score(towers: Towers, head: Tensor, batches: Labelled) -> Scores:
 def score_set(
     towers: Towers,
     head: Tensor,
-    test: Test,
+    test: TestSet,
     transform: Callable[[Any], Tensor],
     *,
     batch_size: int = 256,
     workers: int = 0,
 ) -> Scores:
-    """Score a head of ImageNet's 1,000 classes on a test set, among the set's classes.
+    """Score a head on a test set of image files, among the set's classes.
 
     Images that cannot be read are left out, with a warning that counts them. Each process reads its part.
 
     Args:
         towers: The model, as in `score`.
-        head: The head, `[d, 1000]`.
-        test: The test set, from `imagenet.load`.
+        head: The head, `[d, classes]`; 1,000 classes for ImageNet's sets.
+        test: The test set, such as `imagenet.load` returns.
         transform: A function from a PIL image to the towers' input, such as `open_clip.image_transform`
             returns.
         batch_size: Images per batch.
@@ -73,7 +104,7 @@ def score_set(
 
 
 def _read(
-    photos: Photos, transform: Callable[[Any], Tensor], batch_size: int, workers: int
+    photos: LabelledImages, transform: Callable[[Any], Tensor], batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of the images that can be read."""
     loader: DataLoader[Any] = DataLoader(
@@ -92,7 +123,7 @@ def _read(
     if unreadable:
         warnings.warn(
             f"{len(unreadable)} of {len(photos)} images cannot be read and are left out, such as "
-            f"{photos.files[unreadable[0]]}: get them again, the published figures include them",
+            f"{photos.name(unreadable[0])}: get them again; published figures include them",
             stacklevel=2,
         )
 
@@ -106,7 +137,7 @@ def _own_parts(count: int, batch_size: int) -> list[list[int]]:
 class _Readable(Dataset[Any]):
     """(image, label), or the index of an image that cannot be read."""
 
-    def __init__(self, photos: Photos, transform: Callable[[Any], Tensor]):
+    def __init__(self, photos: LabelledImages, transform: Callable[[Any], Tensor]):
         self.photos, self.transform = photos, transform
 
     def __len__(self) -> int:

@@ -14,12 +14,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from wmateacher.collectives import world_size
 from wmateacher.integrations.clip import export
-from wmateacher.integrations.clip.datamodules import CLIPData, DigitsData, PhotoData
+from wmateacher.integrations.clip.datamodules import CLIPData, DigitsData, FolderData, PhotoData
 from wmateacher.integrations.clip.evaluation import Scorer, Scores, summarise
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
-from wmateacher.integrations.clip.model import Prompts, Student, build, head_of, towers_of
-from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, Recipe
+from wmateacher.integrations.clip.model import (
+    Prompts,
+    Student,
+    Tokenizer,
+    Towers,
+    build,
+    head_of,
+    towers_of,
+)
+from wmateacher.integrations.clip.recipes import (
+    DigitsRecipe,
+    FolderRecipe,
+    PhotoRecipe,
+    PretrainedRecipe,
+    Recipe,
+)
 from wmateacher.integrations.clip.training import build_student, fit
 from wmateacher.integrations.engine import experiment, loop, processes
 from wmateacher.integrations.engine.experiment import Outcome, Table
@@ -84,10 +99,14 @@ class Experiment(experiment.Experiment[Recipe]):
     ):
         self.say, self.cache, self.save_models = say, cache or default_cache(), save_models
         self.data: CLIPData
-        if isinstance(recipe, PhotoRecipe):
-            torch.manual_seed(recipe.finetune.seed)  # for towers without weights
-            with processes.main_process_first():  # the first may download
-                self.towers, tokenizer = build(recipe.model, recipe.pretrained)
+        if isinstance(recipe, FolderRecipe):
+            # Before the towers: what is wrong with the images is said before weights are downloaded.
+            task = FolderData.load(recipe, root)
+            self.towers, tokenizer = _pretrained(recipe)
+            self.data = FolderData(recipe, task, self.towers, tokenizer, root=root, workers=workers)
+            recipe = recipe.resolve(len(task.train), self.towers.width, task.digest, world_size())
+        elif isinstance(recipe, PhotoRecipe):
+            self.towers, tokenizer = _pretrained(recipe)
             photos = PhotoData(recipe, self.towers, tokenizer, root=root, workers=workers)
             self.data, recipe = photos, recipe.resolve(len(photos.train))
         elif isinstance(recipe, DigitsRecipe):
@@ -95,7 +114,9 @@ class Experiment(experiment.Experiment[Recipe]):
             self.towers, tokenizer = build(recipe.model)
             self.data = DigitsData(recipe, self.towers, tokenizer, root=root, download=download)
         else:
-            raise TypeError(f"recipe must be a DigitsRecipe or a PhotoRecipe, got {type(recipe).__name__}")
+            raise TypeError(
+                f"recipe must be a DigitsRecipe, a PhotoRecipe or a FolderRecipe, got {type(recipe).__name__}"
+            )
         if adapt is not None:
             recipe = adapt(recipe)
         super().__init__(recipe, output, device=device, progress=progress)
@@ -277,6 +298,13 @@ class Experiment(experiment.Experiment[Recipe]):
             "method": METHODS["flyp"].settings(),
             "checkpoint": loop.FORMAT,
         }
+
+
+def _pretrained(recipe: PretrainedRecipe) -> tuple[Towers, Tokenizer]:
+    """Build a recipe's towers with their weights."""
+    torch.manual_seed(recipe.finetune.seed)  # for towers without weights
+    with processes.main_process_first():  # the first may download
+        return build(recipe.model, recipe.pretrained)
 
 
 def _figures(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import open_clip
 import torch
+from open_clip.pretrained import get_pretrained_cfg
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -97,6 +98,14 @@ class Towers(nn.Module):
         return int(size if isinstance(size, int) else size[0])
 
     @property
+    def width(self) -> int:
+        """The width d of the embeddings."""
+        device = self.clip.logit_scale.device
+        with torch.no_grad():
+            text = torch.zeros(1, self.clip.context_length, dtype=torch.int64, device=device)
+            return int(self.encode_text(text).shape[-1])
+
+    @property
     def image_projection(self) -> Tensor:
         """The linear map from the image tower's width to the embedding, `[width, d]`.
 
@@ -150,28 +159,33 @@ def build(
 
     Args:
         model: A name that open_clip knows, or one of this package's small configurations
-            (`tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`). `local-dir:FOLDER` and
+            (`tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`). `local-dir:DIR` and
             `hf-hub:NAME` name a model with its weights.
-        pretrained: A tag of open_clip or a checkpoint file. None initialises the towers at random, unless the
-            model has its weights.
+        pretrained: A tag of open_clip, a checkpoint file, or `local-dir:DIR` for the weights of such a
+            folder. None initialises the towers at random, unless the model has its weights.
         device: The device of the tensors; `"meta"` gives their shapes without memory.
 
     Raises:
-        ValueError: If open_clip does not know the model or the tag, or the file is not a checkpoint of it.
+        ValueError: If open_clip does not know the model or the tag, the file is not a checkpoint of it, or
+            the weights were trained with another activation or in another architecture.
+        FileNotFoundError: If there is no such folder.
     """
     has_weights = ":" in model
     if not has_weights:
         lookup("model", model, dict.fromkeys(open_clip.list_models()))
-    elif pretrained is not None:
+    elif pretrained is not None and pretrained != model:
         raise ValueError(f"model {model!r} has its own weights, got pretrained={pretrained!r}: pass None")
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if pretrained is not None and pretrained.lower() not in tags and not Path(pretrained).exists():
-        raise ValueError(
-            f"unknown weights {pretrained!r} for {model!r}: neither a file nor a tag; "
-            f"{nearest(pretrained, tags)}"
-        )
-    config = open_clip.get_model_config(model)
-    if "init_logit_bias" in (config or {}):
+    config = _config(model)
+    if pretrained is not None and pretrained.startswith(_FOLDER):
+        if _config(pretrained) != config:
+            raise ValueError(
+                f"{pretrained!r} holds weights of another architecture than {model!r}: pass it as the model "
+                f"(--model {pretrained})"
+            )
+        model, has_weights = pretrained, True
+    elif pretrained is not None:
+        _check_weights(model, pretrained)
+    if "init_logit_bias" in config:
         raise ValueError(
             f"model {model!r} has a logit bias (SigLIP), which the contrastive objective here lacks: choose "
             "a CLIP model"
@@ -181,8 +195,9 @@ def build(
     with _quiet_about_random_weights(not reads), torch.device(device):
         try:
             clip = open_clip.create_model(
-                model, pretrained=pretrained, load_weights=reads, require_pretrained=reads, device=device
-            )
+                model, pretrained=None if has_weights else pretrained, load_weights=reads,
+                require_pretrained=reads, device=device,
+            )  # fmt: skip
         except (RuntimeError, UnpicklingError, KeyError, EOFError, SafetensorError) as error:
             if not reads:
                 raise
@@ -202,6 +217,41 @@ def evaluation_view(towers: Towers) -> Callable[[Any], Tensor]:
         towers.image_size, is_train=False, mean=seen["mean"], std=seen["std"], **how
     )
     return view
+
+
+_FOLDER = "local-dir:"
+
+
+def _config(model: str) -> dict[str, Any]:
+    """Return the configuration of a model that open_clip knows or finds."""
+    try:
+        return dict(open_clip.get_model_config(model) or {})
+    except FileNotFoundError as error:
+        folder = model.removeprefix(_FOLDER)
+        raise FileNotFoundError(
+            f"no model in {folder}: {_FOLDER}DIR needs DIR/open_clip_config.json and weights beside it"
+        ) from error
+
+
+def _check_weights(model: str, pretrained: str) -> None:
+    """Check that a tag, or else a file, has weights for a model."""
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained.lower() not in tags:
+        if Path(pretrained).is_file():
+            return
+        folder = f"; for a folder pass {_FOLDER}{pretrained}" if Path(pretrained).is_dir() else ""
+        raise ValueError(
+            f"unknown weights {pretrained!r} for {model!r}: neither a file nor a tag; "
+            f"{nearest(pretrained, tags)}{folder}"
+        )
+    trained_with = bool(get_pretrained_cfg(model, pretrained).get("quick_gelu", False))
+    if trained_with != bool(_config(model).get("quick_gelu", False)):
+        # open_clip only warns, and the model would be worse than its figures.
+        other = f"{model}-quickgelu" if trained_with else model.removesuffix("-quickgelu")
+        raise ValueError(
+            f"weights {pretrained!r} were trained {'with' if trained_with else 'without'} QuickGELU, "
+            f"{model!r} computes {'without' if trained_with else 'with'} it: pass --model {other}"
+        )
 
 
 @contextmanager

@@ -12,16 +12,25 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wmateacher.integrations.clip.data import check, imagenet
+from wmateacher.integrations.clip.data.folders import Task, read_templates
+from wmateacher.integrations.clip.datamodules import FolderData
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Towers, build
-from wmateacher.integrations.clip.recipes import PhotoRecipe, Recipe, Settings
+from wmateacher.integrations.clip.recipes import (
+    FolderRecipe,
+    PhotoRecipe,
+    PretrainedRecipe,
+    Recipe,
+    Settings,
+)
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.sampling import steps_per_epoch
 from wmateacher.integrations.engine.settings import visible
 
-__all__ = ["GIB", "Memory", "describe", "memory"]
+__all__ = ["GIB", "Memory", "describe", "memory", "outline"]
 
 GIB = 2**30
+_MOST_CLASSES = 20
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,10 @@ def describe(
     if root is not None and not root.is_dir():
         raise ValueError(f"no folder {root}: give the one that holds the data sets (--data-root)")
     found = _data(recipe, root)
-    if isinstance(recipe, PhotoRecipe) and found.pairs:
+    if isinstance(recipe, FolderRecipe):
+        width = build(recipe.model, device="meta")[0].width
+        recipe = recipe.resolve(found.pairs, width, "", processes)
+    elif isinstance(recipe, PhotoRecipe) and found.pairs:
         recipe = recipe.resolve(found.pairs)
     recipe, names = select(recipe)
     methods = [recipe.method(name) for name in names]
@@ -158,10 +170,34 @@ def describe(
         lines.append(f"  {m.name}: {own or 'nothing'}")
     lines.append(f"  settings of a method: {', '.join(visible(methods[0]))}")
     lines += ["", *_length(recipe, found), "", *_memory(recipe, methods, processes), "", *found.lines]
-    anchored = not isinstance(recipe, PhotoRecipe) or recipe.anchors is not None
+    anchored = not isinstance(recipe, PretrainedRecipe) or recipe.anchors is not None
     reasons = [recipe.why_not(name, labelled=found.labelled, anchored=anchored) for name in names]
     lines += [f"cannot run: {reason}" for reason in reasons if reason is not None]
     return "\n".join(lines)
+
+
+def outline(recipe: FolderRecipe, task: Task, names: Sequence[str], processes: int = 1) -> str:
+    """Describe a run on your own images in a few lines: its data, length and memory.
+
+    Args:
+        recipe: The recipe, with the number of steps that its images make.
+        task: The images.
+        names: The names of the methods.
+        processes: The number of processes that share each batch.
+    """
+    found = _own(task)
+    methods = [recipe.method(name) for name in names]
+    weights = f"weights: {recipe.pretrained or (recipe.model if ':' in recipe.model else 'random')}"
+    return "\n".join([weights, *found.lines, *_length(recipe, found), *_memory(recipe, methods, processes)])
+
+
+def _own(task: Task) -> _Found:
+    """Return the images of a task."""
+    shown = ", ".join(task.classes[:_MOST_CLASSES])
+    more = f" and {len(task.classes) - _MOST_CLASSES:,} more" if len(task.classes) > _MOST_CLASSES else ""
+    lines = [f"{len(task.classes):,} classes: {shown}{more}", "images:"]
+    lines += [f"  {line}" for line in task.table().splitlines()]
+    return _Found(len(task.train), task.train.labels is not None, lines)
 
 
 def _settings(config: Any, prefix: str = "") -> Iterator[str]:
@@ -173,7 +209,8 @@ def _settings(config: Any, prefix: str = "") -> Iterator[str]:
         if is_dataclass(value):
             yield from _settings(value, f"{name}.")
         elif isinstance(value, tuple):
-            yield f"{name} {' '.join(map(repr, value)) or '()'}"
+            cells = [cell for item in value for cell in (item if isinstance(item, tuple) else (item,))]
+            yield f"{name} {' '.join(map(repr, cells)) or '()'}"
         else:
             yield f"{name} {value}"
 
@@ -187,6 +224,11 @@ class _Found:
 
 def _data(recipe: Recipe, root: Path | None) -> _Found:
     """Count the training pairs, as found or else as published, and list what is missing."""
+    if isinstance(recipe, FolderRecipe):
+        found = _own(FolderData.load(recipe, root))
+        templates = read_templates(recipe.templates, root)
+        lines = [f"{len(templates)} templates, such as {templates[0]!r}"]
+        return _Found(found.pairs, found.labelled, [*found.lines, *lines])
     if not isinstance(recipe, PhotoRecipe):
         return _Found(0, True, [f"data: {getattr(recipe, 'data', '')}" + (f" in {root}" if root else "")])
     if root is None:
@@ -225,6 +267,9 @@ def _length(recipe: Recipe, found: _Found) -> list[str]:
         of = f": {found.pairs:,} pairs, {each:,} steps per epoch"
         if found.pairs < s.batch_size:
             of += f"; batch_size {s.batch_size} is larger than the data, so training would fail"
+    elif isinstance(recipe, FolderRecipe):
+        each = steps_per_epoch(found.pairs, s.batch_size)
+        of = f": {found.pairs:,} images, {each:,} steps per epoch, {s.steps / each:.3g} epochs"
     at = dict.fromkeys(step for step in (0, s.warmup - 1, s.warmup, s.steps - 1) if 0 <= step < s.steps)
     rates = ", ".join(f"{s.learning_rate_at(step):.4g} at step {step}" for step in at)
     return [f"length: {s.steps:,} optimizer steps of {s.batch_size}{of}", f"learning rate: {rates}"]

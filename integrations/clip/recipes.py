@@ -4,22 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from wmateacher.checks import lookup, one_of
 from wmateacher.integrations.clip import paper
 from wmateacher.integrations.clip.data import imagenet
-from wmateacher.integrations.clip.data.batches import Pairing, Sampling
-from wmateacher.integrations.clip.methods import METHODS, Method, tracer_terms
+from wmateacher.integrations.clip.data.batches import Pairing, Sampling, check_templates
+from wmateacher.integrations.clip.methods import METHODS, TRACER_TERMS, Method, tracer_terms
 from wmateacher.integrations.engine import settings
 from wmateacher.integrations.engine.sampling import steps_per_epoch
 from wmateacher.integrations.engine.settings import Hidden
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain
 
-__all__ = ["RECIPES", "DigitsRecipe", "PhotoRecipe", "Recipe", "Settings", "get"]
+__all__ = [
+    "RECIPES",
+    "DigitsRecipe",
+    "FolderRecipe",
+    "OwnSettings",
+    "PhotoRecipe",
+    "PretrainedRecipe",
+    "Recipe",
+    "Settings",
+    "get",
+]
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
+PretrainedT = TypeVar("PretrainedT", bound="PretrainedRecipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +170,16 @@ class Recipe:
         return replace(self, finetune=self.finetune.scaled(steps))
 
 
+def _check_captions(recipe: Recipe) -> None:
+    """Check that no method has ImageNet's captions, in a recipe with captions of its own."""
+    for method in recipe.methods.values():
+        if method.templates != "openai":
+            raise ValueError(
+                f"method {method.name!r} has templates={method.templates!r}, which are for ImageNet's "
+                f"classes: leave them out for recipe {recipe.name!r}, which has captions of its own"
+            )
+
+
 # --- drawn digits -----------------------------------------------------------------------------------
 
 
@@ -187,12 +208,7 @@ class DigitsRecipe(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("data", self.data, digits.SOURCES)
-        for method in self.methods.values():
-            if method.templates != "openai":
-                raise ValueError(
-                    f"method {method.name!r} has templates={method.templates!r}, which are for ImageNet's "
-                    "classes: leave them out for digits, which have captions of their own"
-                )
+        _check_captions(self)
         if ":" in self.model:
             raise ValueError(
                 f"model must be the name of towers, got {self.model!r}, which has weights: this recipe "
@@ -286,18 +302,15 @@ COLORED_MNIST = DigitsRecipe(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotoRecipe(Recipe):
-    """Fine-tune a pretrained CLIP on image-text pairs from files; evaluate on ImageNet and its shifts.
+class PretrainedRecipe(Recipe):
+    """Fine-tune a pretrained CLIP on images from files.
 
     Attributes:
-        pretrained: A tag of open_clip or a checkpoint file, or None for random weights.
-        train: The training pairs: `imagenet-train`, a .csv or .tsv file of captions, or .tar shards.
-        anchors: Pairs like those of pre-training, named like `train`, for methods that need them.
-        tests: The test sets; the first is in-distribution.
-        templates: Captions with one `{}` for the class, in training and in the zero-shot head, for all
-            methods. If empty, each method has its own.
-        epochs: Passes over the training pairs. If it is None, or `finetune.steps` was changed,
-            `finetune.steps` decides.
+        pretrained: A tag of open_clip, a checkpoint file, or `local-dir:DIR`; None for random weights, or those
+            of a model such as `local-dir:DIR`.
+        train: The training pairs.
+        anchors: Pairs like those of pre-training, a .csv or .tsv file of captions or .tar shards, for methods
+            that need them.
         sampling: `epochs`, or `balanced` to draw all classes equally often.
         pairing: `once` shows each image once an epoch, with a random caption. `published` draws an epoch's
             pairs among all images with all captions, as the published code does with its table of them: some
@@ -313,11 +326,8 @@ class PhotoRecipe(Recipe):
     """
 
     pretrained: str | None
-    train: str = "imagenet-train"
+    train: str
     anchors: str | None = None
-    tests: tuple[str, ...] = ("imagenet", *imagenet.SHIFTS)
-    templates: tuple[str, ...] = ()
-    epochs: int | None = 10
     sampling: Sampling = "epochs"
     pairing: Pairing = "once"
     scale: tuple[float, float] = (0.9, 1.0)
@@ -328,17 +338,7 @@ class PhotoRecipe(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.tests:
-            lookup("data set", name, imagenet.SETS)
-        if not self.tests:
-            raise ValueError("tests must have at least one data set: the first is in-distribution")
-        wrong = [t for t in self.templates if not _takes_a_name(t)]
-        if wrong:
-            raise ValueError(f"templates must be captions with one {{}} for the class, got {wrong}")
-        if self.evaluation_batch < 1:
-            raise ValueError(f"evaluation_batch must be at least 1, got {self.evaluation_batch}")
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        settings.check_at_least(self, evaluation_batch=1)
         one_of("sampling", self.sampling, ("epochs", "balanced"))
         one_of("pairing", self.pairing, ("once", "published"))
         if self.pairing == "published" and self.sampling == "balanced":
@@ -351,11 +351,47 @@ class PhotoRecipe(Recipe):
         if not 0 <= self.flip <= 1:
             raise ValueError(f"flip must be a probability, got {self.flip}")
 
+    def adjust(self: PretrainedT) -> PretrainedT:
+        """Return the recipe without its own `pretrained` if `model` was changed to one with its weights."""
+        before = RECIPES.get(self.name)
+        unchanged = isinstance(before, PretrainedRecipe) and self.pretrained == before.pretrained
+        return replace(self, pretrained=None) if ":" in self.model and unchanged else self
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotoRecipe(PretrainedRecipe):
+    """Fine-tune a pretrained CLIP on image-text pairs from files; evaluate on ImageNet and its shifts.
+
+    Attributes:
+        train: The training pairs: `imagenet-train`, a .csv or .tsv file of captions, or .tar shards.
+        anchors: Pairs like those of pre-training, named like `train`, for methods that need them.
+        tests: The test sets; the first is in-distribution.
+        templates: Captions with one `{}` for the class, in training and in the zero-shot head. If empty,
+            OpenAI's 80 are used.
+        epochs: Passes over the training pairs. If it is None, or `finetune.steps` was changed,
+            `finetune.steps` decides.
+    """
+
+    train: str = "imagenet-train"
+    tests: tuple[str, ...] = ("imagenet", *imagenet.SHIFTS)
+    templates: tuple[str, ...] = ()
+    epochs: int | None = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.tests:
+            lookup("data set", name, imagenet.SETS)
+        if not self.tests:
+            raise ValueError("tests must have at least one data set: the first is in-distribution")
+        check_templates(self.templates)
+        if self.epochs is not None:
+            settings.check_at_least(self, epochs=1)
+
     def adjust(self) -> PhotoRecipe:
         """Return the recipe without `epochs` if the steps of fine-tuning were changed."""
         before = RECIPES.get(self.name)
         changed = before is not None and self.finetune.steps != before.finetune.steps
-        return replace(self, epochs=None) if changed else self
+        return replace(super().adjust(), **({"epochs": None} if changed else {}))
 
     def resolve(self, pairs: int) -> PhotoRecipe:
         """Return the recipe with the numbers of steps that follow from the number of training pairs.
@@ -377,13 +413,6 @@ class PhotoRecipe(Recipe):
     def with_steps(self, steps: int | None) -> PhotoRecipe:
         """Return the recipe with another number of fine-tuning steps, which replaces `epochs`."""
         return self if steps is None else replace(super().with_steps(steps), epochs=None)
-
-
-def _takes_a_name(template: str) -> bool:
-    try:
-        return template.count("{}") == 1 and template.format("x") == template.replace("{}", "x")
-    except (LookupError, ValueError):
-        return False
 
 
 def _imagenet(
@@ -433,7 +462,121 @@ _IMAGENET = (
     ),
 )  # fmt: skip
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS, COLORED_MNIST, *_IMAGENET)}
+
+# --- your own images --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSettings(Settings):
+    """How a run on your own images is optimised; its length follows from the images.
+
+    Attributes:
+        steps: Number of optimizer steps T; 0 for as many as the recipe's `epochs` make.
+        batch_size: Image-text pairs per step; all of them if there are fewer.
+        warmup: Steps of linear warm-up; -1 for the recipe's `warmup_share`.
+    """
+
+    least: ClassVar[Mapping[str, int]] = {**Settings.least, "steps": 0, "warmup": -1}
+
+    steps: int = 0
+    warmup: int = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderRecipe(PretrainedRecipe):
+    """Fine-tune a pretrained CLIP on your own images, and evaluate it on your test sets.
+
+    Attributes:
+        train: The training images: a folder of class folders, a .csv or .tsv file with the columns filepath,
+            title and label (one of the last two suffices), or .tar shards.
+        tests: Test sets, each a name and images like `train`; the first is in-distribution. If there are
+            none, the validation images are.
+        classes: A text file with a class name on each line, or a label, a tab and a class name. By default
+            the labels are the names, with spaces for underscores.
+        templates: `openai` or `simple` for a list of open_clip, a file with a caption on each line, or
+            captions; each caption has one `{}` for the class.
+        validation: The share of the training images to hold out for the `validation` accuracy.
+        shots: The number of images of each class to train on, or None for all.
+        epochs: Passes over the training images, unless `finetune.steps` is given.
+        min_steps: The least number of steps: few images are passed over more often.
+        warmup_share: The share of the steps with a linear warm-up, unless `finetune.warmup` is given.
+        digest: The digest of the images that the run is on, once `resolve` knows it.
+    """
+
+    finetune: OwnSettings
+    train: str = ""
+    tests: tuple[tuple[str, str], ...] = ()
+    classes: str | None = None
+    templates: tuple[str, ...] = ("simple",)
+    validation: float = 0.1
+    shots: int | None = None
+    epochs: int = 20
+    min_steps: int = 200
+    warmup_share: float = 0.1
+    evaluate_every: int | None = 0
+    digest: Hidden[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_captions(self)
+        settings.check_at_least(self, epochs=1, min_steps=1)
+        if self.shots is not None:
+            settings.check_at_least(self, shots=1)
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must be a share of the images in [0, 1), got {self.validation}")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"warmup_share must be a share of the steps in [0, 1), got {self.warmup_share}")
+
+    def resolve(self, pairs: int, width: int, digest: str, processes: int = 1) -> FolderRecipe:
+        """Return the recipe with the values that follow from the images and the towers.
+
+        Args:
+            pairs: The number of training images.
+            width: The width of the embeddings. TRACER's distillation has the published coefficient for it.
+            digest: The digest of the images, so that results of other images are not mixed.
+            processes: The number of processes that share each batch.
+
+        Raises:
+            ValueError: If there are fewer images than processes, or the warm-up is not shorter than the run.
+        """
+        own, batch = self.finetune, self.finetune.batch_size
+        if pairs < processes:
+            raise ValueError(f"{pairs} training images are too few for {processes} processes: start fewer")
+        if batch > pairs:
+            batch = pairs - pairs % processes
+        each = steps_per_epoch(pairs, batch)
+        steps = own.steps or max(self.epochs * each, self.min_steps)
+        warmup = int(self.warmup_share * steps) if own.warmup < 0 else own.warmup
+        if warmup and warmup >= steps:
+            raise ValueError(f"finetune.warmup must be shorter than the run, got {warmup} of {steps} steps")
+        methods = dict(self.methods)
+        for name, method in methods.items():
+            if method.distillation == TRACER_TERMS:
+                methods[name] = replace(method, distillation=tracer_terms(width))
+        if "carot" in methods and methods["carot"].update_every == METHODS["carot"].update_every:
+            # As often per run as the published one.
+            methods["carot"] = replace(methods["carot"], update_every=max(1, steps // 50))
+        return replace(
+            self, finetune=replace(own, steps=steps, batch_size=batch, warmup=warmup), methods=methods,
+            evaluate_every=each if self.evaluate_every is None else self.evaluate_every, digest=digest,
+        )  # fmt: skip
+
+    def with_steps(self, steps: int | None) -> FolderRecipe:
+        """Return the recipe with a number of fine-tuning steps, which replaces `epochs`."""
+        return self if steps is None else replace(self, finetune=replace(self.finetune, steps=steps))
+
+
+FOLDERS = FolderRecipe(
+    name="folders",
+    summary="your own images: a pretrained CLIP -> --train DIR -> --tests NAME DIR ...",
+    model="ViT-B-32-quickgelu",
+    pretrained="openai",
+    finetune=OwnSettings(learning_rate=1e-5, batch_size=64),
+    methods=METHODS,
+    default=("zero-shot", "flyp", "tracer"),
+)
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS, COLORED_MNIST, *_IMAGENET, FOLDERS)}
 """The recipes by name."""
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Balanced", "Epochs", "check_batch_size", "generator", "mix", "steps_per_epoch"]
+__all__ = ["Balanced", "Epochs", "check_batch_size", "generator", "hold_out", "mix", "steps_per_epoch"]
 
 
 def mix(*stream: int) -> int:
@@ -32,6 +32,31 @@ def check_batch_size(batch_size: int, count: int, what: str) -> None:
 def steps_per_epoch(count: int, batch_size: int) -> int:
     """Return the number of steps in which all of `count` images are seen; the remainder is a step too."""
     return -(-count // batch_size)
+
+
+def hold_out(labels: Tensor, count: int) -> Tensor:
+    """Choose `count` images to hold out, with the classes in the same proportions; the same ones every time.
+
+    The last image of a class is held out only if there are no others.
+
+    Args:
+        labels: The class of every image, int64 `[N]`.
+        count: The number of images to hold out.
+
+    Returns:
+        Whether each image is held out, bool `[N]`.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    shuffled = labels[order]
+    # Relative ranks within each class: taking the lowest keeps the classes in proportion.
+    rank = torch.empty(len(labels))
+    for label in shuffled.unique():
+        members = (shuffled == label).nonzero()[:, 0]
+        rank[members] = (torch.arange(len(members)) + 0.5) / len(members)
+        rank[members[-1]] += 1
+    out = torch.zeros(len(labels), dtype=torch.bool)
+    out[order[rank.argsort(stable=True)[:count]]] = True
+    return out
 
 
 class Epochs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -56,9 +57,10 @@ class Settings:
     checkpoint_every: int = 100
 
     precisions: ClassVar[tuple[str, ...]] = ("fp32", "bf16")
+    least: ClassVar[Mapping[str, int]] = {"steps": 1, "warmup": 0, "checkpoint_every": 1}
 
     def __post_init__(self) -> None:
-        check_at_least(self, steps=1, warmup=0, checkpoint_every=1)
+        check_at_least(self, **self.least)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.clip_norm is not None and not self.clip_norm > 0:

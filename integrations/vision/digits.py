@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wmateacher.checks import one_of
+from wmateacher.integrations.engine.sampling import hold_out
 
 __all__ = [
     "BLACK",
@@ -271,13 +272,5 @@ def _torchvision(name: str, root: Path, train: bool, download: bool) -> Split:
 
 def stratify(split: Split, held_out: int) -> tuple[Split, Split]:
     """Split off `held_out` images, with the classes in the same proportions in both parts."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(0))
-    labels = split.labels[order]
-    # Relative ranks within each class: taking the lowest keeps the classes in proportion.
-    rank = torch.empty(len(split))
-    for label in labels.unique():
-        members = (labels == label).nonzero()[:, 0]
-        rank[members] = (torch.arange(len(members)) + 0.5) / len(members)
-    out = torch.zeros(len(split), dtype=torch.bool)
-    out[order[rank.argsort(stable=True)[:held_out]]] = True
+    out = hold_out(split.labels, held_out)
     return Split(split.images[~out], split.labels[~out]), Split(split.images[out], split.labels[out])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,12 +15,29 @@ from torch import Tensor
 
 from wmateacher.integrations.clip.data import imagenet
 
-__all__ = ["Captioned", "Folder", "Shards", "Table", "check_labels", "load"]
+__all__ = ["Captioned", "Folder", "Label", "Read", "Shards", "Table", "check_labels", "load", "whole_number"]
 
 # The column names of a table; open_clip's come first.
 _IMAGE_COLUMNS, _CAPTION_COLUMNS, _LABEL_COLUMN = ("filepath", "image"), ("title", "caption"), "label"
 # The extensions of the members of a shard.
-_IMAGES, _TEXT, _LABEL = ("jpg", "jpeg", "png", "webp"), "txt", "cls"
+_IMAGES, _TEXT, _LABEL = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"), "txt", "cls"
+
+
+Read = Callable[[str | BytesIO], Image.Image]
+"""A function that reads an image file, or its content, in RGB."""
+Label = Callable[[str, str], int]
+"""A function from a label as written, and where it stands, to a class index."""
+
+
+def whole_number(text: str, where: str) -> int:
+    """Return a label that is a class index.
+
+    Raises:
+        ValueError: If the text is not a whole number.
+    """
+    if text.strip().lstrip("+-").isdecimal() and abs(int(text)) < 2**31:
+        return int(text)
+    raise ValueError(f"{where}: label must be a whole number, got {text!r}")
 
 
 class Captioned(Protocol):
@@ -74,17 +91,29 @@ class Table:
     The columns are named `filepath` or `image`, `title` or `caption`, and `label`. Image files are relative
     to the table's folder.
 
+    Args:
+        file: The table.
+        read: The function that reads an image.
+        label: The function that turns a label into a class index.
+        captioned: Whether captions are required. If not, a table of labels alone is one whose texts are
+            templates filled with class names.
+
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a column is missing or a row is incomplete; the message says which.
     """
 
-    templated = False
-
-    def __init__(self, file: Path):
+    def __init__(
+        self,
+        file: Path,
+        *,
+        read: Read = imagenet.read_image,
+        label: Label = whole_number,
+        captioned: bool = True,
+    ):
         if not file.is_file():
             raise FileNotFoundError(f"no table of captions {file}: give an existing .csv or .tsv")
-        self.file = file
+        self.file, self._read, self._label, self._captioned = file, read, label, captioned
         self.files: list[str] = []
         self.captions: list[str] = []
         try:
@@ -101,20 +130,24 @@ class Table:
             stream.seek(0)
             rows = csv.reader(stream, delimiter="\t" if "\t" in header else ",", strict=True)
             names = next(rows, [])
-            image, caption = self._column(names, _IMAGE_COLUMNS), self._column(names, _CAPTION_COLUMNS)
+            image = self._column(names, _IMAGE_COLUMNS)
             label = names.index(_LABEL_COLUMN) if _LABEL_COLUMN in names else None
+            self.templated = (
+                not self._captioned and label is not None and not set(_CAPTION_COLUMNS) & {*names}
+            )
+            caption = None if self.templated else self._column(names, _CAPTION_COLUMNS)
             for row in self._whole(rows, len(names)):
                 self.files.append(row[image])
-                self.captions.append(row[caption])
+                self.captions.append("" if caption is None else row[caption])
                 if label is not None:
-                    labels.append(_label(row[label], f"{self.file}, line {rows.line_num}"))
+                    labels.append(self._label(row[label], f"{self.file}, line {rows.line_num}"))
         return None if label is None else torch.tensor(labels)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, index: int) -> tuple[Image.Image, str]:  # noqa: D102
-        return imagenet.read_image(self.name(index)), self.captions[index]
+        return self._read(self.name(index)), self.captions[index]
 
     def name(self, index: int) -> str:  # noqa: D102
         return str(self.file.parent / self.files[index])
@@ -154,35 +187,56 @@ class Shards:
 
     Args:
         pattern: Files, with braces as in WebDataset: `cc3m-{0000..0331}.tar`.
+        read: The function that reads an image.
+        label: The function that turns a label into a class index.
+        captioned: Whether a `.txt` is required. If not, an image may have a `.cls` alone; if none has a
+            `.txt`, the texts are templates filled with class names.
+
+    Attributes:
+        left_out: The samples without an image or a text.
 
     Raises:
         FileNotFoundError: If a file is missing.
         ValueError: If an archive cannot be read, is cut off, or has no pairs.
     """
 
-    templated = False
-
-    def __init__(self, pattern: str):
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        read: Read = imagenet.read_image,
+        label: Label = whole_number,
+        captioned: bool = True,
+    ):
+        self._read = read
         try:
             from webdataset.shardlists import expand_urls
         except ImportError as error:
             raise ImportError("tar shards need WebDataset: pip install 'wmateacher[data]'") from error
-        self.pairs: list[tuple[str, str, tuple[int, int], tuple[int, int]]] = []
+        self.pairs: list[tuple[str, str, tuple[int, int], tuple[int, int] | None]] = []
+        self.left_out: list[str] = []
         labels: list[int] = []
         for file in expand_urls(pattern):
             for key, parts in _listed(Path(file)).items():
                 image = next((parts[e] for e in _IMAGES if e in parts), None)
-                if image is None or _TEXT not in parts:
+                if image is None or (_TEXT not in parts and (captioned or _LABEL not in parts)):
+                    self.left_out.append(f"{key} in {file}")
                     continue
-                self.pairs.append((file, key, image, parts[_TEXT]))
+                self.pairs.append((file, key, image, parts.get(_TEXT)))
                 if _LABEL in parts:
                     text = _content(file, parts[_LABEL]).decode("utf-8", "replace")
-                    labels.append(_label(text, f"{key}.{_LABEL} in {file}"))
+                    labels.append(label(text, f"{key}.{_LABEL} in {file}"))
         if not self.pairs:
             raise ValueError(
                 f"no pairs in {pattern}: each needs an image ({', '.join(_IMAGES)}) and a .{_TEXT} of the "
-                "same name"
+                "same name" + ("" if captioned else f", or a .{_LABEL} with its class")
             )
+        texts = sum(text is not None for *_, text in self.pairs)
+        if 0 < texts < len(self.pairs):
+            raise ValueError(
+                f"{texts} of {len(self.pairs)} images in {pattern} have a .{_TEXT}: give all one, or none"
+            )
+        self.templated = texts == 0
         if labels and len(labels) != len(self.pairs):
             raise ValueError(
                 f"{len(labels)} of {len(self.pairs)} pairs in {pattern} have a .{_LABEL}: give all one, or "
@@ -196,20 +250,14 @@ class Shards:
     def read(self, index: int) -> tuple[Image.Image, str]:  # noqa: D102
         file, _, image, text = self.pairs[index]
         try:
-            caption = _content(file, text).decode("utf-8").strip()
+            caption = "" if text is None else _content(file, text).decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise OSError(f"the text of {self.name(index)} is not in UTF-8 ({error})") from error
-        return imagenet.read_image(BytesIO(_content(file, image))), caption
+        return self._read(BytesIO(_content(file, image))), caption
 
     def name(self, index: int) -> str:  # noqa: D102
         file, key, *_ = self.pairs[index]
         return f"{key} in {file}"
-
-
-def _label(text: str, where: str) -> int:
-    if text.strip().lstrip("+-").isdecimal() and abs(int(text)) < 2**31:
-        return int(text)
-    raise ValueError(f"{where}: label must be a whole number, got {text!r}")
 
 
 def _listed(file: Path) -> dict[str, dict[str, tuple[int, int]]]:

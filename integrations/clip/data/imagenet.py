@@ -185,6 +185,10 @@ class Photos(Dataset[Any]):
         """
         return read_image(self.files[index], self.border), int(self.labels[index])
 
+    def name(self, index: int) -> str:
+        """Return the path of an image."""
+        return self.files[index]
+
 
 @dataclass(frozen=True)
 class Test:

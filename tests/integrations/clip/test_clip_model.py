@@ -1,4 +1,6 @@
+import json
 import logging
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -7,6 +9,7 @@ from torch.nn import functional as F
 
 from wmateacher import WMATeacher
 from wmateacher.integrations.clip.model import Prompts, build, zero_shot_head
+from wmateacher.integrations.clip.recipes import get
 
 SMALL = {"tiny-conv-32": 32, "tiny-vit-16": 16, "tiny-resnet-32": 32, "light-vit-28": 28}
 
@@ -58,6 +61,52 @@ def test_pretrained_files_are_loaded(tmp_path):
     torch.save(towers.clip.state_dict(), tmp_path / "clip.pt")
     again, _ = build("tiny-vit-16", str(tmp_path / "clip.pt"))
     assert torch.equal(again.image_projection, towers.image_projection)
+
+
+def folder(where, towers, **changes):
+    where.mkdir()
+    config = {**open_clip.get_model_config("tiny-vit-16"), **changes}
+    (where / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    torch.save(towers.clip.state_dict(), where / "open_clip_pytorch_model.bin")
+    return f"local-dir:{where}"
+
+
+def test_the_weights_of_a_folder_are_loaded_as_model_or_as_weights(tmp_path):
+    towers, _ = build("tiny-vit-16")
+    own = folder(tmp_path / "own", towers)
+    for model, pretrained in ((own, None), ("tiny-vit-16", own), (own, own)):
+        again, tokenizer = build(model, pretrained)
+        assert torch.equal(again.image_projection, towers.image_projection)
+        assert tokenizer(["a"]).shape == (1, 16)
+    folders = replace(get("folders"), model=own)
+    assert folders.adjust().pretrained is None
+    assert replace(folders, pretrained="laion2b").adjust().pretrained == "laion2b"
+    assert build(own, device="meta")[0].width == towers.width == 64
+    with pytest.raises(
+        ValueError, match=r"'local-dir:.*' holds weights of another architecture than 'tiny-vit-16': pass it"
+    ):
+        build("tiny-vit-16", folder(tmp_path / "other", towers, quick_gelu=True))
+    with pytest.raises(ValueError, match=r"unknown weights '.*own' for .*; for a folder pass local-dir:"):
+        build("tiny-vit-16", str(tmp_path / "own"))
+    with pytest.raises(
+        FileNotFoundError, match=r"no model in .*none: local-dir:DIR needs DIR/open_clip_config.json"
+    ):
+        build("tiny-vit-16", f"local-dir:{tmp_path}/none")
+    (tmp_path / "own/open_clip_pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="cannot read weights"):
+        build(own, own)
+
+
+def test_weights_of_another_activation_are_refused():
+    for model, tag, other in (
+        ("ViT-B-32", "openai", "ViT-B-32-quickgelu"),
+        ("ViT-B-32", "OpenAI", "ViT-B-32-quickgelu"),
+        ("ViT-B-16", "metaclip_400m", "ViT-B-16-quickgelu"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{tag!r} were trained with QuickGELU, {model!r} .*: pass --model {other}"
+        ):
+            build(model, tag)
 
 
 def test_zero_shot_head_is_the_normalised_mean_over_templates():

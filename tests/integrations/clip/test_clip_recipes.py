@@ -188,3 +188,58 @@ def test_seeds_of_one_experiment_differ_and_evaluation_does_not(tmp_path):
     once, again = (experiment.evaluate(experiment.towers) for _ in "ab")
     assert set(once) == {"id", *digits.SHIFTS}
     assert once == again
+
+
+def own(**changes):
+    return replace(recipes.get("folders"), **changes)
+
+
+def test_the_length_of_a_run_on_own_images_follows_from_them():
+    few = own().resolve(150, 512, "x")
+    assert (few.finetune.batch_size, few.finetune.steps, few.finetune.warmup) == (64, 200, 20)
+    many = own(warmup_share=0.2).resolve(10_000, 512, "x")
+    assert (many.finetune.steps, many.finetune.warmup) == (20 * 157, 628)
+    assert many.evaluate_every == 0
+    assert own(evaluate_every=None).resolve(10_000, 512, "x").evaluate_every == 157
+    tiny = own().resolve(7, 512, "x", processes=2)
+    assert (tiny.finetune.batch_size, tiny.finetune.steps) == (6, 200)
+    # What is given is kept, the default numbers included.
+    given = finetuned(own(), steps=200, warmup=0).resolve(10_000, 512, "x").finetune
+    assert (given.steps, given.warmup) == (200, 0)
+    assert own().with_steps(50).resolve(10_000, 512, "x").finetune.steps == 50
+    assert own().with_steps(None) == own()
+    assert own().resolve(10, 512, "this").digest == "this"
+
+
+def test_methods_on_own_images_follow_from_the_towers_and_the_length():
+    wide, narrow = (own().with_steps(1000).resolve(500, width, "x") for width in (768, 512))
+    assert wide.method("tracer").distillation == f"{2000 / 768!r}*fd + crd + icl + cross_kd"
+    assert narrow.method("tracer") == METHODS["tracer"]
+    assert narrow.method("carot").update_every == 20
+    changed = replace(METHODS["tracer"], distillation="fd")
+    kept = own(methods={**METHODS, "tracer": changed}).resolve(500, 768, "x")
+    assert kept.method("tracer") == changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shots": 0}, "shots must be at least 1, got 0"),
+        ({"validation": 1.0}, r"validation must be a share of the images in \[0, 1\), got 1.0"),
+        ({"warmup_share": 1.0}, r"warmup_share must be a share of the steps in \[0, 1\), got 1.0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"sampling": "even"}, "unknown sampling 'even'"),
+    ],
+)
+def test_values_for_own_images_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        own(**changes)
+
+
+def test_a_run_on_own_images_that_cannot_be_is_refused():
+    with pytest.raises(ValueError, match=r"warmup must be shorter than the run, got 9 of 5 steps"):
+        finetuned(own(), steps=5, warmup=9).resolve(100, 512, "x")
+    with pytest.raises(ValueError, match="3 training images are too few for 4 processes: start fewer"):
+        own().resolve(3, 512, "x", processes=4)
+    with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
+        own().with_steps(-1)
