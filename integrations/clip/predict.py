@@ -1,6 +1,6 @@
 """Classify the images of a folder by a saved model, and write their classes as CSV.
 
-    python -m wmateacher.integrations.clip.predict RUN/models/tracer-0/student IMAGES --output classes.csv
+    python -m wmateacher.integrations.clip.predict MODEL DIR --output classes.csv
 
 The columns are `path`, relative to the folder, `class` and `confidence`.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import torch
 import tyro
@@ -35,9 +35,9 @@ __all__ = ["Options", "Prediction", "images_in", "main", "predict"]
 class Options:
     """Classify the images of a folder, also those in its subfolders, by a saved model; write CSV."""
 
-    model: tyro.conf.Positional[Path]
+    model: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="MODEL")]
     """Model folder, such as RUN/models/tracer-0/student."""
-    images: tyro.conf.Positional[Path]
+    images: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]
     """Folder of images."""
     output: Path | None = None
     """CSV file to write, or None for the standard output."""
@@ -146,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError: If the model folder is not one, or does not fit the options.
         FileNotFoundError: If a folder or file is missing, or there are no images.
     """
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    program = "python -m wmateacher.integrations.clip.predict"
+    options = tyro.cli(Options, args=argv, prog=program, description=__doc__)
     paths = images_in(options.images)
     classes, templates = _lines(options.classes, "--classes"), _lines(options.templates, "--templates")
     with processes.process_group(options.device) as device:
