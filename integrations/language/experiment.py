@@ -119,6 +119,7 @@ class Experiment(experiment.Experiment[Recipe]):
         if recipe.lora_rank:
             student = model.with_lora(student, recipe.lora_rank)
         settings = replace(recipe.settings, seed=recipe.settings.seed + seed)
+        before = scores(student, world.examination("validation", recipe.questions))
         options = self.loop_options(name, seed)
         learn: Callable[..., training.Fit] = fit
         if recipe.trainer == "trl":
@@ -141,12 +142,14 @@ class Experiment(experiment.Experiment[Recipe]):
             "final_gap": series["gap"][-1][1] if "gap" in series else None,
             "seconds": fitted.history.seconds,
         }
+        courses = zip(series["new"], series["kept"], strict=True)
         rows = [
-            (step, new, kept) for (step, new), (_, kept) in zip(series["new"], series["kept"], strict=True)
+            (0, before["new"], before["kept"]),
+            *((step, new, kept) for (step, new), (_, kept) in courses),
         ]
         tables = {"curves": Table(("step", "new", "kept"), rows)}
         if "gap" in series:
-            tables["gaps"] = Table(("step", "gap"), series["gap"])
+            tables["gaps"] = Table(("step", "gap"), [(0, 0.0), *series["gap"]])
         return Outcome(record, tables)
 
     def pretrained(self, seed: int) -> nn.Module:
