@@ -76,8 +76,8 @@ class Experiment(experiment.Experiment[Recipe]):
     Raises:
         ValueError: If the folder holds results of another configuration, the facts do not fit the symbols, or
             TRL's trainers cannot run the recipe.
-        ImportError: If the recipe needs PEFT and it is not installed, or is for TRL, and that is missing or
-            another version than the tested one.
+        ImportError: If Transformers is not installed, the recipe needs PEFT and it is not installed, or is
+            for TRL, and that is missing or another version than the tested one.
         RuntimeError: If several processes run it.
     """
 
@@ -98,6 +98,7 @@ class Experiment(experiment.Experiment[Recipe]):
             raise RuntimeError(
                 "the language models are too small for several processes: start one, without torchrun"
             )
+        model.import_transformers()
         if recipe.lora_rank:
             model.import_peft()  # before minutes of pre-training, which need no adapters
         self._world(recipe, 0)
