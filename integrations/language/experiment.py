@@ -71,7 +71,7 @@ class Experiment(experiment.Experiment[Recipe]):
         device: The device to train on.
         progress: Whether to show progress bars.
         pretrained: The folder that keeps the pretrained models. Default: that of the checkpoints.
-        say: Called with a line of text at every evaluation during training.
+        say: Called with a line of text at every evaluation during pre-training.
 
     Raises:
         ValueError: If the folder holds results of another configuration, the facts do not fit the symbols, or
@@ -130,7 +130,7 @@ class Experiment(experiment.Experiment[Recipe]):
             del options["checkpoint"]
         fitted = learn(
             student, recipe.method(name), world.later(settings.batch_size), settings,
-            evaluate=self._validation(world, f"{name} (seed {seed})"),
+            evaluate=self._validation(world),
             evaluate_every=max(1, settings.steps // 10), evaluate_last=True, **options,
         )  # fmt: skip
         series = fitted.history.series
@@ -169,13 +169,13 @@ class Experiment(experiment.Experiment[Recipe]):
         )  # fmt: skip
         return student
 
-    def _validation(self, world: World, label: str) -> training.Evaluate:
+    def _validation(self, world: World, label: str | None = None) -> training.Evaluate:
         """Return a function that measures what the student knows on validation questions, and says it."""
         questions = world.examination("validation", self.recipe.questions)
 
         def evaluate(networks: Mapping[str, nn.Module]) -> dict[str, float]:
             found = scores(networks["student"], questions)
-            if self.say is not None:
+            if self.say is not None and label is not None:
                 self.say(f"{label}: " + ", ".join(f"{name} {value:.0f}" for name, value in found.items()))
             return {"new": found["new"], "kept": found["kept"]}
 
