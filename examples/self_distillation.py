@@ -55,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\n{tables.table(run.results, columns(recipe.skills))}\n")
         known = ", ".join((FACTS, *recipe.skills, DEMONSTRATION))
         print(f"kept: the mean of {known}; final gap: |student - teacher| / |student|;")
-        print(
-            "start: the pretrained model; static: a frozen teacher; ema(0.0): a live one, the student itself\n"
-        )
+        print("start: the pretrained model; static: a frozen teacher; ema(0.0): a live one, the student\n")
         if options.seeds > 1:
             print("Mean of the seeds' differences and 95% t interval:")
             print(f"{comparison.differences(run.results, ACCURACIES, pairs(list(recipe.methods)))}\n")
