@@ -56,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         known = ", ".join((FACTS, *recipe.skills, DEMONSTRATION))
         print(f"kept: the mean of {known}; final gap: |student - teacher| / |student|;")
         print("start: the pretrained model; static: a frozen teacher; ema(0.0): a live one, the student\n")
-        if options.seeds > 1:
+        compared = pairs(list(recipe.methods))
+        if options.seeds > 1 and compared:
             print("Mean of the seeds' differences and 95% t interval:")
-            print(f"{comparison.differences(run.results, ACCURACIES, pairs(list(recipe.methods)))}\n")
+            print(f"{comparison.differences(run.results, ACCURACIES, compared)}\n")
         draw(run, list(recipe.methods), output / "courses.png")
         print(f"wrote to {output}: results.json, curves/*.csv, gaps/*.csv, courses.png")
 

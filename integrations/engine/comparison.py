@@ -31,7 +31,7 @@ def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, s
         results: The content of `results.json`.
         columns: The columns; the cell is empty if one of a pair has no such figure, and names a single seed,
             which has no interval.
-        pairs: The names of two methods each: one, and the other.
+        pairs: The names of two methods each: one, and the other. Without any, the text is empty.
     """
     rows = []
     for one, other in pairs:
@@ -40,7 +40,7 @@ def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, s
             ours, theirs = (_by_seed(results, name, path) for name in (one, other))
             row[column] = _cell([ours[s] - theirs[s] for s in ours if s in theirs], f"+.{digits}f")
         rows.append(row)
-    return aligned(rows)
+    return aligned(rows) if rows else ""
 
 
 def _by_seed(results: Results, name: str, path: str) -> dict[int, float]:

@@ -44,8 +44,9 @@ def draw(run: Experiment, names: Sequence[str], file: Path) -> None:
             if courses:
                 panels.append((courses, what, f"{kind}: {title}"))
     figure = Figure(figsize=(4.3, 0.5 + 1.55 * len(panels)), layout="constrained")
-    seeds = max(len(run.results["methods"][name]["runs"]) for name in names)
-    of_seeds = "" if seeds == 1 else f", mean of {seeds} seeds ± deviation"
+    counts = [len(run.results["methods"][name]["runs"]) for name in names]
+    seeds = str(max(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    of_seeds = f", mean of {seeds} seeds ± deviation" if max(counts) > 1 else ""
     figure.suptitle(f"On validation questions{of_seeds}", fontsize=9)
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axis, (courses, what, title) in zip(axes, panels, strict=True):
