@@ -10,12 +10,15 @@ learning rate and kernel, at the end of the run:
 - *factors*: ||mean(B) mean(A) - mean(BA)|| / ||mean(BA)||, the norm over all adapted layers;
 - *student*: ||B_T A_T - mean(BA)|| / ||mean(BA)||, the distance that the teacher exists for;
 - *KL factors* and *KL student*: the mean divergence of their answers from those of the exact average.
+
+A dash stands for a distance from 0, the product of `static`, whose factor B starts at 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,10 +164,11 @@ def run(
     return rows
 
 
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Return the norm of the difference, relative to that of `other`, over all layers."""
-    squares = sum((one[n] - other[n]).square().sum() for n in other)
-    return (squares / sum(v.square().sum() for v in other.values())).sqrt().item()
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float | None:
+    """Return the norm of the difference, relative to that of `other`, over all layers; None if that is 0."""
+    squares = sum((one[n] - other[n]).square().sum().item() for n in other)
+    size = sum(v.square().sum().item() for v in other.values())
+    return (squares / size) ** 0.5 if size else None
 
 
 def divergence(logits: Tensor, target: Tensor) -> float:
@@ -183,11 +187,13 @@ def table(results: dict[str, Any]) -> str:
         f"{'KL factors':>11} {'KL student':>11}"
     ]
     for (rank, rate, kernel), rows in groups.items():
-        right, *means = (sum(r[c] for r in rows) / len(rows) for c in ("right", *COLUMNS))
-        lines.append(
-            f"{rank:4} {rate:6g} {kernel:14} {100 * right:8.1f} {means[0]:9.4f} {means[1]:9.4f} "
-            f"{means[2]:11.2g} {means[3]:11.2g}"
-        )
+        known = {c: [r[c] for r in rows if r[c] is not None] for c in ("right", *COLUMNS)}
+        right, *means = (statistics.fmean(values) if values else None for values in known.values())
+        cells = [
+            f"{'-' if mean is None else format(mean, form):>{width}}"
+            for mean, form, width in zip(means, (".4f", ".4f", ".2g", ".2g"), (9, 9, 11, 11), strict=True)
+        ]
+        lines.append(f"{rank:4} {rate:6g} {kernel:14} {100 * (right or 0):8.1f} {' '.join(cells)}")
     return "\n".join(lines)
 
 

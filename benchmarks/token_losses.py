@@ -50,7 +50,11 @@ def main() -> None:
         "environment": environment(arguments.device, ("liger-kernel",)),
         "models": {},
     }
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    # A process for each cell, with its own memory; forks of a server on a CPU, which import nothing again.
+    on_host = arguments.device == "cpu"
+    context = multiprocessing.get_context("forkserver" if on_host else "spawn")
+    context.set_forkserver_preload(["memory", "wmateacher.losses"])
+    with context.Pool(1, maxtasksperchild=1) as pool:
         for vocabulary in arguments.vocabularies:
             for dtype in arguments.dtypes:
                 name = f"{TOKENS} x {vocabulary:,}, {dtype}"

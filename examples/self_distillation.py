@@ -17,6 +17,7 @@ from typing import Any
 
 from wmateacher.integrations.engine import command, comparison, console, processes, tables, tracking
 from wmateacher.integrations.language import recipes
+from wmateacher.integrations.language.data import DEMONSTRATION, FACTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         output = console.folder(options.output, "self_distillation")
         run = Experiment(recipe, output, device=device, say=console.say)
         console.say(f"{recipe.summary} on {device}, results in {output}")
+        console.say("Test questions answered right (%): on what is new, and on what was known before.")
         with console.resumable(output), tracking.to(options.log_to, output):
             console.conduct(run, [recipes.START, *recipe.methods], options.seeds, _headline)
         print(f"\n{tables.table(run.results, columns(recipe.skills))}\n")
-        if options.seeds > 1:
-            print(f"{comparison.differences(run.results, ACCURACIES, pairs(list(recipe.methods)))}\n")
+        known = ", ".join((FACTS, *recipe.skills, DEMONSTRATION))
+        print(f"kept: the mean of {known}; final gap: |student - teacher| / |student|;")
+        print("start: the pretrained model; static: a frozen teacher; ema(0.0): a live one, the student\n")
+        compared = pairs(list(recipe.methods))
+        if options.seeds > 1 and compared:
+            print("Mean of the seeds' differences and 95% t interval:")
+            print(f"{comparison.differences(run.results, ACCURACIES, compared)}\n")
         draw(run, list(recipe.methods), output / "courses.png")
-        print(f"wrote {output}/results.json, curves/*.csv, gaps/*.csv, courses.png")
+        print(f"wrote to {output}: results.json, curves/*.csv, gaps/*.csv, courses.png")
 
 
 def _headline(record: Mapping[str, Any]) -> str:

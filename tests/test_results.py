@@ -33,6 +33,7 @@ ABLATION = "clip-ablation-"
 BY_MODEL = {
     "memory": memory.table,
     "token-losses": token_losses.table,
+    "token-losses-32000": token_losses.table,
     "update-overhead": update_overhead.table,
 }
 
@@ -95,3 +96,12 @@ def test_results_are_complete_and_shown(file):
     shown = (ROOT / "benchmarks/results/README.md").read_text()
     for table in tables(file.parent.name):
         assert table in shown
+
+
+def test_the_guides_memory_of_a_teacher_is_the_computed_one():
+    results = json.loads((ROOT / "benchmarks/results/adapter-teacher/results.json").read_text())
+    guide = (ROOT / "docs/guides/language-models.md").read_text()
+    assert list(results["published"]) == ["1B", "8B", "70B"]
+    for name, r in results["published"].items():
+        cells = f"{r['model_gib']:.1f} | {r['lora_gib']:.2f} | {r['full_gib']:.1f} | {r['split_gib']:.1f}"
+        assert f"| {name} | {cells} |" in guide

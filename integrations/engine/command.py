@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, make_dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -70,7 +70,8 @@ def parse(
         The options, and the recipe with the changes of the command line.
 
     Raises:
-        ValueError: If the recipe is unknown, or its dataclass rejects a value.
+        ValueError: If the recipe is unknown, its dataclass rejects a value, or an option that has values by
+            default is given none.
         SystemExit: `--help` was asked for, or an argument is unknown or of the wrong type.
     """
     given = list(sys.argv[1:] if argv is None else argv)
@@ -83,15 +84,18 @@ def parse(
             ("recipe", Annotated[type(recipe), tyro.conf.arg(name="")]),
         ],
     )
+    default_values = both(options(), recipe)
     command: Any = tyro.cli(
         both,
         args=given,
-        default=both(options(), recipe),
+        default=default_values,
         prog=f"{Path(sys.argv[0]).name} {name}",
         description=_description(options, recipes, default),
         config=(tyro.conf.AvoidSubcommands,),
         registry=_first_entries() if {"-h", "--help"} & set(given) else None,
     )
+    for part in ("options", "recipe"):
+        _check_not_emptied(getattr(command, part), getattr(default_values, part))
     return command.options, command.recipe
 
 
@@ -101,6 +105,16 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as error:
         sys.exit(f"error: {error}")
+
+
+def _check_not_emptied(given: Any, default: Any) -> None:
+    for name in (f.name for f in fields(given)):
+        value, before = getattr(given, name), getattr(default, name)
+        if value == () != before:
+            raise ValueError(
+                f"--{name.replace('_', '-')} needs at least one value, got none; leave it out for "
+                + " ".join(map(str, before))
+            )
 
 
 def _description(options: type, recipes: Mapping[str, Any], default: str) -> str:

@@ -29,8 +29,9 @@ def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, s
 
     Args:
         results: The content of `results.json`.
-        columns: The columns; the cell is empty if one of a pair has no such figure.
-        pairs: The names of two methods each: one, and the other.
+        columns: The columns; the cell is empty if one of a pair has no such figure, and names a single seed,
+            which has no interval.
+        pairs: The names of two methods each: one, and the other. Without any, the text is empty.
     """
     rows = []
     for one, other in pairs:
@@ -39,7 +40,7 @@ def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, s
             ours, theirs = (_by_seed(results, name, path) for name in (one, other))
             row[column] = _cell([ours[s] - theirs[s] for s in ours if s in theirs], f"+.{digits}f")
         rows.append(row)
-    return aligned(rows)
+    return aligned(rows) if rows else ""
 
 
 def _by_seed(results: Results, name: str, path: str) -> dict[int, float]:
@@ -50,5 +51,7 @@ def _by_seed(results: Results, name: str, path: str) -> dict[int, float]:
 def _cell(values: Sequence[float], form: str) -> str:
     if not values:
         return ""
+    if len(values) == 1:
+        return f"{values[0]:{form}} (1 seed)"
     width = half_width(values)
     return f"{statistics.fmean(values):{form}} ±{width:{form.replace('+', '')}}"

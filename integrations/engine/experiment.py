@@ -91,7 +91,11 @@ class Experiment(ABC, Generic[RecipeT]):
         recorded = self._results.recorded(name, seed)
         if recorded is not None:
             return recorded
-        outcome = self.train(name, seed)
+        try:
+            outcome = self.train(name, seed)
+        except Exception:
+            self._results.withdraw()  # a run that could not start, such as for a missing package
+            raise
         if processes.is_main():
             for what, table in outcome.tables.items():
                 write_csv(*table, self.file(what, name, seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -61,7 +62,7 @@ class Results:
     """
 
     def __init__(self, output: Path, config: Any, where: dict[str, Any], neutral: Sequence[str] = ()):
-        self.file = output / "results.json"
+        self.output, self.file = output, output / "results.json"
         config = json.loads(json.dumps(config))  # so that it compares equal with what is read back
         self.content: dict[str, Any] = {"config": config, "environment": where, "methods": {}}
         if self.file.exists():
@@ -84,6 +85,13 @@ class Results:
         """Write the configuration before anything is trained, so that no other run uses the folder."""
         if processes.is_main() and not self.file.exists():
             write_json(self.content, self.file)
+
+    def withdraw(self) -> None:
+        """Delete the file if it records no run and there is no checkpoint to continue from."""
+        if processes.is_main() and not self.content["methods"] and not (self.output / "checkpoints").exists():
+            self.file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a folder that holds something else
+                self.output.rmdir()
 
     def recorded(self, method: str, seed: int) -> dict[str, Any] | None:
         """Return the record of one run, or None if it has not finished."""

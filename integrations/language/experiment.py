@@ -71,13 +71,13 @@ class Experiment(experiment.Experiment[Recipe]):
         device: The device to train on.
         progress: Whether to show progress bars.
         pretrained: The folder that keeps the pretrained models. Default: that of the checkpoints.
-        say: Called with a line of text at every evaluation during training.
+        say: Called with a line of text at every evaluation during pre-training.
 
     Raises:
         ValueError: If the folder holds results of another configuration, the facts do not fit the symbols, or
             TRL's trainers cannot run the recipe.
-        ImportError: If the recipe needs PEFT and it is not installed, or is for TRL, and that is missing or
-            another version than the tested one.
+        ImportError: If Transformers is not installed, the recipe needs PEFT and it is not installed, or is
+            for TRL, and that is missing or another version than the tested one.
         RuntimeError: If several processes run it.
     """
 
@@ -98,6 +98,7 @@ class Experiment(experiment.Experiment[Recipe]):
             raise RuntimeError(
                 "the language models are too small for several processes: start one, without torchrun"
             )
+        model.import_transformers()
         if recipe.lora_rank:
             model.import_peft()  # before minutes of pre-training, which need no adapters
         self._world(recipe, 0)
@@ -119,6 +120,7 @@ class Experiment(experiment.Experiment[Recipe]):
         if recipe.lora_rank:
             student = model.with_lora(student, recipe.lora_rank)
         settings = replace(recipe.settings, seed=recipe.settings.seed + seed)
+        before = scores(student, world.examination("validation", recipe.questions))
         options = self.loop_options(name, seed)
         learn: Callable[..., training.Fit] = fit
         if recipe.trainer == "trl":
@@ -128,7 +130,7 @@ class Experiment(experiment.Experiment[Recipe]):
             del options["checkpoint"]
         fitted = learn(
             student, recipe.method(name), world.later(settings.batch_size), settings,
-            evaluate=self._validation(world, f"{name} (seed {seed})"),
+            evaluate=self._validation(world),
             evaluate_every=max(1, settings.steps // 10), evaluate_last=True, **options,
         )  # fmt: skip
         series = fitted.history.series
@@ -141,12 +143,14 @@ class Experiment(experiment.Experiment[Recipe]):
             "final_gap": series["gap"][-1][1] if "gap" in series else None,
             "seconds": fitted.history.seconds,
         }
+        courses = zip(series["new"], series["kept"], strict=True)
         rows = [
-            (step, new, kept) for (step, new), (_, kept) in zip(series["new"], series["kept"], strict=True)
+            (0, before["new"], before["kept"]),
+            *((step, new, kept) for (step, new), (_, kept) in courses),
         ]
         tables = {"curves": Table(("step", "new", "kept"), rows)}
         if "gap" in series:
-            tables["gaps"] = Table(("step", "gap"), series["gap"])
+            tables["gaps"] = Table(("step", "gap"), [(0, 0.0), *series["gap"]])
         return Outcome(record, tables)
 
     def pretrained(self, seed: int) -> nn.Module:
@@ -165,13 +169,13 @@ class Experiment(experiment.Experiment[Recipe]):
         )  # fmt: skip
         return student
 
-    def _validation(self, world: World, label: str) -> training.Evaluate:
+    def _validation(self, world: World, label: str | None = None) -> training.Evaluate:
         """Return a function that measures what the student knows on validation questions, and says it."""
         questions = world.examination("validation", self.recipe.questions)
 
         def evaluate(networks: Mapping[str, nn.Module]) -> dict[str, float]:
             found = scores(networks["student"], questions)
-            if self.say is not None:
+            if self.say is not None and label is not None:
                 self.say(f"{label}: " + ", ".join(f"{name} {value:.0f}" for name, value in found.items()))
             return {"new": found["new"], "kept": found["kept"]}
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from wmateacher.integrations.language.data import END, PAD, Question, vocabulary
 from wmateacher.losses import token_mask
 
-__all__ = ["answer_logits", "answer_tokens", "build", "import_peft", "sample", "with_lora"]
+__all__ = [
+    "answer_logits",
+    "answer_tokens",
+    "build",
+    "import_peft",
+    "import_transformers",
+    "sample",
+    "with_lora",
+]
 
 _IGNORED = -100
 
@@ -27,20 +35,16 @@ def build(symbols: int, width: int, depth: int) -> nn.Module:
     Raises:
         ImportError: If Transformers is not installed.
     """
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise ImportError(
-            "the language model needs Transformers: pip install 'wmateacher[huggingface]'"
-        ) from error
+    transformers = import_transformers()
     heads = width // 16
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=vocabulary(symbols), hidden_size=width, intermediate_size=2 * width,
         num_hidden_layers=depth, num_attention_heads=heads, num_key_value_heads=heads,
         max_position_embeddings=64, tie_word_embeddings=True, use_cache=False,
         pad_token_id=PAD, eos_token_id=END, bos_token_id=None,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    network: nn.Module = transformers.LlamaForCausalLM(config)
+    return network
 
 
 def with_lora(model: nn.Module, rank: int) -> nn.Module:
@@ -52,6 +56,21 @@ def with_lora(model: nn.Module, rank: int) -> nn.Module:
     peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, config)
+
+
+def import_transformers() -> Any:
+    """Return the module `transformers`.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "the language model needs Transformers: pip install 'wmateacher[examples,huggingface]'"
+        ) from error
+    return transformers
 
 
 def import_peft() -> Any:

@@ -224,5 +224,12 @@ _FACTS = Recipe(
     settings=Settings(steps=200, learning_rate=2e-4, warmup=10, batch_size=20),
     distill_weights={"static": 0.3, "beta(0.5,0.5)": 0.3, "ema(0.95)": 1.0, "power(sigma_rel=0.2)": 1.0},
 )
-RECIPES: Mapping[str, Recipe] = {"facts": _FACTS, "skill": replace(_FACTS, new="rotate")}
+_SKILL = replace(
+    _FACTS,
+    new="rotate",
+    # A new skill disturbs the old ones more than new facts do, so it is learned more slowly.
+    settings=replace(_FACTS.settings, learning_rate=1e-4),
+    distill_weights={"static": 0.1, "beta(0.5,0.5)": 0.3, "ema(0.95)": 1.0, "power(sigma_rel=0.2)": 1.0},
+)
+RECIPES: Mapping[str, Recipe] = {"facts": _FACTS, "skill": _SKILL}
 """The recipes by what is new."""

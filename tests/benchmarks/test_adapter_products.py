@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import programs
@@ -16,6 +17,9 @@ def test_the_distances_of_averages_of_factors_are_measured(tmp_path):
     frozen, live, uniform = json.loads((tmp_path / "results.json").read_text())["runs"]
     # One state is its own average, whatever is averaged; and a product of zeros has no relative distance.
     assert frozen["kl_factors"] < 1e-9 < frozen["kl_student"]
+    assert frozen["factors"] is frozen["student"] is None
+    assert re.search(r"static +\d+\.\d +- +- ", done.stdout)
+    assert "nan" not in done.stdout
     assert live["factors"] < 1e-6
     assert live["student"] < 1e-6
     assert 1e-4 < uniform["factors"] < uniform["student"]

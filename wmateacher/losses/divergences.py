@@ -93,11 +93,8 @@ class SoftTargets:
 
     def __call__(self, student: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Return the losses and, if asked, their derivatives."""
-        log_q = student.log_softmax(-1)
-        value = _weigh(targets, log_q.clone(), _unknown(log_q, targets)).sum(-1).neg_()
-        if not gradient:
-            return value, None
-        return value, log_q.exp_().mul_(targets.sum(-1, keepdim=True)).sub_(targets)
+        value, q = _cross_entropy(student, targets, gradient)
+        return value, None if q is None else q.mul_(targets.sum(-1, keepdim=True)).sub_(targets)
 
 
 class CrossEntropy:
@@ -105,7 +102,9 @@ class CrossEntropy:
 
     def __call__(self, student: Tensor, teacher: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
         """Return the losses and, if asked, their derivatives."""
-        return SoftTargets()(student, teacher.softmax(-1), gradient)
+        p = teacher.softmax(-1)
+        value, q = _cross_entropy(student, p, gradient)
+        return value, None if q is None else q.sub_(p)
 
 
 class ProbabilityError:
@@ -179,6 +178,13 @@ class TopK:
             return largest
         rest = logits.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True)
         return torch.cat([largest, rest], -1)
+
+
+def _cross_entropy(student: Tensor, p: Tensor, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Return -sum_c p log p_S of each row and, if asked, p_S in a new tensor."""
+    log_q = student.log_softmax(-1)
+    q = log_q.exp() if gradient else None
+    return _weigh(p, log_q, _unknown(log_q, p)).sum(-1).neg_(), q
 
 
 def _weigh(p: Tensor, x: Tensor, unknown: Tensor) -> Tensor:

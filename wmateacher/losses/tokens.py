@@ -104,7 +104,7 @@ def token_mean(
         count = student[..., 0].numel()
     else:
         count = where.sum().clamp(min=1)
-    return _TokenSum.apply(student, teacher, where, divergence) / count
+    return _TokenMean.apply(student, teacher, where, divergence, count)
 
 
 def _checked_mask(mask: Any, student: Tensor) -> Tensor:
@@ -140,34 +140,42 @@ def _checked_count(num_items: Any) -> float | Tensor:
     return checks.positive("a logits loss", "num_items", num_items)
 
 
-class _TokenSum(torch.autograd.Function):
-    """The sum of a divergence over the rows that count."""
+class _TokenMean(torch.autograd.Function):
+    """The sum of a divergence over the rows that count, divided by a number."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, mask: Tensor | None, divergence: Divergence
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        mask: Tensor | None,
+        divergence: Divergence,
+        count: float | Tensor,
     ) -> Tensor:
         ctx.save_for_backward(student, teacher, mask)
-        ctx.divergence = divergence
+        ctx.divergence, ctx.count = divergence, count
         # Half precision cannot hold the gradient before it is scaled: a GradScaler's factor comes only
         # backward.
-        ahead = ctx.needs_input_grad[0] and student.dtype == working_dtype(student, teacher)
-        total, ctx.gradient = _sum(divergence, student, teacher, mask, 1.0 if ahead else None)
-        return total
+        ctx.is_half = student.dtype != working_dtype(student, teacher)
+        ahead = ctx.needs_input_grad[0] and not ctx.is_half
+        total, ctx.gradient = _sum(divergence, student, teacher, mask, 1 / count if ahead else None)
+        return total / count
 
     @staticmethod
-    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None, None, None]:
         student, teacher, mask = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         with torch.no_grad():
-            if gradient is not None:
+            if ctx.is_half:
+                _, gradient = _sum(ctx.divergence, student, teacher, mask, factor / ctx.count)
+            elif gradient is None:  # a second time through the same graph
+                _, gradient = _sum(ctx.divergence, student, teacher, mask, 1 / ctx.count)
+            # For the value of an accelerator, the host would have to wait.
+            if not ctx.is_half and not (_on_host(factor) and factor == 1):
                 gradient.mul_(factor)
-            else:
-                # In half precision, or a second time through the same graph.
-                _, gradient = _sum(ctx.divergence, student, teacher, mask, factor)
         if torch.is_grad_enabled():  # create_graph=True
             gradient = _OnceDifferentiable.apply(gradient, student)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class _OnceDifferentiable(torch.autograd.Function):

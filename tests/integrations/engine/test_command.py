@@ -32,6 +32,8 @@ class Options(command.RunOptions):
 
     methods: tuple[str, ...] = ()
     """Which methods run."""
+    kernels: tuple[str, ...] = ("a", "b")
+    """Which kernels run."""
 
 
 RECIPES = {"small": Recipe(), "large": Recipe("a large one", rate=0.2)}
@@ -77,6 +79,14 @@ def test_an_unknown_recipe_and_a_bad_option_are_named():
         parse("lrge")
     with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
         parse("--seeds", "0")
+
+
+def test_an_option_with_default_values_cannot_be_emptied():
+    with pytest.raises(
+        ValueError, match="--kernels needs at least one value, got none; leave it out for a b"
+    ):
+        parse("--kernels", "--seeds", "2")
+    assert parse("--methods")[0].methods == ()
 
 
 def test_help_names_the_recipes_and_one_method_for_all(capsys):

@@ -32,3 +32,12 @@ def test_differences_are_taken_seed_by_seed_over_the_seeds_of_both():
     first, second = (" ".join(line.split()) for line in text.splitlines()[1:])
     assert first == f"a - b +1.2 ±{(high - low) / 2:.1f}"
     assert second.startswith("b - a -1.2 ±")
+
+
+def test_a_single_seed_has_no_interval():
+    text = comparison.differences(results(a={0: 3.0}, b={0: 1.0, 1: 2.0}), COLUMNS, [("a", "b")])
+    assert text.splitlines()[1].split() == ["a", "-", "b", "+2.0", "(1", "seed)"]
+
+
+def test_without_pairs_there_is_no_table():
+    assert comparison.differences(results(a={0: 3.0, 1: 2.0}), COLUMNS, []) == ""

@@ -42,6 +42,28 @@ def test_a_run_is_recorded_with_its_tables_and_not_repeated(tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["methods"]["a(1,2)"]["accuracy"] == 10.5
 
 
+class Failing(Doubling):
+    def train(self, name, seed):
+        if name == "bad":
+            raise ImportError("needs a package")
+        return super().train(name, seed)
+
+
+@pytest.mark.parametrize("there", ["", "checkpoints", "notes"])
+def test_a_run_that_cannot_start_leaves_no_results(tmp_path, there):
+    output = tmp_path / "out"
+    (output / there).mkdir(parents=True)
+    with pytest.raises(ImportError):
+        Failing(Recipe(), output).run("bad")
+    assert (output / "results.json").exists() == (there == "checkpoints")  # from which a run continues
+    assert output.exists() == bool(there)
+    run = Failing(Recipe(), output)
+    run.run("good")
+    with pytest.raises(ImportError):
+        run.run("bad")
+    assert list(json.loads((output / "results.json").read_text())["methods"]) == ["good"]
+
+
 def test_a_folder_belongs_to_one_configuration_but_not_to_its_checkpoint_interval(tmp_path):
     Doubling(Recipe(), tmp_path).run("a")
     Doubling(replace(Recipe(), checkpoint_every=7, summary="other words"), tmp_path)

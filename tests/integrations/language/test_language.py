@@ -236,7 +236,14 @@ def test_an_experiment_pretrains_once_and_keeps_its_records(tmp_path):
     assert set(start["student"]) == {"new", "kept", "facts", "reverse", "successor", "demonstration"}
     assert start["teacher"] is sft["teacher"] is None
     assert sdft["final_gap"] > 0
-    assert run.file("gaps", "sdft static", 0).exists()
+    gaps = run.file("gaps", "sdft static", 0).read_text().split()
+    assert gaps[:2] == ["step,gap", "0,0.0"]
+    assert len(gaps) == 2 + SETTINGS.steps
+    validation = World(6, 8, 6, ("reverse", "successor"), "facts", 0).examination("validation", 5)
+    before = scores(run.pretrained(0), validation)
+    curve = run.file("curves", "sft", 0).read_text().split()
+    assert curve[1] == f"0,{before['new']},{before['kept']}"
+    assert len(curve) == 2 + SETTINGS.steps
     assert not run.file("gaps", "sft", 0).exists()
     again = Experiment(recipe, tmp_path, progress=False)
     assert again.run("sdft static") == sdft
@@ -291,7 +298,12 @@ def test_weights_chosen_for_a_kernel_are_used_in_either_spelling():
     assert next(iter(found)) == f"sft-teacher {kernels.build('beta(0.5,0.5)')}"
 
 
-def test_missing_peft_is_named_before_the_pre_training(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="lora_rank needs PEFT: pip install"):
-        Experiment(replace(RECIPE, lora_rank=2), tmp_path)
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [("peft", "lora_rank needs PEFT: pip install"), ("transformers", "needs Transformers: pip install")],
+)
+def test_missing_packages_are_named_before_the_pre_training(tmp_path, monkeypatch, package, message):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=message):
+        Experiment(replace(RECIPE, lora_rank=2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
