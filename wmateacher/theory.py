@@ -47,6 +47,7 @@ from wmateacher.kernels import Array, KernelLike, Power
 from wmateacher.noise import Moments, moments, reference_run
 from wmateacher.noise import omegas as _omegas
 from wmateacher.schedule import Clock
+from wmateacher.suggestion import Suggestion, suggest
 
 __all__ = [
     "Distillation",
@@ -54,6 +55,7 @@ __all__ = [
     "Moments",
     "PowerLaw",
     "Prediction",
+    "Suggestion",
     "contrastive_targets",
     "distil",
     "moments",
@@ -61,6 +63,7 @@ __all__ = [
     "predict",
     "projector",
     "reference_run",
+    "suggest",
 ]
 
 
