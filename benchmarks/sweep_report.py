@@ -7,7 +7,7 @@ import csv
 import html
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,16 @@ def correlations(results: dict[str, Any]) -> str:
     for name, values in predicted.items():
         line: dict[str, Any] = {f"{len(compared)} kernels": name}
         for key, (heading, _) in figures(results).items():
-            rank = spearmanr(values, [row[key] for row in compared]).statistic
-            line[heading] = f"{rank + 0.0:+.2f}"
+            line[heading] = _rank(values, [row[key] for row in compared])
         lines.append(line)
-    return aligned(lines)
+    return aligned(lines) if lines else "No teacher to predict."
+
+
+def _rank(expected: Sequence[float], measured: Sequence[float]) -> str:
+    """Return the rank correlation as text; nothing where values do not differ or are fewer than three."""
+    if len(expected) < 3 or len(set(expected)) < 2 or len(set(measured)) < 2:
+        return ""
+    return f"{spearmanr(expected, measured).statistic + 0.0:+.2f}"
 
 
 def outlook(row: Row, total_steps: int) -> dict[str, float]:
@@ -315,8 +321,8 @@ def predicted(found: list[Row], total_steps: int) -> Any:
     for (expected, measured), (i, row) in zip(points, compared, strict=True):
         axis.plot(max(expected, 1e-6), measured, label=_label(row, found), **_marker(i))
     title = "Final distance of teacher and student"
-    if len(points) > 2:
-        title += f": rank correlation {spearmanr(*zip(*points, strict=True)).statistic:.2f}"
+    if rank := _rank(*zip(*points, strict=True)) if points else "":
+        title += f": rank correlation {rank.lstrip('+')}"
     axis.set(
         xlabel="predicted by the linear theory (clipped at 1e-6)",
         ylabel="measured |W - M| / |W|", xscale="log", yscale="log", title=title,
