@@ -87,7 +87,7 @@ def moments(
         >>> with_teacher = moments("uniform", 2_000, 0.9, learning_rate=0.1)
         >>> alone = moments("uniform", 2_000, 0.0, learning_rate=0.1)
         >>> (with_teacher.student_variance / alone.student_variance).round(2)
-        array([0.55])
+        array([0.56])
 
     Args:
         kernel: The teacher's kernel.

@@ -56,9 +56,9 @@ def suggest(
 
     Example:
         >>> print(suggest(10_000, start_weight=0.01).kernel)
-        beta(0.382,0.382)
+        beta(0.386,0.386)
         >>> print(suggest(mean_age=0.5).kernel)
-        power(exponent=0)
+        power(exponent=0.0)
 
     Args:
         total_steps: The number of optimizer steps of the run. Default: the end of the run is open.
