@@ -1,6 +1,7 @@
 """Compare the teacher's kernels on one task, over distillation weights and seeds.
 
     python benchmarks/kernel_sweep.py
+    python benchmarks/kernel_sweep.py --seeds 3 --pretrainings 3
     python benchmarks/kernel_sweep.py --seeds 3 --distill-weights 0.5 0.9
     python benchmarks/kernel_sweep.py --kernels 'beta(0.3,0.3)' 'ema(0.995)' none --output DIR
     python benchmarks/kernel_sweep.py --task mean-teacher --data mnist --data-root DIR
@@ -8,7 +9,8 @@
 
 Cells run side by side, one process and one thread each. Each writes its result when it is done, and the
 same command with the same --output continues where it stopped. The folder gets results.json, cells.csv,
-plane.png, profiles.png, gaps.png, predicted.png and report.html, which opens offline.
+pictures for light and dark pages, and report.html, which opens offline. Every kernel is compared with a
+--baseline in pairs: runs from the same pre-training with the same seed.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def main() -> int:
         arguments.output, arguments.cache,
     )  # fmt: skip
     cells = [
-        Cell(kernel, distill_weight, seed)
+        Cell(kernel, distill_weight, seed, pretraining)
+        for pretraining in range(arguments.pretrainings)
         for seed in range(arguments.seeds)
         for distill_weight in arguments.distill_weights
         for kernel in arguments.kernels
@@ -77,14 +80,21 @@ def main() -> int:
     )
     failed = 0
     if missing:
-        print(task.prepare(arguments.seeds), flush=True)
+        print(task.prepare(arguments.seeds, arguments.pretrainings), flush=True)
         failed = run_cells(task, missing, arguments.jobs, results, arguments.output)
     wanted = {**results, "cells": [r for c in cells if (r := record_of(results, c)) is not None]}
     if not wanted["cells"]:
         print("no cell has a result", file=sys.stderr)
         return 1
-    print(f"\n{sweep_report.table(wanted)}\n")
-    sweep_report.write(wanted, arguments.output, theory=task.theory)
+    print(f"\n{sweep_report.table(wanted)}\n\n{sweep_report.differences(wanted, arguments.baseline)}\n")
+    if task.theory:
+        print(f"{sweep_report.correlations(wanted)}\n")
+    if arguments.quick:
+        print(
+            f"--quick shows that everything runs. After {task.total_steps} steps the kernels hardly differ, "
+            "so it shows nothing about their order.\n"
+        )
+    sweep_report.write(wanted, arguments.output, theory=task.theory, baseline=arguments.baseline)
     print(f"wrote {arguments.output}/results.json, cells.csv, report.html and its pictures")
     return 1 if failed else 0
 
@@ -108,11 +118,23 @@ def parsed() -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=1, help="fine-tuning seeds (default: 1)")
     parser.add_argument(
+        "--pretrainings", type=int, default=1,
+        help="clip: pre-training seeds, each with all fine-tuning seeds (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", default=sweep_report.BASELINE,
+        help="kernel that all others are compared with, in pairs of runs (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="cells at a time (default: the cores)"
     )
     parser.add_argument("--steps", type=int, help="fine-tuning steps (default: the recipe's)")
     parser.add_argument("--pretrain-steps", type=int, help="pre-training steps (default: the recipe's)")
-    parser.add_argument("--quick", action="store_true", help="five kernels, few steps: does it work?")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="five kernels, few steps: whether it runs, nothing about the kernels",
+    )
     parser.add_argument("--output", type=Path, help="results folder; default: runs/kernel_sweep-TASK-DATA")
     parser.add_argument("--cache", type=Path, help="for pretrained towers; default: ~/.cache/wmateacher")
     arguments = parser.parse_args()
@@ -124,7 +146,7 @@ def parsed() -> argparse.Namespace:
     suffix = "-quick" if arguments.quick else ""
     default = Path(f"runs/kernel_sweep-{arguments.task}-{arguments.data}{suffix}")
     arguments.output = arguments.output or default
-    for name in ("seeds", "jobs", "steps", "pretrain_steps"):
+    for name in ("seeds", "pretrainings", "jobs", "steps", "pretrain_steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -141,6 +163,17 @@ def parsed() -> argparse.Namespace:
     if not task.without and not arguments.quick and arguments.kernels and "none" in specs:
         parser.error(f"--kernels none: {arguments.task} has no run without a teacher")
     arguments.kernels = [k for k in dict.fromkeys(specs) if k != "none" or task.without]
+    if arguments.pretrainings > 1 and not task.several_pretrainings:
+        parser.error(
+            f"--pretrainings: {arguments.task} has none to choose, got {arguments.pretrainings}: use --seeds"
+        )
+    try:
+        if arguments.baseline != "none":
+            arguments.baseline = str(kernels.build(arguments.baseline))
+    except (ValueError, TypeError) as error:
+        parser.error(f"--baseline: {error}")
+    if arguments.baseline not in arguments.kernels and arguments.baseline != sweep_report.BASELINE:
+        parser.error(f"--baseline {arguments.baseline} is not swept: add it to --kernels")
     return arguments
 
 
@@ -165,8 +198,12 @@ def opened(file: Path, config: dict[str, Any], task: Task) -> dict[str, Any]:
 
 def record_of(results: dict[str, Any], cell: Cell) -> dict[str, Any] | None:
     """Return the record of a cell, or None if it has not been run."""
-    key = (cell.kernel, cell.distill_weight, cell.seed)
-    return next((r for r in results["cells"] if (r["kernel"], r["distill_weight"], r["seed"]) == key), None)
+
+    def key(record: dict[str, Any]) -> tuple[Any, ...]:
+        return record["kernel"], record["distill_weight"], record["seed"], record.get("pretraining", 0)
+
+    wanted = cell.kernel, cell.distill_weight, cell.seed, cell.pretraining
+    return next((record for record in results["cells"] if key(record) == wanted), None)
 
 
 def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any], output: Path) -> int:
@@ -179,6 +216,8 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
         for done, future in enumerate(as_completed(futures), 1):
             cell = futures[future]
             name = f"{cell.kernel} x{cell.distill_weight:g}, seed {cell.seed}"
+            if cell.pretraining:
+                name += f", pre-training {cell.pretraining}"
             left = (time.perf_counter() - started) / done * (len(cells) - done)
             try:
                 record = future.result()
@@ -186,7 +225,12 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
                 failed += 1
                 print(f"[{done}/{len(cells)}] {name}: failed: {error}", file=sys.stderr, flush=True)
                 continue
-            results["cells"].append({"kernel": cell.kernel, "distill_weight": cell.distill_weight, **record})
+            about = {
+                "kernel": cell.kernel,
+                "distill_weight": cell.distill_weight,
+                "pretraining": cell.pretraining,
+            }
+            results["cells"].append({**about, **record})
             write_json(results, output / "results.json")
             print(
                 f"[{done}/{len(cells)}] {name}: "

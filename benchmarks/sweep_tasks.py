@@ -30,16 +30,19 @@ class Cell:
         kernel: The teacher's kernel, or `"none"` for no teacher.
         distill_weight: The weight of the distillation.
         seed: The seed of the run.
+        pretraining: The seed of the pre-training, where tasks share one between seeds.
     """
 
     kernel: str
     distill_weight: float
     seed: int
+    pretraining: int = 0
 
     @property
     def folder(self) -> str:
         """The name of the cell's folder."""
-        return file_name(f"{self.kernel}-{self.distill_weight}-{self.seed}")
+        pretraining = f"-{self.pretraining}" if self.pretraining else ""
+        return file_name(f"{self.kernel}-{self.distill_weight}-{self.seed}{pretraining}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Task:
         figures: Key in a record -> heading and digits; the first two are the axes of the plane.
         distill_weights: The default weights of the sweep.
         without: Whether the task can run without a teacher.
+        several_pretrainings: Whether the seed of the pre-training can be chosen.
         theory: Whether the linear model of `wmateacher.theory` describes this task.
     """
 
@@ -70,6 +74,7 @@ class Task:
     figures: ClassVar[Figures]
     distill_weights: ClassVar[tuple[float, ...]] = (1.0,)
     without: ClassVar[bool] = True
+    several_pretrainings: ClassVar[bool] = False
     theory: ClassVar[bool] = False
 
     @property
@@ -82,8 +87,8 @@ class Task:
         """Steps of pre-training; None where there is none."""
         return None
 
-    def prepare(self, seeds: int) -> str:
-        """Compute what all cells of that many seeds share, and return a line about it."""
+    def prepare(self, seeds: int, pretrainings: int = 1) -> str:
+        """Compute what all cells of that many seeds and pre-trainings share, and return a line about it."""
         return f"{self.total_steps} steps a cell"
 
     def run(self, cell: Cell) -> dict[str, Any]:
@@ -111,12 +116,15 @@ class ClipTask(Task):
         "final_gap": ("final gap", 4),
     }
     distill_weights = (0.9,)
+    several_pretrainings = True
     theory = True
 
-    def recipe(self, cell: Cell | None = None) -> clip_recipes.DigitsRecipe:
+    def recipe(self, cell: Cell | None = None, pretraining: int = 0) -> clip_recipes.DigitsRecipe:
         """Return the digits recipe, with the cell's method as its only one."""
         recipe = replace(clip_recipes.DIGITS, data=self.data).adjust().with_pretraining(self.pretrain_steps)
         recipe = recipe.with_steps(self.steps)
+        seed = cell.pretraining if cell else pretraining
+        recipe = replace(recipe, pretrain=replace(recipe.pretrain, seed=seed))
         if cell is None:
             return recipe
         teacher: dict[str, Any] = {"kernel": cell.kernel, "distill_weight": cell.distill_weight}
@@ -135,10 +143,11 @@ class ClipTask(Task):
         """The number of pre-training steps."""
         return self.recipe().pretrain.steps
 
-    def prepare(self, seeds: int) -> str:
+    def prepare(self, seeds: int, pretrainings: int = 1) -> str:
         """Pre-train the towers, once for all seeds."""
-        seconds = self._experiment(None).pretrain()
-        return f"pre-trained for {self.pretraining} steps, {seconds:.0f} s of training"
+        for pretraining in range(pretrainings):
+            self._experiment(None, pretraining).pretrain()
+        return f"pre-trained for {self.pretraining} steps, {pretrainings} times"
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Fine-tune the towers and return the record."""
@@ -147,9 +156,12 @@ class ClipTask(Task):
         record = experiment.run("cell", cell.seed)
         return self._finished(experiment, record, experiment.file("gaps", "cell", cell.seed))
 
-    def _experiment(self, cell: Cell | None) -> ClipExperiment:
+    def _experiment(self, cell: Cell | None, pretraining: int = 0) -> ClipExperiment:
+        folder = self._folder(cell)
+        if cell is None and pretraining:
+            folder = folder.with_name(f"{folder.name}-{pretraining}")
         return ClipExperiment(
-            self.recipe(cell), self._folder(cell), root=self.root, cache=self.cache, progress=cell is None
+            self.recipe(cell, pretraining), folder, root=self.root, cache=self.cache, progress=cell is None
         )
 
 
@@ -245,7 +257,7 @@ class LanguageTask(Task):
         """The number of pre-training steps."""
         return self._recipe().pretrain.steps
 
-    def prepare(self, seeds: int) -> str:
+    def prepare(self, seeds: int, pretrainings: int = 1) -> str:
         """Pre-train the model of every seed."""
         for seed in range(seeds):
             self._experiment(self._recipe(), None).pretrained(seed)

@@ -42,7 +42,7 @@ def _relinked(source: Path) -> str:
         text, path, anchor = match[1], (source.parent / match[2]).resolve(), match[3] or ""
         inside = path.relative_to(ROOT).as_posix()
         if path.suffix == ".png":
-            return f"[{text}](results/{path.parent.name}/{path.name})"
+            return f"[{text}](results/{path.parent.name}/{path.name}{anchor})"
         if inside.startswith("docs/"):
             return f"[{text}]({inside.removeprefix('docs/')}{anchor})"
         return text

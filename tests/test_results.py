@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import adapter_products  # noqa: E402
 import adapter_teacher  # noqa: E402
 import checkpoint_memory  # noqa: E402
+import evidence  # noqa: E402
 import frameworks  # noqa: E402
 import kernel_gap  # noqa: E402
 import memory  # noqa: E402
@@ -59,9 +60,10 @@ def tables(folder):
         "frameworks": frameworks.table,
         "train-throughput": train_throughput.table,
         "kernel-gap-clip": sweep_report.table,
-        "kernel-sweep-digits": sweep_report.table,
-        "kernel-sweep-mnist": sweep_report.table,
     }
+    if folder.startswith("kernel-sweep-"):
+        shown = (sweep_report.table, sweep_report.differences, sweep_report.correlations)
+        return [maker(results) for maker in shown]
     if folder.startswith("lm-"):
         pairs = language.pairs(list(results["methods"]))
         return [
@@ -105,3 +107,35 @@ def test_the_guides_memory_of_a_teacher_is_the_computed_one():
     for name, r in results["published"].items():
         cells = f"{r['model_gib']:.1f} | {r['lora_gib']:.2f} | {r['full_gib']:.1f} | {r['split_gib']:.1f}"
         assert f"| {name} | {cells} |" in guide
+
+
+@pytest.mark.parametrize(
+    ("page", "table"), [("guides/which-kernel.md", evidence.advice), ("claims.md", evidence.claims)]
+)
+def test_the_pages_of_evidence_are_what_the_results_give(page, table):
+    assert table() in (ROOT / "docs" / page).read_text(), "run python benchmarks/evidence.py"
+
+
+def test_a_verdict_follows_from_the_intervals(monkeypatch):
+    runs = {
+        "a": [3.0, 3.1, 3.2],
+        "b": [1.0, 1.1, 1.2],
+        "c": [0.0, 3.0, 6.0],
+        "d": [3.0],
+        "e": [3.02, 3.12, 3.22],
+    }
+    found = {name: {(0, seed): value for seed, value in enumerate(values)} for name, values in runs.items()}
+    monkeypatch.setattr(evidence, "_runs", lambda folder, name, figure: found.get(name, {}))
+
+    def verdict(*pairs):
+        return evidence.Claim("", "", tuple(evidence.OOD("", *pair) for pair in pairs)).judged()
+
+    assert verdict("ab") == "holds"
+    assert verdict("ab", "cb") == "holds in direction"
+    assert verdict("db") == "holds in direction"
+    assert verdict("ab", "ba") == "not seen"
+    assert verdict("ea") == "not seen"
+    assert verdict("ab", "az") == "not tried"
+    assert str(evidence.OOD("", "a", "b")) == "`a` - `b`, OOD: +2.0 ±0.0 (3 pairs)"
+    assert str(evidence.OOD("", "d", "b")) == "`d` - `b`, OOD: +2.0 (one run)"
+    assert str(evidence.OOD("", "a", "z")) == "`a` - `z`, OOD: not recorded yet"

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import oracle
 import pytest
@@ -7,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 
 from wmateacher import kernels, theory
 from wmateacher.schedule import Clock
-from wmateacher.theory import LinearWorld, predict
+from wmateacher.theory import LinearWorld, PowerLaw, predict
 
 DISTILL_WEIGHT = 0.9
 
@@ -258,6 +260,59 @@ def test_monotone_along_another_direction_is_not_enough():
     assert behind >= bound * (way[-1] - way[0])[0]
 
 
+@pytest.mark.parametrize("lam", [0.0, 0.9, 5.0])
+@pytest.mark.parametrize("exponent", [-0.9, -0.5, 0.0, 1.0, 6.94, 120.0])
+def test_closed_forms_of_power_functions_are_what_the_recursion_gives(exponent, lam):
+    law, kernel = PowerLaw(exponent, lam), kernels.Power(exponent=exponent)
+    steps = np.array([1, 2, 30, 1_000, 30_000])
+    exact = {"rtol": 1e-9, "atol": 1e-30}
+    np.testing.assert_allclose(law.omega(steps), 1 - kernel.retention(steps, None), **exact)
+    for t in steps:
+        expected, summary = predict(kernel, int(t), lam), kernel.summary(int(t))
+        np.testing.assert_allclose(law.start_weight(t), summary.start_weight, **exact)
+        np.testing.assert_allclose(law.mean_age(t), summary.mean_age, rtol=1e-9, atol=1e-15)
+        np.testing.assert_allclose(law.teacher_residual(t), expected.teacher_residual, **exact)
+        np.testing.assert_allclose(law.student_residual(t), expected.student_residual, **exact)
+        np.testing.assert_allclose(law.gap(t), expected.gap, **exact)
+    np.testing.assert_array_equal(law.teacher_residual([0]), [1.0])
+    np.testing.assert_array_equal(law.mean_age([0]), [0.0])
+
+
+@pytest.mark.parametrize("exponent", [-0.5, 0.0, 1.0])
+def test_closed_forms_of_power_functions_hold_for_any_length_of_run(exponent):
+    law, far = PowerLaw(exponent, DISTILL_WEIGHT), 10**12
+    a = exponent + 1
+    limit = law.residual_factor * (far + 1.0) ** (-a / (1 + DISTILL_WEIGHT))
+    assert law.teacher_residual(far) == pytest.approx(limit, rel=1e-9)
+    assert law.mean_age(far) == pytest.approx(far / (a + 1), rel=1e-9)
+    assert law.omega(far) == pytest.approx(a / far, rel=1e-9)
+    c = DISTILL_WEIGHT / (1 + DISTILL_WEIGHT)
+    if exponent == 0:
+        assert law.residual_factor == pytest.approx(1 / math.gamma(1 + c), rel=1e-10)
+
+
+@pytest.mark.parametrize("exponent", [-0.5, 0.7])
+def test_a_power_function_tends_to_a_beta_kernel_but_for_a_factor_at_the_start(exponent):
+    """Profiles, mean age and rates agree in the limit; what the first steps decide differs by a factor."""
+    a, total = exponent + 1, 100_000
+    power, beta = kernels.Power(exponent=exponent), kernels.Beta(a, 1)
+    apart = [np.abs(power.profile(t) - beta.profile(t)).sum() for t in (1_000, total)]
+    assert apart[1] < 0.2 * apart[0]
+    assert apart[1] < 5e-3
+    law = PowerLaw(exponent, DISTILL_WEIGHT)
+    assert beta.summary(total).start_weight / law.start_weight(total) == pytest.approx(
+        a * 0.5**exponent, rel=5e-3
+    )
+    assert beta.summary(total).mean_age == pytest.approx(law.mean_age(total), rel=5e-3)
+    ratios = [
+        predict(beta, t, DISTILL_WEIGHT).teacher_residual / law.teacher_residual(t)
+        for t in (total // 10, total)
+    ]
+    assert ratios[0] == pytest.approx(ratios[1], rel=5e-3)
+    omegas = 1 - beta.retention(np.array([total]), total)
+    assert omegas[0] == pytest.approx(law.omega(total), rel=5e-3)
+
+
 def test_a_prediction_prints():
     text = str(predict("beta(0.5, 0.5)", 2_000))
     assert text.startswith("beta(0.5,0.5) over 2000 steps, distill_weight = 0.9\n")
@@ -291,6 +346,13 @@ def test_a_prediction_prints():
             r"targets \(2, 5\) and start \(2, 3\) do not fit together: pass \[d_I, n\], \[d, n\]",
         ),
         (lambda: theory.contrastive_targets(np.ones((2, 3)), np.ones((2, 3))), "cannot be multiplied"),
+        (lambda: PowerLaw(-1), "power: exponent must be above -1"),
+        (lambda: PowerLaw(0, -1), "PowerLaw: distill_weight must be a finite number of at least 0, got -1"),
+        (lambda: PowerLaw(0).gap(0), "steps must be whole numbers of at least 1, got 0"),
+        (
+            lambda: PowerLaw(0).mean_age([1, 2.5]),
+            r"steps must be whole numbers of at least 0, got \[1, 2.5\]",
+        ),
         (lambda: predict("betta(1,1)", 10), "unknown kernel 'betta'"),
         (lambda: predict("uniform", 0), "total_steps must be a whole number of at least 1, got 0"),
     ],

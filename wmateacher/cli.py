@@ -29,6 +29,9 @@ _WIDTH, _HEIGHT = 64, 5
 _DECADES = 12
 """The largest height of the picture; the weights of a short EMA fall without end."""
 _PICTURES = (".png", ".pdf", ".svg")
+_WISHES = ("start", "weight_start", "mean_age", "batch_norm")
+_LONGEST_SIMULATED = 10**5
+"""The longest run whose noise is computed, step by step."""
 _LONGEST = 10**8
 """The longest run that `kernel` describes, whose profiles take 0.8 GB each."""
 _CLOSED_PIPE = 141
@@ -72,6 +75,15 @@ _READS = (
 
 def _kernel(arguments: argparse.Namespace) -> None:
     built = [kernels.build(spec) for spec in arguments.kernels]
+    if arguments.suggest:
+        _suggest(arguments, built)
+        return
+    wished = [name for name in _WISHES if getattr(arguments, name) is not None]
+    if wished:
+        raise ValueError(f"--{wished[0].replace('_', '-')} is for --suggest: pass --suggest too")
+    if not built or arguments.total_steps is None:
+        missing = "--total-steps T" if built else "a kernel, such as 'beta(0.5,0.5)', and --total-steps T"
+        raise ValueError(f"pass {missing}, or --suggest for a proposal")
     total = checks.positive_int("--total-steps", arguments.total_steps)
     if total > _LONGEST:
         raise ValueError(
@@ -87,6 +99,33 @@ def _kernel(arguments: argparse.Namespace) -> None:
         print(f"\n{kernel}\n{terminal_plot(kernel.profile(total))}")
     if arguments.output is not None:
         print(f"\nwrote {arguments.output}")
+
+
+def _suggest(arguments: argparse.Namespace, others: Sequence[Kernel]) -> None:
+    total = arguments.total_steps
+    if arguments.output is not None:
+        raise ValueError("--plot is not for --suggest: plot the kernel that it proposes")
+    if total is not None and checks.positive_int("--total-steps", total) > _LONGEST:
+        raise ValueError(
+            f"--total-steps must be at most {_LONGEST}, got {total}: leave it out for an open end"
+        )
+    suggestion = theory.suggest(
+        total,
+        start=arguments.start or "pretrained",
+        start_weight=arguments.weight_start,
+        mean_age=arguments.mean_age,
+        batch_norm=arguments.batch_norm,
+    )
+    print(f"{suggestion}\n")
+    kernel = suggestion.kernel
+    if total is None:
+        print(_stretching(kernel, arguments.distill_weight))
+        return
+    if not others:
+        names = ["beta(0.5,0.5)", "uniform", "power(sigma_rel=0.1)", "static"]
+        others = [kernels.build(name) for name in names]
+    compared = [kernel, *(other for other in others if other != kernel)]
+    print(_outlook(compared, total, arguments.distill_weight))
 
 
 def _average(arguments: argparse.Namespace) -> None:
@@ -174,13 +213,39 @@ def _parser() -> argparse.ArgumentParser:
         "Print a table of kernels for a run of T optimizer steps, and plot the weight of each student state "
         "in the final average. The residuals and the gap are the predictions of the linear theory for "
         "self-distillation with such a teacher, relative to the error at the start.",
-        "wmateacher kernel 'beta(0.5,0.5)' 'ema(0.999)' --total-steps 25030",
+        "wmateacher kernel 'beta(0.5,0.5)' 'ema(0.999)' --total-steps 25030, or "
+        "wmateacher kernel --suggest --total-steps 25030 --weight-start 0.01",
     )
     kernel.add_argument(
-        "kernels", nargs="+", metavar="SPEC", help=f"a kernel: {', '.join(kernels.available())}"
+        "kernels", nargs="*", metavar="SPEC", help=f"a kernel: {', '.join(kernels.available())}"
     )
     kernel.add_argument(
-        "--total-steps", type=int, required=True, metavar="T", help="number of steps in the run"
+        "--total-steps",
+        type=int,
+        metavar="T",
+        help="number of steps in the run; with --suggest it may be left out if the end is open",
+    )
+    kernel.add_argument(
+        "--suggest",
+        action="store_true",
+        help="propose a kernel, say why, and compare it with the given ones in the linear theory with noise",
+    )
+    kernel.add_argument(
+        "--start", choices=["pretrained", "random"], help="start of the run (default: pretrained)"
+    )
+    kernel.add_argument(
+        "--weight-start", type=float, metavar="W", help="wished weight of W^0 in the final average, in (0, 1)"
+    )
+    kernel.add_argument(
+        "--mean-age",
+        type=float,
+        metavar="A",
+        help="wished mean age of the states, as a share of the run in (0, 1)",
+    )
+    kernel.add_argument(
+        "--batch-norm",
+        action=argparse.BooleanOptionalAction,
+        help="whether the student has batch normalisation",
     )
     kernel.add_argument(
         "--distill-weight",
@@ -342,12 +407,69 @@ def _table(built: Sequence[Kernel], total_steps: int, distill_weight: float) -> 
         ]
         parts = (predicted.teacher_residual, predicted.student_residual, predicted.gap)
         rows.append([*row, *(f"{part:.3g}" for part in parts)])
+    return "\n".join([f"T = {total_steps} steps, distill_weight = {distill_weight:g}", _aligned(rows)])
+
+
+def _outlook(built: Sequence[Kernel], total_steps: int, distill_weight: float) -> str:
+    """Return a table of kernels with bias and variance in the linear world."""
+    rows = [["kernel", "W^0", "mean age", "states", "teacher: bias", "noise", "student: bias", "noise"]]
+    simulated = total_steps <= _LONGEST_SIMULATED
+    alone = theory.reference_run("static", total_steps, 0.0) if simulated else None
+    for kernel in built:
+        summary = kernel.summary(total_steps)
+        row = [
+            str(kernel),
+            f"{summary.start_weight:.5f}",
+            f"{summary.mean_age:.1f}",
+            f"{summary.effective_states:.1f}",
+        ]
+        if alone is None:
+            predicted = theory.predict(kernel, total_steps, distill_weight)
+            rows.append(
+                [*row, f"{predicted.teacher_residual:.3f}", "", f"{predicted.student_residual:.3f}", ""]
+            )
+            continue
+        run = theory.reference_run(kernel, total_steps, distill_weight)
+        for bias, variance in (
+            (run.teacher_bias, run.teacher_variance),
+            (run.student_bias, run.student_variance),
+        ):
+            row.append(f"{np.sqrt(np.mean(bias**2)):.3f}")
+            row.append(f"{np.mean(variance / alone.student_variance):.3f}")
+        rows.append(row)
+    explained = [
+        f"T = {total_steps} steps, distill_weight = {distill_weight:g}, in the linear theory.",
+        "bias: what is left of the start's error.",
+    ]
+    if simulated:
+        explained.append(
+            "noise: the variance relative to no teacher, for SGD whose learning rate falls to 0."
+        )
+    return "\n".join([*explained, _aligned(rows)])
+
+
+def _stretching(kernel: Kernel, distill_weight: float) -> str:
+    """Return a table of a power function, which has no horizon, at some lengths of the run."""
+    assert isinstance(kernel, kernels.Power)
+    law = theory.PowerLaw(kernel.gamma, distill_weight)
+    rows = [["after steps", "W^0", "mean age", "teacher: bias", "student: bias", "gap"]]
+    for t in (10**3, 10**4, 10**5, 10**6):
+        parts = (law.teacher_residual(t), law.student_residual(t), law.gap(t))
+        rows.append(
+            [f"{t}", f"{law.start_weight(t):.5f}", f"{law.mean_age(t):.1f}", *(f"{p:.3g}" for p in parts)]
+        )
+    head = f"distill_weight = {distill_weight:g}, in the linear theory, relative to the start's error"
+    return "\n".join([head, _aligned(rows)])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as lines, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for name, *numbers in rows:
         cells = [name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join([f"T = {total_steps} steps, distill_weight = {distill_weight:g}", *lines])
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def terminal_plot(weights: Array) -> str:

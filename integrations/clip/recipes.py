@@ -306,8 +306,8 @@ class PretrainedRecipe(Recipe):
     """Fine-tune a pretrained CLIP on images from files.
 
     Attributes:
-        pretrained: A tag of open_clip, a checkpoint file, or `local-dir:DIR`; None for random weights, or those
-            of a model such as `local-dir:DIR`.
+        pretrained: A tag of open_clip, a checkpoint file, or `local-dir:DIR`; None for random weights, or
+            those of a model such as `local-dir:DIR`.
         train: The training pairs.
         anchors: Pairs like those of pre-training, a .csv or .tsv file of captions or .tar shards, for methods
             that need them.

@@ -18,7 +18,8 @@ import sweep_tasks  # noqa: E402
 SHORT = ["--steps", "4", "--pretrain-steps", "6", "--jobs", "2"]
 FEW = ["--kernels", "none", "beta(0.5, 0.5)", "ema(0.9)"]
 KERNELS = [*FEW, "static"]
-LOOKED_AT = ["cells.csv", "plane.png", "profiles.png", "gaps.png", "predicted.png", "report.html"]
+PICTURES = ["plane", "profiles", "gaps", "predicted", "differences"]
+LOOKED_AT = ["cells.csv", "report.html", *(f"{p}{e}.png" for p in PICTURES for e in ("", "-dark"))]
 
 
 SCRIPT = ROOT / "benchmarks/kernel_sweep.py"
@@ -62,6 +63,108 @@ def test_rows_are_means_and_deviations_with_the_kernels_numbers():
     assert "97.5 ±0.7" in table
 
 
+def sweep_of(*runs):
+    """Results of runs (kernel, pre-training, seed, ID, OOD)."""
+    cells = [{**record(kernel, seed, *accuracies), "pretraining": pretraining}
+             for kernel, pretraining, seed, *accuracies in runs]  # fmt: skip
+    return {**RESULTS, "environment": {"packages": {}, "processor": "one"}, "cells": cells}
+
+
+def test_differences_are_taken_between_runs_of_the_same_pretraining_and_seed():
+    base = "beta(0.5,0.5)"
+    runs = [(base, p, s, 90 + 3 * p + s, 80.0) for p in (0, 1) for s in (0, 1)]
+    runs += [("uniform", p, s, 92 + 3 * p + s + 0.1 * (p == s), 80 + s - 0.5) for p in (0, 1) for s in (0, 1)]
+    runs += [("static", 1, 0, 90.0, 90.0), ("static", 2, 0, 0.0, 0.0)]
+    results = sweep_of(*runs)
+    uniform = next(row for row in sweep_report.rows(results) if row["kernel"] == "uniform")
+    found = sweep_report.paired(results, uniform, base, "id")
+    assert found == {(0, 0): pytest.approx(2.1), (0, 1): pytest.approx(2.0), (1, 0): pytest.approx(2.0), (1, 1): pytest.approx(2.1)}  # fmt: skip
+    lines = sweep_report.differences(results).splitlines()
+    assert lines[0].split() == ["minus", base, "pairs", "ID", "OOD", "OOD", "ECE", "final", "gap"]
+    # 3.18 is the quantile of Student's t with three degrees of freedom.
+    width = 3.18245 * 0.0577350 / 2
+    assert f"+2.0 ±{width:.1f}!" in lines[1] or f"+2.1 ±{width:.1f}!" in lines[1]
+    assert "+0.0 ±0.9 " in lines[1]
+    assert lines[2].split()[:2] == ["static", "1"]
+    assert sweep_report.differences(results, "ema(0.9)") == "No run of ema(0.9) to compare with."
+
+
+def test_one_run_each_shows_no_order():
+    results = sweep_of(("beta(0.5,0.5)", 0, 0, 90, 80), ("uniform", 0, 0, 99, 99))
+    assert sweep_report.differences(results).startswith("One run of each kernel, which shows no order")
+
+
+@pytest.mark.parametrize(
+    ("values", "above"),
+    [
+        ({(0, 0): 1.0, (0, 1): 1.1, (0, 2): 0.9}, True),
+        ({(0, 0): 1.0, (0, 1): -1.1, (0, 2): 0.9}, False),
+        ({(0, 0): 1.0}, False),
+        # Nearly all differences are alike, but one pre-training says the contrary.
+        ({**{(0, s): 1.0 + s / 100 for s in range(30)}, (1, 0): -0.1}, False),
+    ],
+)
+def test_above_noise_excludes_0_and_all_pretrainings_agree(values, above):
+    assert sweep_report.above_noise(values) is above
+
+
+def test_the_theory_is_compared_by_rank():
+    runs = [("static", 0, 0, 1.0, 5.0), ("beta(0.5,0.5)", 0, 0, 2.0, 4.0), ("uniform", 0, 0, 3.0, 3.0)]
+    lines = sweep_report.correlations(sweep_of(*runs)).splitlines()
+    assert lines[0].startswith("3 kernels")
+    assert lines[1].split()[2:4] == ["-1.00", "+1.00"]  # less bias, more accuracy
+
+
+def test_pictures_fit_a_telephone_and_nothing_overlaps(tmp_path):
+    specs = list(kernel_sweep.KERNELS)
+    runs = [(k, 0, s, 90.0 + i % 5 + 0.1 * s * (i % 3), 80.0 + i % 7 - 0.1 * s) for i, k in enumerate(specs) for s in (0, 1, 2)]  # fmt: skip
+    results = sweep_of(*runs)
+    found = sweep_report.rows(results)
+    drawn = [
+        sweep_report.plane(found, sweep_report.figures(results)),
+        sweep_report.difference_picture(results, "beta(0.5,0.5)"),
+        sweep_report.predicted(found, 99),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        assert figure.get_figwidth() * 90 == pytest.approx(390, abs=1)
+        whole, axes = figure.bbox, [axis.get_tightbbox() for axis in figure.axes]
+        for box in axes:
+            assert whole.x0 <= box.x0
+            assert box.x1 <= whole.x1 + 1
+            assert whole.y0 <= box.y0
+            assert box.y1 <= whole.y1 + 1
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            assert whole.x0 <= box.x0
+            assert box.x1 <= whole.x1
+            assert all(box.y1 <= axis.y0 + 1 for axis in axes)
+        for axis in figure.axes:
+            for ticks, low, high in (
+                (axis.get_yticklabels(), "y0", "y1"),
+                (axis.get_xticklabels(), "x0", "x1"),
+            ):
+                boxes = [t.get_window_extent() for t in ticks if t.get_text() and t.get_visible()]
+                boxes.sort(key=lambda box: getattr(box, low))
+                assert all(
+                    getattr(a, high) <= getattr(b, low) for a, b in zip(boxes, boxes[1:], strict=False)
+                )
+    sweep_report.write(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("prefers-color-scheme: dark") == 4
+    assert "ID: accuracy on the domain of fine-tuning" in page
+    assert (tmp_path / "cells.csv").read_text().startswith("kernel,distill_weight,pretraining,seed,")
+
+
+def test_cells_of_other_pretrainings_start_from_other_towers(tmp_path):
+    task = sweep_tasks.TASKS["clip"]("digits", None, 4, 6, tmp_path, tmp_path)
+    cells = [sweep_tasks.Cell("uniform", 0.9, 0, pretraining) for pretraining in (0, 2)]
+    assert [task.recipe(cell).pretrain.seed for cell in cells] == [0, 2]
+    assert cells[0].folder == sweep_tasks.Cell("uniform", 0.9, 0).folder != cells[1].folder
+    results = {"cells": [record("uniform", 0, 1.0, 1.0)]}  # of a sweep that had one pre-training
+    assert [kernel_sweep.record_of(results, cell) is None for cell in cells] == [False, True]
+
+
 def test_equal_points_do_not_dominate_each_other():
     one, other, axes = {"id": 1.0, "ood": 2.0}, {"id": 1.0, "ood": 2.0}, ["id", "ood"]
     assert not sweep_report.dominates(one, other, axes)
@@ -79,7 +182,16 @@ def test_folders_of_cells_differ_and_are_plain():
 @pytest.mark.slow
 def test_a_sweep_leaves_everything_and_runs_nothing_twice(sweep, tmp_path):
     kernels = ["--kernels", "none", "beta(0.5, 0.5)"]
-    arguments = [*SHORT, *kernels, "--seeds", 2, "--output", tmp_path / "out", "--cache", tmp_path / "cache"]
+    arguments = [
+        *SHORT,
+        *kernels,
+        "--pretrainings",
+        2,
+        "--output",
+        tmp_path / "out",
+        "--cache",
+        tmp_path / "cache",
+    ]
     done = sweep(*arguments)
     assert done.returncode == 0, done.stderr
     assert "4 cells, 4 to run, 2 at a time" in done.stdout
@@ -89,7 +201,8 @@ def test_a_sweep_leaves_everything_and_runs_nothing_twice(sweep, tmp_path):
     for name in LOOKED_AT:
         assert (tmp_path / "out" / name).stat().st_size > 100
     page = (tmp_path / "out/report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 10
+    assert "One run of each kernel" not in page
     assert "http://" not in page
     assert "https://" not in page
     assert "beta(0.5,0.5)" in page
@@ -118,7 +231,10 @@ def test_other_tasks_are_swept_too(sweep, tmp_path, task, cells, axes):
     assert all(cell[axis] >= 0 for cell in results["cells"] for axis in axes)
     gaps = [cell["gaps"] for cell in results["cells"] if cell["kernel"] != "none"]
     assert all((tmp_path / "out" / file).exists() for file in gaps)
-    assert (tmp_path / "out/report.html").read_text().count("data:image/png;base64,") == 3
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert "One run of each kernel, which shows no order" in page
+    assert "--quick shows that everything runs. After 4 steps" in done.stdout
 
 
 @pytest.mark.slow
@@ -150,6 +266,12 @@ def test_a_killed_sweep_goes_on_where_it_was(sweep, tmp_path):
         (
             ["--distill-weights", "0"],
             "--distill-weights must be above 0, got 0.0: --kernels none is no teacher",
+        ),
+        (["--baseline", "betta(1,1)"], "--baseline: unknown kernel 'betta'"),
+        (["--baseline", "beta(3,3)"], "--baseline beta(3.0,3.0) is not swept: add it to --kernels"),
+        (
+            ["--task", "lm", "--pretrainings", "2"],
+            "--pretrainings: lm has none to choose, got 2: use --seeds",
         ),
         (["--task", "gan"], "invalid choice: 'gan'"),
         (
