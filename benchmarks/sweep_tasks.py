@@ -137,8 +137,9 @@ class ClipTask(Task):
 
     def prepare(self, seeds: int) -> str:
         """Pre-train the towers, once for all seeds."""
-        seconds = self._experiment(None).pretrain()
-        return f"pre-trained for {self.pretraining} steps, {seconds:.0f} s of training"
+        start = self._experiment(None).pretrain()
+        assert start is not None
+        return start.describe()
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Fine-tune the towers and return the record."""

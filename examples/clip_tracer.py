@@ -15,12 +15,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmateacher.checks import one_of
 from wmateacher.integrations.clip import ablations, paper, plots, recipes
-from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe
+from wmateacher.integrations.clip.recipes import DigitsRecipe, PhotoRecipe, PretrainingRecipe
 from wmateacher.integrations.engine import command, console, processes, tracking
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ class Options(command.RunOptions):
     steps: int | None = None
     """Optimizer steps of fine-tuning; the warm-up changes in proportion."""
     pretrain_steps: int | None = None
-    """Optimizer steps of pre-training on digits; the warm-up changes in proportion."""
+    """Optimizer steps of pre-training on digits or pictograms; the warm-up changes in proportion."""
+    pretrainings: int = 1
+    """Number of pre-trainings on digits or pictograms; every method and seed runs from each of them."""
     dry_run: bool = False
     """Print the configuration, the length, the memory and the missing data of a run, without running it."""
     compare_paper: bool = False
@@ -51,13 +54,18 @@ class Options(command.RunOptions):
 
 def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
     """Return the recipe with everything that the command line implies."""
-    if not isinstance(recipe, DigitsRecipe):
-        for name in ("pretrain_steps", "download"):
-            if getattr(options, name):
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is for recipes of digits, got recipe {recipe.name!r}")
+    if options.pretrainings < 1:
+        raise ValueError(f"--pretrainings must be at least 1, got {options.pretrainings}")
+    pretrains = isinstance(recipe, PretrainingRecipe)
+    for flag, given, fits, kind in (
+        ("pretrain-steps", options.pretrain_steps is not None, pretrains, "that pre-train"),
+        ("pretrainings", options.pretrainings > 1, pretrains, "that pre-train"),
+        ("download", options.download, isinstance(recipe, DigitsRecipe), "of digits"),
+    ):
+        if given and not fits:
+            raise ValueError(f"--{flag} is for recipes {kind}, got recipe {recipe.name!r}")
     recipe = recipe.adjust().with_steps(options.steps)
-    return recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, DigitsRecipe) else recipe
+    return recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, PretrainingRecipe) else recipe
 
 
 def select(options: Options, recipe: recipes.Recipe) -> tuple[recipes.Recipe, list[str]]:
@@ -125,16 +133,23 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
         experiment.check(names)
         console.say(f"{recipe.name}: {recipe.summary}\n{recipe.model} on {device}, results in {output}")
         with console.resumable(output), tracking.to(options.log_to, output):
-            seconds = experiment.pretrain()
-            if isinstance(recipe, DigitsRecipe):
-                console.say(f"pre-trained for {recipe.pretrain.steps} steps, {seconds:.0f} s of training")
-            console.conduct(experiment, names, options.seeds, headline)
+            starts = [partial(start, experiment, number) for number in range(options.pretrainings)]
+            console.conduct(experiment, names, options.seeds, headline, starts)
         if processes.is_main():
             report(experiment, names)
             if options.compare_paper and recipe.published is not None:
                 print(f"\n{paper.compare(experiment.results, recipe.published)}\n")
             if options.ablate is not None:
                 report_ablation(experiment, options.ablate, names)
+
+
+def start(experiment: Experiment, number: int) -> None:
+    """Let the next runs start from a pre-training, which runs once."""
+    known = number in experiment.starts
+    made = experiment.pretrain(number)
+    if made is None or known:
+        return
+    console.say((f"pre-training {number}: " if number else "") + made.describe())
 
 
 def headline(record: Mapping[str, Any]) -> str:
