@@ -258,16 +258,19 @@ class Classifier(nn.Module):
     Args:
         towers: The pretrained towers.
         prompts: The texts of the zero-shot head.
+        scale_outside: Whether the logit scale multiplies the output of the trained matrix, as in Lipsum-FT's
+            code, instead of being part of it, as in WiSE-FT's.
 
     Attributes:
         towers: The towers.
-        weight: The head, `[d, classes]`.
+        weight: The trained matrix, `[d, classes]`: the head, or the head over the logit scale.
     """
 
-    def __init__(self, towers: Towers, prompts: Prompts):
+    def __init__(self, towers: Towers, prompts: Prompts, scale_outside: bool = False):
         super().__init__()
-        self.towers = towers
-        self.weight = nn.Parameter(zero_shot_head(towers, prompts))
+        self.towers, self.scale_outside = towers, scale_outside
+        head = zero_shot_head(towers, prompts)
+        self.weight = nn.Parameter(head / towers.logit_scale.detach() if scale_outside else head)
         images = {id(p) for p in towers.clip.visual.parameters()}
         for parameter in towers.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in images)
@@ -276,7 +279,13 @@ class Classifier(nn.Module):
         """Return features and logits of images `[B, 3, H, W]`; texts are ignored."""
         features = self.towers.encode_image(images, normalize=True)
         with torch.autocast(images.device.type, enabled=False):
-            return Classified(features, features.to(self.weight.dtype) @ self.weight)
+            logits = features.to(self.weight.dtype) @ self.weight
+            return Classified(features, logits * self.towers.logit_scale if self.scale_outside else logits)
+
+    @property
+    def head(self) -> Tensor:
+        """The matrix `[d, classes]` that maps image features to logits."""
+        return self.weight * self.towers.logit_scale if self.scale_outside else self.weight
 
     def set_probing(self, probing: bool) -> None:
         """Train the head alone on the tower in eval mode, or train both."""
@@ -297,4 +306,4 @@ def towers_of(student: Student) -> Towers:
 
 def head_of(student: Student, prompts: Prompts) -> Tensor:
     """Return the head of a student, `[d, classes]`: the trained one, or the zero-shot head of its towers."""
-    return student.weight.detach() if isinstance(student, Classifier) else zero_shot_head(student, prompts)
+    return student.head.detach() if isinstance(student, Classifier) else zero_shot_head(student, prompts)

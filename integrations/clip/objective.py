@@ -72,7 +72,11 @@ class Objective(nn.Module):
             prompts = require_prompts(prompts, method.name)
             self._guide = build_guide(method.guidance, towers_of(student), prompts, seed)
         # Not buffers: checkpoints need not hold them, since the pretrained weights are always at hand.
-        self._start = [p.detach().clone() for p in _trained(student)] if method.l2_sp else []
+        self._start = {
+            name: p.detach().clone()
+            for name, p in student.named_parameters()
+            if method.l2_sp and p.requires_grad and (p.ndim > 1 or method.l2_sp_of == "all")
+        }
 
     def forward(
         self,
@@ -89,7 +93,7 @@ class Objective(nn.Module):
         Args:
             student: The model itself, for the terms on its weights.
             answers: The student's output for the batch.
-            targets: The teacher's output for the batch.
+            targets: The teacher's output for the batch, or None if the step has no distillation.
             labels: Class indices for a linear head, int64 `[B]`.
             anchors: The student's output for the anchor pairs.
             step: The index of the optimizer step, which seeds random texts.
@@ -109,13 +113,14 @@ class Objective(nn.Module):
         if method.orthogonality:
             weighted.append(("orthogonality", method.orthogonality, orthogonality(towers)))
         if method.l2_sp:
-            moved = torch._foreach_sub(list(_trained(student)), self._start)
+            now = dict(student.named_parameters())
+            moved = torch._foreach_sub([now[name] for name in self._start], list(self._start.values()))
             distance = torch.stack([m.square().sum() for m in moved]).sum()
-            weighted.append(("l2_sp", method.l2_sp, distance))
+            weighted.append(("l2_sp", method.l2_sp / 2, distance))
         if anchors is not None:
             weighted.append(("anchors", method.anchors, losses.info_nce(*anchors)))
         terms = {name: value.detach() for name, _, value in weighted}
-        if self.criterion is not None:
+        if self.criterion is not None and step >= method.distill_from_step:
             pair = self._comparable(towers, answers, targets, step)
             distillation, parts = self.criterion(*pair, return_terms=True)
             weighted.append(("distillation", method.distill_weight, distillation))
@@ -148,10 +153,6 @@ def require_prompts(prompts: Prompts | None, method: str) -> Prompts:
             f"method {method!r} needs the task's classes and templates: pass prompts=Prompts(...)"
         )
     return prompts
-
-
-def _trained(student: Student) -> list[nn.Parameter]:
-    return [p for p in student.parameters() if p.requires_grad]
 
 
 # --- guidance: texts that image features are compared on --------------------------------------------

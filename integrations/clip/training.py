@@ -45,7 +45,7 @@ def build_student(method: Method, towers: Towers, prompts: Prompts | None = None
         ValueError: If a linear head has no prompts.
     """
     if method.head == "linear":
-        return Classifier(towers, require_prompts(prompts, method.name))
+        return Classifier(towers, require_prompts(prompts, method.name), method.scale_outside)
     return towers
 
 
@@ -140,8 +140,9 @@ class FineTuning(training.Training):
         self.parameters = [
             p for p in (*student.parameters(), *self.objective.parameters()) if p.requires_grad
         ]
+        decay = settings.weight_decay if method.weight_decay is None else method.weight_decay
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            self.parameters, lr=settings.learning_rate, weight_decay=decay, fused=True
         )
         if self.teacher is not None:
             # The optimizer knows which steps the gradient scaler skips; those must not be averaged.
@@ -172,7 +173,7 @@ class FineTuning(training.Training):
         labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
         cached = None if len(parts) == 1 else micro_batches.Cached(self.model, parts, self._autocast)
         with self._autocast():
-            targets = self._targets(teacher_parts)
+            targets = None if step < self.method.distill_from_step else self._targets(teacher_parts)
             answers = self.model(*parts[0][:3]) if cached is None else cached.answers
             anchor_answers = None
             if anchors is not None:

@@ -58,7 +58,7 @@ def test_once_an_update_applies_an_emas_retention_once():
     weights = kernel.profile(20)
     assert interval == 1
     expected = np.zeros(21)
-    expected[[0, 5, 10, 15, 20]] = [0.9**4, 0.1 * 0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1]
+    expected[[0, 1, 6, 11, 16]] = [0.9**4, 0.1 * 0.9**3, 0.1 * 0.9**2, 0.1 * 0.9, 0.1]
     np.testing.assert_allclose(weights, expected, atol=1e-12)
 
 

@@ -51,12 +51,12 @@ def test_the_total_is_the_declared_sum(towers):
             p.add_(0.01)
     total, terms = objective(towers, student, teacher)
     distillation = losses.build(methods.TRACER_TERMS)(student, teacher)
-    count = sum(p.numel() for p in towers.parameters())
+    count = sum(p.numel() for p in towers.parameters() if p.ndim > 1)
     expected = (
         losses.info_nce(*student)
         + 0.05 * cross_frobenius(towers)
         + 0.2 * orthogonality(towers)
-        + 0.01 * count * 0.01**2
+        + 0.01 / 2 * count * 0.01**2
         + 0.3 * distillation
     )
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
@@ -73,6 +73,19 @@ def test_the_total_is_the_declared_sum(towers):
     total.backward()
     assert student.image.grad is not None
     assert teacher.image.grad is None
+
+
+@pytest.mark.parametrize("pulled", ["weights", "all"])
+def test_an_l2_pull_takes_weights_or_all_parameters(towers, pulled):
+    method, student = replace(METHODS["l2-sp"], l2_sp=2.0, l2_sp_of=pulled), embeddings(1)
+    objective = Objective(method, towers)
+    with torch.no_grad():
+        for p in towers.parameters():
+            p.add_(0.01)
+    count = sum(p.numel() for p in towers.parameters() if pulled == "all" or p.ndim > 1)
+    total, terms = objective(towers, student)
+    torch.testing.assert_close(terms["l2_sp"], torch.tensor(1e-4 * count), rtol=1e-3, atol=0)
+    torch.testing.assert_close(total, losses.info_nce(*student) + terms["l2_sp"])
 
 
 def test_flyp_is_infonce_alone(towers):
