@@ -44,6 +44,9 @@ class Options(command.RunOptions):
     """Optimizer steps of pre-training on digits or pictograms; the warm-up changes in proportion."""
     pretrainings: int = 1
     """Number of pre-trainings on digits or pictograms; every method and seed runs from each of them."""
+    threads: int | None = None
+    """The largest number of CPU threads. None is 1 for the tiny and small towers, whose operations are too
+    small to share, and torch's own choice for others."""
     dry_run: bool = False
     """Print the configuration, the length, the memory and the missing data of a run, without running it."""
     compare_paper: bool = False
@@ -54,8 +57,10 @@ class Options(command.RunOptions):
 
 def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
     """Return the recipe with everything that the command line implies."""
-    if options.pretrainings < 1:
-        raise ValueError(f"--pretrainings must be at least 1, got {options.pretrainings}")
+    for name in ("pretrainings", "threads"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name} must be at least 1, got {given}")
     pretrains = isinstance(recipe, PretrainingRecipe)
     for flag, given, fits, kind in (
         ("pretrain-steps", options.pretrain_steps is not None, pretrains, "that pre-train"),
@@ -65,7 +70,9 @@ def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
         if given and not fits:
             raise ValueError(f"--{flag} is for recipes {kind}, got recipe {recipe.name!r}")
     recipe = recipe.adjust().with_steps(options.steps)
-    return recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, PretrainingRecipe) else recipe
+    return (
+        recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, PretrainingRecipe) else recipe
+    )
 
 
 def select(options: Options, recipe: recipes.Recipe) -> tuple[recipes.Recipe, list[str]]:
@@ -123,7 +130,8 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
     """Run the methods and print their figures."""
     from wmateacher.integrations.clip.experiment import Experiment
 
-    with processes.process_group(options.device) as device:
+    few = 1 if options.threads is None and recipe.model.startswith(("tiny-", "small-")) else options.threads
+    with processes.process_group(options.device) as device, processes.at_most_threads(few):
         output = console.folder(options.output, "clip_tracer")
         experiment = Experiment(
             recipe, output, root=options.data_root, download=options.download, cache=options.cache,
@@ -162,16 +170,19 @@ def report(experiment: Experiment, names: list[str]) -> None:
     """Print the tables and write the pictures."""
     results, output, published = experiment.results, experiment.output, experiment.recipe.published
     print(f"\n{plots.table(results)}\n")
+    if compared := plots.compared(results):
+        print(f"{compared}\n")
     if averaged := plots.teachers(results):
         print(f"{averaged}\n")
     if published is not None and published in paper.FORGETTING:
         print(f"{paper.compare_forgetting(results, published)}\n")
+    experiment.pretrain()  # the curves are those of the first pre-training
     files = {
         kind: {n: experiment.file(kind, n, 0) for n in names if experiment.file(kind, n, 0).exists()}
         for kind in ("gaps", "reliability", "epochs")
     }
     plots.picture(results, files["gaps"], output / "methods.png")
-    plots.reliability(files["reliability"], output / "reliability.png")
+    plots.reliability(files["reliability"], next(iter(experiment.data.tests)), output / "reliability.png")
     written = "results.json, gaps/*.csv, reliability/*.csv, methods.png, reliability.png"
     if files["epochs"]:
         plots.course(files["epochs"], next(iter(experiment.data.tests)), output / "epochs.png")
@@ -189,6 +200,8 @@ def report_ablation(experiment: Experiment, what: str, names: list[str]) -> None
         beside=not photos or recipe.published == "vit-b-16", ece="ece_per_batch" if photos else "ece",
     )  # fmt: skip
     print(f"\n{table}\n")
+    if compared := ablations.compared(experiment.results, variants, recipe.method("tracer")):
+        print(f"{compared}\n")
     ablations.picture(experiment.results, what, variants, file)
     print(f"wrote {file}")
 

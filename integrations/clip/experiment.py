@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,7 +168,9 @@ class Experiment(experiment.Experiment[Recipe]):
         seed = recipe.pretrain.seed + _BETWEEN_PRETRAININGS * number
         recipe = replace(recipe, pretrain=replace(recipe.pretrain, seed=seed))
         data: PretrainingData = self.data  # type: ignore[assignment]
-        key = hashlib.sha256(json.dumps(self._depends(recipe, data), sort_keys=True).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps(self._depends(recipe, data), sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
         file = self.cache / f"{recipe.model}-{recipe.name}-{key}.pt"
         towers = _initial(recipe)[0].to(self.device)
         taken: list[int] = []

@@ -19,12 +19,12 @@ from wmateacher.integrations.engine import processes, signals, tracking
 
 __all__ = [
     "FORMAT",
+    "SAY_EVERY",
     "AfterRead",
     "BatchStream",
     "History",
     "Options",
     "Part",
-    "SAY_EVERY",
     "ResumeOptions",
     "Stream",
     "Task",

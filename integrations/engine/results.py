@@ -108,7 +108,7 @@ class Results:
 
 
 def identity(run: Mapping[str, Any]) -> tuple[int, int]:
-    """Return what tells a run from the other runs of its method: the number of its pre-training, and its seed.
+    """Return what tells a run from others of its method: the number of its pre-training, and its seed.
 
     A record without `pretraining` is one of pre-training 0.
     """

@@ -140,7 +140,9 @@ def _stack(files: Sequence[Path]) -> Tensor:
     images = []
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"no picture {file}, which {TABLE} lists: get it again, or remove its row")
+            raise FileNotFoundError(
+                f"no picture {file}, which {TABLE} lists: get it again, or remove its row"
+            )
         try:
             with Image.open(file) as image:
                 images.append(torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1))
