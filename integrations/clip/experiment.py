@@ -160,26 +160,37 @@ class Experiment(experiment.Experiment[Recipe]):
         if not isinstance(self.recipe, PretrainingRecipe):
             return None
         if number not in self.starts:
-            self.starts[number] = self._start(self.recipe, number)
+            self.starts[number] = self._start(number)
         self.towers, self.pretraining = self.starts[number].towers, number
         return self.starts[number]
 
-    def _start(self, recipe: PretrainingRecipe, number: int) -> Start:
+    def cache_file(self, number: int = 0) -> Path:
+        """Return the file of a pre-training; its name depends on all that changes the result."""
+        recipe = self._numbered(number)
+        key = hashlib.sha256(json.dumps(self._depends(recipe), sort_keys=True).encode()).hexdigest()[:16]
+        return self.cache / f"{recipe.model}-{recipe.name}-{key}.pt"
+
+    def _numbered(self, number: int) -> PretrainingRecipe:
+        """Return the recipe with the seed of a pre-training."""
+        recipe = self.recipe
+        assert isinstance(recipe, PretrainingRecipe)
         seed = recipe.pretrain.seed + _BETWEEN_PRETRAININGS * number
-        recipe = replace(recipe, pretrain=replace(recipe.pretrain, seed=seed))
-        data: PretrainingData = self.data  # type: ignore[assignment]
-        key = hashlib.sha256(json.dumps(self._depends(recipe, data), sort_keys=True).encode()).hexdigest()[
-            :16
-        ]
-        file = self.cache / f"{recipe.model}-{recipe.name}-{key}.pt"
+        return replace(recipe, pretrain=replace(recipe.pretrain, seed=seed))
+
+    def _start(self, number: int) -> Start:
+        recipe, file = self._numbered(number), self.cache_file(number)
         towers = _initial(recipe)[0].to(self.device)
         taken: list[int] = []
         pretrained = fit(
-            towers, METHODS["flyp"], data.anchors(recipe.pretrain), recipe.pretrain, checkpoint=file,
-            label=f"pre-training {number}" if number else "pre-training", progress=self.progress,
-            after_step=taken.append,
+            towers, METHODS["flyp"], self._pretraining_data.anchors(recipe.pretrain), recipe.pretrain,
+            checkpoint=file, label=f"pre-training {number}" if number else "pre-training",
+            progress=self.progress, after_step=taken.append,
         )  # fmt: skip
         return Start(towers, recipe.pretrain.steps, pretrained.history.seconds, file, earlier=not taken)
+
+    @property
+    def _pretraining_data(self) -> PretrainingData:
+        return self.data  # type: ignore[return-value]
 
     def check(self, names: Sequence[str]) -> None:
         """Check that methods can run on this data, before the first of them starts.
@@ -278,12 +289,12 @@ class Experiment(experiment.Experiment[Recipe]):
         tables["reliability"] = Table(("model", "set", "confidence", "accuracy", "share"), rows)
         return tables
 
-    def _depends(self, recipe: PretrainingRecipe, data: PretrainingData) -> dict[str, Any]:
+    def _depends(self, recipe: PretrainingRecipe) -> dict[str, Any]:
         """Return all that pre-trained towers depend on; the number of threads and processes only rounds."""
         return {
             "model": recipe.model,
             "towers": open_clip.get_model_config(recipe.model),
-            **data.fingerprint(),
+            **self._pretraining_data.fingerprint(),
             "pretrain": recipe.pretrain.run_config(),
             "method": METHODS["flyp"].settings(),
             "device": self.device.type,
