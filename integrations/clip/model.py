@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import open_clip
 import torch
 from timm.models import register_model
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 
 from wmateacher.checks import lookup, nearest
@@ -36,9 +35,9 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 class SmallConv(nn.Module):
-    """Four convolutions of 3 x 3 with normalisation, three times halved by pooling, then the mean over places.
+    """Four convolutions of 3 x 3 with batch normalisation, three of them pooled, then the mean over places.
 
-    It learns pictograms in fewer steps than timm's small networks. It has what open_clip asks of timm's models.
+    It learns pictograms in fewer steps than timm's small networks, and has what open_clip asks of them.
 
     Args:
         widths: The numbers of channels. The first convolution has stride 2.
@@ -50,7 +49,7 @@ class SmallConv(nn.Module):
         for i, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
             layers += [
                 nn.Conv2d(before, width, 3, stride=1 if i else 2, padding=1, bias=False),
-                nn.GroupNorm(8, width),
+                nn.BatchNorm2d(width),
                 nn.ReLU(),
             ]
             layers += [nn.MaxPool2d(2)] if i else []

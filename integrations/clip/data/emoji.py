@@ -1,7 +1,7 @@
 """Build the folder of pictograms that `data.pictograms` reads from five published packages of emoji.
 
-    npm pack emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0 openmoji@17.0.0 \\
-        @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+    npm pack emoji-datasource-twitter@16.0.0 emoji-datasource-google@16.0.0 openmoji@17.0.0
+    npm pack @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
     pip install cairosvg
     python -m wmateacher.integrations.clip.data.emoji --packages . --output DIR
 

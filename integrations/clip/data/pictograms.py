@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wmateacher.integrations.clip.data.batches import Batch
-from wmateacher.integrations.clip.data.digits import normalise
 from wmateacher.integrations.clip.model import Tokenizer
 from wmateacher.integrations.engine import processes
 from wmateacher.integrations.engine.sampling import Epochs, generator
@@ -45,6 +44,8 @@ HOW_TO_BUILD = (
     "`python -m wmateacher.integrations.clip.data.emoji --help` says how to build it from published packages"
 )
 _MOST_TEXTS = 3
+# White paper becomes 0, like what convolutions see beyond the border.
+_WHITE, _STD = 1.0, 0.3
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def _stack(files: Sequence[Path]) -> Tensor:
 
 
 def prepare(images: Tensor, size: int) -> Tensor:
-    """Return normalised images of the towers' size.
+    """Return normalised images of the towers' size, with white as 0.
 
     Args:
         images: uint8 `[N, 3, H, W]`.
@@ -166,7 +167,7 @@ def prepare(images: Tensor, size: int) -> Tensor:
     pixels = images.float() / 255
     if pixels.shape[-2:] != (size, size):
         pixels = F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-    return normalise(pixels)
+    return (pixels - _WHITE) / _STD
 
 
 class PictogramPairs:
@@ -245,6 +246,4 @@ def _changed(images: Tensor, random: torch.Generator) -> Tensor:
     inverse = torch.zeros(count, 2, 3)
     inverse[:, 0, 0], inverse[:, 1, 1], inverse[:, :, 2] = mirror / scale, 1 / scale, shift
     grid = F.affine_grid(inverse, list(images.shape), align_corners=False)
-    # What comes in from outside is 0, so the paper must be 0 while the images are moved.
-    paper = normalise(torch.ones(()))
-    return F.grid_sample(images - paper, grid, align_corners=False) + paper
+    return F.grid_sample(images, grid, align_corners=False)
