@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from wmateacher.integrations.clip.data import check, imagenet
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Towers, build
-from wmateacher.integrations.clip.recipes import PhotoRecipe, Recipe, Settings
+from wmateacher.integrations.clip.recipes import EmojiRecipe, PhotoRecipe, Recipe, Settings
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.sampling import steps_per_epoch
 from wmateacher.integrations.engine.settings import visible
@@ -187,6 +187,9 @@ class _Found:
 
 def _data(recipe: Recipe, root: Path | None) -> _Found:
     """Count the training pairs, as found or else as published, and list what is missing."""
+    if isinstance(recipe, EmojiRecipe):
+        where = "--data-root is missing" if root is None else f"in {root}"
+        return _Found(0, True, [f"data: pictograms in {', '.join((recipe.style, *recipe.shifts))}, {where}"])
     if not isinstance(recipe, PhotoRecipe):
         return _Found(0, True, [f"data: {getattr(recipe, 'data', '')}" + (f" in {root}" if root else "")])
     if root is None:

@@ -108,10 +108,9 @@ def _archive(packages: Path, name: str) -> tarfile.TarFile:
     return tarfile.open(found[0])
 
 
-def _content(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(name)
-    if file is None:
-        raise ValueError(f"{name} in {archive.name} is no file: fetch the package again")
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo | str) -> bytes:
+    file = archive.extractfile(member)
+    assert file is not None
     return file.read()
 
 
@@ -183,12 +182,15 @@ def build(packages: Path, output: Path) -> list[Pictogram]:
     parts = held_out()
     part_of = {p.code: parts.get(_key(p.code), PARTS[0]) for p in pictograms}
     for name, style in STYLES.items():
+        wanted = {files[name][_key(p.code)]: p for p in pictograms}
         with _archive(packages, style.package) as archive:
-            for p in pictograms:
-                image = style.read(_content(archive, files[name][_key(p.code)]))
-                file = output / part_of[p.code] / name / p.kind / f"{p.code}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                _on_white(image).save(file)
+            # In the archive's order: going back in a compressed one means reading it again from its start.
+            for member in archive:
+                if member.name in wanted:
+                    p = wanted[member.name]
+                    file = output / part_of[p.code] / name / p.kind / f"{p.code}.png"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    _on_white(style.read(_content(archive, member))).save(file)
     with (output / TABLE).open("w", newline="", encoding="utf-8") as stream:
         table = csv.writer(stream, delimiter="\t", quoting=csv.QUOTE_NONE, lineterminator="\n")
         table.writerow(COLUMNS)

@@ -1,6 +1,9 @@
 """Pictograms by several hands: reading them, drawing batches, and the recipe on several pre-trainings."""
 
+import io
 import json
+import sys
+import tarfile
 from dataclasses import replace
 
 import miniature_pictograms as miniature
@@ -9,7 +12,7 @@ import torch
 from PIL import Image
 
 from wmateacher.integrations.clip import plots, recipes
-from wmateacher.integrations.clip.data import pictograms
+from wmateacher.integrations.clip.data import emoji, pictograms
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.model import build
 
@@ -225,3 +228,95 @@ def test_bad_recipes_say_what_to_change(tmp_path):
         Experiment(small(), tmp_path / "out")
     with pytest.raises(ValueError, match=r"shifts must be styles other than 'twemoji', each once"):
         small(shifts=("sketch", "twemoji"))
+
+
+# --- building the folder from packages --------------------------------------------------------------
+
+
+def pack(file, contents):
+    with tarfile.open(file, "w:gz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def picture(colour, kind="PNG"):
+    image = Image.new("RGBA", (64, 64))
+    image.paste(colour, (16, 16, 48, 48))
+    stream = io.BytesIO()
+    image.save(stream, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    return stream.getvalue()
+
+
+def write_packages(folder):
+    """Nine birds, of which one hand has drawn eight, seven bugs, a clock and a flag."""
+    entries = [
+        {"hexcode": f"1F4{n:02X}-FE0F", "label": f"bird {n}", "tags": ["wing"], "group": 3, "subgroup": 7}
+        for n in range(9)
+    ]
+    entries += [{"hexcode": f"2F4{n:02X}", "label": f"bug {n}", "group": 3, "subgroup": 8} for n in range(7)]
+    entries += [{"hexcode": f"3F4{n:02X}", "label": "clock", "group": 4, "subgroup": 9} for n in range(9)]
+    entries += [{"hexcode": f"4F4{n:02X}", "label": "flag", "group": 9, "subgroup": 10} for n in range(9)]
+    entries += [{"hexcode": "1F3FB", "label": "no group"}]
+    groups = {
+        "groups": {"3": "animals-nature", "4": "travel-places", "9": "flags"},
+        "subgroups": {"7": "animal-bird", "8": "animal-bug", "9": "time", "10": "country-flag"},
+    }
+    codes = [entry["hexcode"] for entry in entries]
+    plain = [code.lower().removesuffix("-fe0f") for code in codes]
+    pack(
+        folder / "emojibase-data-17.0.0.tgz",
+        {"en/data.json": json.dumps(entries).encode(), "meta/groups.json": json.dumps(groups).encode()},
+    )
+    for name, colour in (("twitter", "red"), ("google", "green")):
+        pack(
+            folder / f"emoji-datasource-{name}-16.0.0.tgz",
+            {f"img/{name}/64/{c.lower()}.png": picture(colour) for c in codes},
+        )
+    drawn = {f"{kind}/svg/{c}.svg": picture("blue") for kind in ("color", "black") for c in codes}
+    pack(folder / "openmoji-17.0.0.tgz", drawn)
+    fluent = {f"assets/{c}.webp": picture("black", "WEBP") for c in plain if c != "1f408"}
+    pack(folder / "lobehub-fluent-emoji-3d-1.1.0.tgz", fluent)
+
+
+def test_the_folder_is_built_from_packages(tmp_path, monkeypatch):
+    packages, output = tmp_path / "packages", tmp_path / "emoji"
+    packages.mkdir()
+    write_packages(packages)
+    for name in ("openmoji", "sketch"):  # CairoSVG is an optional package
+        monkeypatch.setitem(emoji.STYLES, name, replace(emoji.STYLES[name], read=emoji._raster))
+    monkeypatch.setattr(emoji, "held_out", lambda: {"1f400": "test", "1f401": "validation"})
+    found = emoji.build(packages, output)
+    assert [p.name for p in found] == [f"bird {n}" for n in range(8)]
+    source = pictograms.load(output, list(emoji.STYLES))
+    assert source.classes == ("animal bird",)
+    assert {name: len(part) for name, part in source.parts.items()} == {
+        "train": 6, "validation": 1, "test": 1,
+    }  # fmt: skip
+    test = source.parts["test"]
+    assert test.texts == (("bird 0", "wing"),)
+    for style, colour in {"twemoji": [255, 0, 0], "noto": [0, 128, 0], "fluent": [0, 0, 0]}.items():
+        image = test.images[style][0]
+        assert tuple(image.shape) == (3, 48, 48)
+        assert image[:, 24, 24].tolist() == colour
+        assert image[:, 2, 2].tolist() == [255, 255, 255]
+    with pytest.raises(FileExistsError, match="is not empty: give a new one"):
+        emoji.build(packages, output)
+    (packages / "openmoji-17.0.0.tgz").unlink()
+    with pytest.raises(FileNotFoundError, match="0 files openmoji-VERSION.tgz in .*: fetch one version"):
+        emoji.build(packages, tmp_path / "other")
+
+
+def test_the_recorded_split_is_part_of_the_package():
+    parts = emoji.held_out()
+    assert {name: list(parts.values()).count(name) for name in ("validation", "test")} == {
+        "validation": 119, "test": 294,
+    }  # fmt: skip
+    assert parts["1f425"] == "test"
+
+
+def test_drawings_without_their_package_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cairosvg", None)
+    with pytest.raises(ImportError, match="pip install cairosvg"):
+        emoji._drawing(b"<svg/>")
