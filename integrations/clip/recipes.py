@@ -318,7 +318,7 @@ EMOJI = EmojiRecipe(
     model="small-conv-32",
     style="twemoji",
     shifts=("noto", "openmoji", "sketch", "fluent"),
-    pretrain=Settings(steps=2500, learning_rate=2e-3, batch_size=64, warmup=100, clip_norm=1.0),
+    pretrain=Settings(steps=4000, learning_rate=2e-3, batch_size=64, warmup=100, clip_norm=1.0),
     finetune=Settings(steps=300, learning_rate=1e-3, batch_size=64, warmup=30, clip_norm=1.0),
     methods=DIGITS.methods,
     default=DIGITS.default,
