@@ -145,9 +145,8 @@ class ClipTask(Task):
 
     def prepare(self, seeds: int, pretrainings: int = 1) -> str:
         """Pre-train the towers, once for all seeds."""
-        for pretraining in range(pretrainings):
-            self._experiment(None, pretraining).pretrain()
-        return f"pre-trained for {self.pretraining} steps, {pretrainings} times"
+        starts = [self._experiment(None, pretraining).pretrain() for pretraining in range(pretrainings)]
+        return "\n".join(start.describe() for start in starts if start is not None)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Fine-tune the towers and return the record."""

@@ -21,13 +21,20 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wmateacher.checks import one_of
 from wmateacher.collectives import world_size
 from wmateacher.integrations.clip import ablations, paper, plots, recipes
-from wmateacher.integrations.clip.recipes import DigitsRecipe, FolderRecipe, PhotoRecipe, PretrainedRecipe
+from wmateacher.integrations.clip.recipes import (
+    DigitsRecipe,
+    FolderRecipe,
+    PhotoRecipe,
+    PretrainedRecipe,
+    PretrainingRecipe,
+)
 from wmateacher.integrations.engine import command, console, processes, tracking
 
 if TYPE_CHECKING:
@@ -47,7 +54,12 @@ class Options(command.RunOptions):
     steps: int | None = None
     """Optimizer steps of fine-tuning; the warm-up changes in proportion."""
     pretrain_steps: int | None = None
-    """Optimizer steps of pre-training on digits; the warm-up changes in proportion."""
+    """Optimizer steps of pre-training on digits or pictograms; the warm-up changes in proportion."""
+    pretrainings: int = 1
+    """Number of pre-trainings on digits or pictograms; every method and seed runs from each of them."""
+    threads: int | None = None
+    """The largest number of CPU threads. None is 1 for the tiny and small towers, whose operations are too
+    small to share, and torch's own choice for others."""
     dry_run: bool = False
     """Print the configuration, the length, the memory and the missing data of a run, without running it."""
     compare_paper: bool = False
@@ -60,13 +72,22 @@ class Options(command.RunOptions):
 
 def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
     """Return the recipe with everything that the command line implies."""
-    if not isinstance(recipe, DigitsRecipe):
-        for name in ("pretrain_steps", "download"):
-            if getattr(options, name):
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} is for recipes of digits, got recipe {recipe.name!r}")
+    for name in ("pretrainings", "threads"):
+        given = getattr(options, name)
+        if given is not None and given < 1:
+            raise ValueError(f"--{name} must be at least 1, got {given}")
+    pretrains = isinstance(recipe, PretrainingRecipe)
+    for flag, given, fits, kind in (
+        ("pretrain-steps", options.pretrain_steps is not None, pretrains, "that pre-train"),
+        ("pretrainings", options.pretrainings > 1, pretrains, "that pre-train"),
+        ("download", options.download, isinstance(recipe, DigitsRecipe), "of digits"),
+    ):
+        if given and not fits:
+            raise ValueError(f"--{flag} is for recipes {kind}, got recipe {recipe.name!r}")
     recipe = recipe.adjust().with_steps(options.steps)
-    return recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, DigitsRecipe) else recipe
+    return (
+        recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, PretrainingRecipe) else recipe
+    )
 
 
 def select(options: Options, recipe: recipes.Recipe) -> tuple[recipes.Recipe, list[str]]:
@@ -126,7 +147,8 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
     from wmateacher.integrations.clip.datamodules import FolderData
     from wmateacher.integrations.clip.experiment import Experiment
 
-    with processes.process_group(options.device) as device:
+    few = 1 if options.threads is None and recipe.model.startswith(("tiny-", "small-")) else options.threads
+    with processes.process_group(options.device) as device, processes.at_most_threads(few):
         output = console.folder(options.output, "clip_tracer")
         experiment = Experiment(
             recipe, output, root=options.data_root, download=options.download, cache=options.cache,
@@ -143,10 +165,8 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
         ):
             print(plan.outline(recipe, experiment.data.task, names, world_size()), flush=True)
         with console.resumable(output), tracking.to(options.log_to, output):
-            seconds = experiment.pretrain()
-            if isinstance(recipe, DigitsRecipe):
-                console.say(f"pre-trained for {recipe.pretrain.steps} steps, {seconds:.0f} s of training")
-            console.conduct(experiment, names, options.seeds, headline)
+            starts = [partial(start, experiment, number) for number in range(options.pretrainings)]
+            console.conduct(experiment, names, options.seeds, headline, starts)
         if processes.is_main():
             report(experiment, names)
             if options.compare_paper and recipe.published is not None:
@@ -155,6 +175,15 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
                 report_ablation(experiment, options.ablate, names)
             if (saved := experiment.models(names[-1], 0)).exists():
                 print(f"\n{export.how_to_use(saved)}")
+
+
+def start(experiment: Experiment, number: int) -> None:
+    """Let the next runs start from a pre-training, which runs once."""
+    known = number in experiment.starts
+    made = experiment.pretrain(number)
+    if made is None or known:
+        return
+    console.say((f"pre-training {number}: " if number else "") + made.describe())
 
 
 def headline(record: Mapping[str, Any]) -> str:
@@ -168,16 +197,19 @@ def report(experiment: Experiment, names: list[str]) -> None:
     """Print the tables and write the pictures."""
     results, output, published = experiment.results, experiment.output, experiment.recipe.published
     print(f"\n{plots.table(results)}\n")
+    if compared := plots.compared(results):
+        print(f"{compared}\n")
     if averaged := plots.teachers(results):
         print(f"{averaged}\n")
     if published is not None and published in paper.FORGETTING:
         print(f"{paper.compare_forgetting(results, published)}\n")
+    experiment.pretrain()  # the curves are those of the first pre-training
     files = {
         kind: {n: experiment.file(kind, n, 0) for n in names if experiment.file(kind, n, 0).exists()}
         for kind in ("gaps", "reliability", "epochs")
     }
     plots.picture(results, files["gaps"], output / "methods.png")
-    plots.reliability(files["reliability"], output / "reliability.png")
+    plots.reliability(files["reliability"], next(iter(experiment.data.tests)), output / "reliability.png")
     written = "results.json, gaps/*.csv, reliability/*.csv, methods.png, reliability.png"
     if files["epochs"]:
         plots.course(files["epochs"], next(iter(experiment.data.tests)), output / "epochs.png")
@@ -197,6 +229,8 @@ def report_ablation(experiment: Experiment, what: str, names: list[str]) -> None
         ece="ece_per_batch" if isinstance(recipe, PhotoRecipe) else "ece",
     )  # fmt: skip
     print(f"\n{table}\n")
+    if compared := ablations.compared(experiment.results, variants, recipe.method("tracer")):
+        print(f"{compared}\n")
     ablations.picture(experiment.results, what, variants, file)
     print(f"wrote {file}")
 

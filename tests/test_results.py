@@ -45,11 +45,11 @@ def tables(folder):
     if folder in BY_MODEL:
         return [BY_MODEL[folder](name, rows) for name, rows in results["models"].items()]
     if folder.startswith(ABLATION):
-        recipe, what = recipes.get("digits"), folder.removeprefix(ABLATION).removesuffix("-mnist")
-        steps = recipe.finetune.steps
-        return [
-            ablations.table(results, what, ablations.variants(what, recipe.method("tracer"), steps), steps)
-        ]
+        recipe, what = recipes.get(results["config"]["name"]), folder.removeprefix(ABLATION).split("-")[0]
+        steps, tracer = results["config"]["finetune"]["steps"], recipe.method("tracer")
+        variants = ablations.variants(what, tracer, steps)
+        table = ablations.table(results, what, variants, steps)
+        return [table, ablations.compared(results, variants, tracer)] if pretrained_anew(results) else [table]
     if folder == "kernel-gap":
         return kernel_gap.texts(results)
     makers = {
@@ -74,7 +74,14 @@ def tables(folder):
     for task, shown in columns.items():
         if folder.startswith(task):
             return [reports.table(results, shown), *paired(folder, results)]
-    return [makers.get(folder, plots.table)(results)]
+    table = makers.get(folder, plots.table)(results)
+    return [table, plots.compared(results)] if pretrained_anew(results) else [table]
+
+
+def pretrained_anew(results):
+    """Whether results have runs from several pre-trainings."""
+    methods = results.get("methods", {}).values()
+    return len({run.get("pretraining", 0) for method in methods for run in method.get("runs", [])}) > 1
 
 
 def paired(folder, results):

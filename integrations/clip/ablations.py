@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from wmateacher.checks import lookup
-from wmateacher.integrations.clip import clocks, paper
+from wmateacher.integrations.clip import clocks, paper, plots
 from wmateacher.integrations.clip.methods import Merge, Method
 from wmateacher.integrations.engine import tables
 from wmateacher.integrations.engine.tables import Results
 from wmateacher.posthoc import checkpoint_weights
 from wmateacher.spec import parse_sum
 
-__all__ = ["picture", "start_share", "table", "variants"]
+__all__ = ["compared", "picture", "start_share", "table", "variants"]
 
 
 def variants(what: str, tracer: Method, steps: int, of: str = "ft") -> dict[str, Method]:
@@ -172,6 +172,12 @@ def table(
     return shown
 
 
+def compared(results: Results, methods: Mapping[str, Method], tracer: Method) -> str:
+    """Return the paired differences of all variants to the one that is `tracer` itself; empty if none is."""
+    same = [name for name, method in methods.items() if replace(method, name=tracer.name) == tracer]
+    return plots.compared(results, same[0]) if same else ""
+
+
 def picture(results: Results, what: str, methods: Mapping[str, Method], file: Path) -> None:
     """Plot ID and mean OOD accuracy over the variants, and one against the other.
 
@@ -202,7 +208,7 @@ def picture(results: Results, what: str, methods: Mapping[str, Method], file: Pa
         plane.annotate(
             name, (record["id"], record["ood"]), fontsize=7, xytext=(4, 4), textcoords="offset points"
         )
-    plane.set(xlabel="ID accuracy (%)", ylabel="mean OOD accuracy (%)", title="In and out of distribution")
+    plane.set(xlabel="ID accuracy (%)", ylabel="mean OOD accuracy (%)", title=plots.meaning(results))
     for axes in (course, plane):
         axes.grid(alpha=0.3)
     file.parent.mkdir(parents=True, exist_ok=True)

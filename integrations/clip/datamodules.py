@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,15 +16,17 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from wmateacher.integrations.clip.data import files, folders, imagenet
+from wmateacher.integrations.clip.data import files, folders, imagenet, pictograms
 from wmateacher.integrations.clip.data.batches import Batch, Pairing, Sampling
 from wmateacher.integrations.clip.data.digits import PREPROCESSING, DigitPairs, normalise
 from wmateacher.integrations.clip.data.photos import PhotoPairs
+from wmateacher.integrations.clip.data.pictograms import PictogramPairs
 from wmateacher.integrations.clip.evaluation import Labelled, Scorer, TestSet, score, score_set
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Prompts, Tokenizer, Towers, evaluation_view
 from wmateacher.integrations.clip.recipes import (
     DigitsRecipe,
+    EmojiRecipe,
     FolderRecipe,
     PhotoRecipe,
     PretrainedRecipe,
@@ -33,7 +36,10 @@ from wmateacher.integrations.engine import loop, processes
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Domain, Split
 
-__all__ = ["CLIPData", "DigitsData", "FileData", "FolderData", "PhotoData", "training_view"]
+__all__ = [
+    "CLIPData", "DigitsData", "EmojiData", "FileData", "FolderData", "PhotoData", "PretrainingData",
+    "hash_of", "training_view",
+]  # fmt: skip
 
 _TEST_BATCH = 500
 
@@ -67,8 +73,20 @@ class CLIPData(Protocol):
         ...
 
 
+class PretrainingData(CLIPData, Protocol):
+    """The data of a recipe that pre-trains on the data's anchor pairs."""
+
+    def anchors(self, settings: Settings) -> loop.Stream[Batch]:
+        """Return the pairs of pre-training."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """Return everything in the data that the pre-trained towers depend on, as JSON can hold it."""
+        ...
+
+
 class DigitsData:
-    """Digits drawn anew in a domain at every step; a `CLIPData`.
+    """Digits drawn anew in a domain at every step; a `PretrainingData`.
 
     Args:
         recipe: The recipe.
@@ -120,6 +138,11 @@ class DigitsData:
         """Return pairs in the pre-training domain."""
         return self.draw(self.recipe.wide, settings)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything in the data that the pre-trained towers depend on."""
+        content = hash_of(self.train.images, self.train.labels, self.source.classes, self.source.templates)
+        return {"data": self.recipe.data, "domain": asdict(self.recipe.wide), "content": content}
+
     def _scorers(self, split: Split, domains: Mapping[str, Domain]) -> Mapping[str, Scorer]:
         def scorer(domain: Domain) -> Scorer:
             return lambda towers, head: score(towers, head, self._batches(split, domain))
@@ -137,6 +160,72 @@ class DigitsData:
                 yield normalise(domain.draw(part, self._size, generator)), part.labels
 
         return batches()
+
+
+class EmojiData:
+    """Pictograms in several styles; a `PretrainingData`.
+
+    Args:
+        recipe: The recipe.
+        towers: The towers, for their image size.
+        tokenizer: The towers' tokenizer.
+        root: The folder of the pictograms.
+
+    Raises:
+        ValueError: If there is no root, or the folder is damaged.
+        FileNotFoundError: If pictograms are missing.
+    """
+
+    labelled = anchored = True
+    preprocessing = pictograms.PREPROCESSING
+
+    def __init__(
+        self, recipe: EmojiRecipe, towers: Towers, tokenizer: Tokenizer, *, root: Path | None = None
+    ):
+        if root is None:
+            raise ValueError(
+                f"recipe {recipe.name!r} needs the folder of pictograms, got root=None: pass root=DIR "
+                f"(--data-root DIR); {pictograms.HOW_TO_BUILD}"
+            )
+        self.recipe, self._size = recipe, towers.image_size
+        styles = (recipe.style, *recipe.shifts)
+        self.source = pictograms.load(root, styles)
+        self._train = self.source.parts["train"]
+        self._images = {style: pictograms.prepare(self._train.images[style], self._size) for style in styles}
+        self.prompts = Prompts(self.source.classes, pictograms.TEMPLATES, tokenizer)
+        self.tests, self.validation = (
+            {("id" if s == recipe.style else s): self._scorer(self.source.parts[part], s) for s in styles}
+            for part in ("test", "validation")
+        )
+
+    def pairs(self, settings: Settings) -> PictogramPairs:
+        """Return pictograms of one style with captions of their class."""
+        texts = [(self.source.classes[label],) for label in self._train.labels.tolist()]
+        return self._pairs([self.recipe.style], texts, settings)
+
+    def anchors(self, settings: Settings) -> PictogramPairs:
+        """Return pictograms of all styles with captions of their names and keywords."""
+        return self._pairs(list(self._images), self._train.texts, settings)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return everything in the data that the pre-trained towers depend on."""
+        train = self._train
+        content = hash_of(*train.images.values(), train.labels, train.texts, self.prompts.templates)
+        return {"data": list(train.images), "content": content}
+
+    def _pairs(
+        self, styles: Sequence[str], texts: Sequence[Sequence[str]], settings: Settings
+    ) -> PictogramPairs:
+        return PictogramPairs(
+            torch.cat([self._images[style] for style in styles]), self._train.labels.repeat(len(styles)),
+            [*texts] * len(styles), self.prompts.templates, self.prompts.tokenizer,
+            batch_size=settings.batch_size, seed=settings.seed,
+        )  # fmt: skip
+
+    def _scorer(self, part: pictograms.Part, style: str) -> Scorer:
+        images = pictograms.prepare(part.images[style], self._size)
+        batches = list(zip(images.split(_TEST_BATCH), part.labels.split(_TEST_BATCH), strict=True))
+        return lambda towers, head: score(towers, head, batches)
 
 
 class FileData:
@@ -303,6 +392,18 @@ class PhotoData(FileData):
         captioned = copy(self)
         captioned.prompts = replace(self.prompts, templates=imagenet.tracer_templates())
         return captioned
+
+
+def hash_of(*parts: Any) -> str:
+    """Return a hash of tensors and of what `repr` shows in full."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+            digest.update(part.numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
 
 
 def training_view(

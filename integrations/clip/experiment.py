@@ -7,16 +7,25 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import open_clip
+import timm
 import torch
 from torch import nn
 
 from wmateacher.collectives import world_size
 from wmateacher.integrations.clip import export
-from wmateacher.integrations.clip.datamodules import CLIPData, DigitsData, FolderData, PhotoData
+from wmateacher.integrations.clip.datamodules import (
+    CLIPData,
+    DigitsData,
+    EmojiData,
+    FolderData,
+    PhotoData,
+    PretrainingData,
+)
 from wmateacher.integrations.clip.evaluation import Scorer, Scores, summarise
 from wmateacher.integrations.clip.methods import METHODS, Merge, Method
 from wmateacher.integrations.clip.model import (
@@ -30,9 +39,11 @@ from wmateacher.integrations.clip.model import (
 )
 from wmateacher.integrations.clip.recipes import (
     DigitsRecipe,
+    EmojiRecipe,
     FolderRecipe,
     PhotoRecipe,
     PretrainedRecipe,
+    PretrainingRecipe,
     Recipe,
 )
 from wmateacher.integrations.clip.training import build_student, fit
@@ -41,7 +52,7 @@ from wmateacher.integrations.engine.experiment import Outcome, Table
 from wmateacher.integrations.engine.training import Fit
 from wmateacher.posthoc import interpolate, model_stock
 
-__all__ = ["Experiment", "default_cache"]
+__all__ = ["Experiment", "Start", "default_cache"]
 
 SIDES = ("student", "teacher")
 
@@ -49,6 +60,34 @@ SIDES = ("student", "teacher")
 def default_cache() -> Path:
     """Return the folder of pretrained towers: `$XDG_CACHE_HOME/wmateacher`, by default in `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wmateacher"
+
+
+# Seeds of pre-training are far apart, so that none is one of fine-tuning's.
+_BETWEEN_PRETRAININGS = 1000
+
+
+class Start(NamedTuple):
+    """Pre-trained towers.
+
+    Attributes:
+        towers: The towers.
+        steps: The optimizer steps of training.
+        seconds: The seconds of training, over all interruptions.
+        file: The file that keeps them.
+        earlier: Whether the file had them already, so that nothing was trained.
+    """
+
+    towers: Towers
+    steps: int
+    seconds: float
+    file: Path
+    earlier: bool
+
+    def describe(self) -> str:
+        """Return in a line whether the towers were trained now."""
+        if self.earlier:
+            return f"pre-trained earlier ({self.steps} steps, {self.seconds:.0f} s), read from {self.file}"
+        return f"pre-trained for {self.steps} steps, {self.seconds:.0f} s of training"
 
 
 class Experiment(experiment.Experiment[Recipe]):
@@ -73,6 +112,7 @@ class Experiment(experiment.Experiment[Recipe]):
     Attributes:
         recipe: The recipe with the number of steps that its data makes.
         towers: The towers, pretrained once `pretrain` has run.
+        starts: The pre-trainings so far, by number.
         data: The data.
 
     Raises:
@@ -110,34 +150,67 @@ class Experiment(experiment.Experiment[Recipe]):
             photos = PhotoData(recipe, self.towers, tokenizer, root=root, workers=workers)
             self.data, recipe = photos, recipe.resolve(len(photos.train))
         elif isinstance(recipe, DigitsRecipe):
-            torch.manual_seed(recipe.pretrain.seed)
-            self.towers, tokenizer = build(recipe.model)
+            self.towers, tokenizer = _initial(recipe)
             self.data = DigitsData(recipe, self.towers, tokenizer, root=root, download=download)
+        elif isinstance(recipe, EmojiRecipe):
+            self.towers, tokenizer = _initial(recipe)
+            self.data = EmojiData(recipe, self.towers, tokenizer, root=root)
         else:
             raise TypeError(
-                f"recipe must be a DigitsRecipe, a PhotoRecipe or a FolderRecipe, got {type(recipe).__name__}"
+                "recipe must be a DigitsRecipe, an EmojiRecipe, a PhotoRecipe or a FolderRecipe, got "
+                f"{type(recipe).__name__}"
             )
         if adapt is not None:
             recipe = adapt(recipe)
         super().__init__(recipe, output, device=device, progress=progress)
+        self.starts: dict[int, Start] = {}
         self.towers.to(self.device)
         self.prompts = self.data.prompts
 
-    def pretrain(self) -> float:
-        """Pre-train the towers, or load them from the cache, and return the seconds of training.
+    def pretrain(self, number: int = 0) -> Start | None:
+        """Pre-train towers, or load them from the cache; the next runs start from them.
 
-        Towers that were built with pretrained weights are not changed.
+        Args:
+            number: The number of the pre-training, from 0. Each has its own seed.
+
+        Returns:
+            The pre-trained towers, or None if the recipe does not pre-train. Towers that were built with
+            pretrained weights are not changed.
         """
-        if not isinstance(self.recipe, DigitsRecipe) or not isinstance(self.data, DigitsData):
-            return 0.0
-        settings = self.recipe.pretrain
-        key = hashlib.sha256(json.dumps(self._pretraining(), sort_keys=True).encode()).hexdigest()[:16]
-        file = self.cache / f"{self.recipe.model}-{self.recipe.data}-{key}.pt"
+        if not isinstance(self.recipe, PretrainingRecipe):
+            return None
+        if number not in self.starts:
+            self.starts[number] = self._start(number)
+        self.towers, self.pretraining = self.starts[number].towers, number
+        return self.starts[number]
+
+    def cache_file(self, number: int = 0) -> Path:
+        """Return the file of a pre-training; its name depends on all that changes the result."""
+        recipe = self._numbered(number)
+        key = hashlib.sha256(json.dumps(self._depends(recipe), sort_keys=True).encode()).hexdigest()[:16]
+        return self.cache / f"{recipe.model}-{recipe.name}-{key}.pt"
+
+    def _numbered(self, number: int) -> PretrainingRecipe:
+        """Return the recipe with the seed of a pre-training."""
+        recipe = self.recipe
+        assert isinstance(recipe, PretrainingRecipe)
+        seed = recipe.pretrain.seed + _BETWEEN_PRETRAININGS * number
+        return replace(recipe, pretrain=replace(recipe.pretrain, seed=seed))
+
+    def _start(self, number: int) -> Start:
+        recipe, file = self._numbered(number), self.cache_file(number)
+        towers = _initial(recipe)[0].to(self.device)
+        taken: list[int] = []
         pretrained = fit(
-            self.towers, METHODS["flyp"], self.data.draw(self.recipe.wide, settings), settings,
-            checkpoint=file, label="pre-training", progress=self.progress,
+            towers, METHODS["flyp"], self._pretraining_data.anchors(recipe.pretrain), recipe.pretrain,
+            checkpoint=file, label=f"pre-training {number}" if number else "pre-training",
+            progress=self.progress, after_step=taken.append,
         )  # fmt: skip
-        return pretrained.history.seconds
+        return Start(towers, recipe.pretrain.steps, pretrained.history.seconds, file, earlier=not taken)
+
+    @property
+    def _pretraining_data(self) -> PretrainingData:
+        return self.data  # type: ignore[return-value]
 
     def check(self, names: Sequence[str]) -> None:
         """Check that methods can run on this data, before the first of them starts.
@@ -284,18 +357,16 @@ class Experiment(experiment.Experiment[Recipe]):
         tables["reliability"] = Table(("model", "set", "confidence", "accuracy", "share"), rows)
         return tables
 
-    def _pretraining(self) -> dict[str, Any]:
-        """Return all that the pretrained towers depend on."""
-        recipe, data = self.recipe, self.data
-        assert isinstance(recipe, DigitsRecipe)
-        assert isinstance(data, DigitsData)
+    def _depends(self, recipe: PretrainingRecipe) -> dict[str, Any]:
+        """Return all that pre-trained towers depend on; the number of threads and processes only rounds."""
         return {
             "model": recipe.model,
-            "data": recipe.data,
-            "images": len(data.train),
-            "domain": asdict(recipe.wide),
-            "pretrain": asdict(recipe.pretrain),
+            "towers": open_clip.get_model_config(recipe.model),
+            **self._pretraining_data.fingerprint(),
+            "pretrain": recipe.pretrain.run_config(),
             "method": METHODS["flyp"].settings(),
+            "device": self.device.type,
+            "versions": [torch.__version__, open_clip.__version__, timm.__version__],
             "checkpoint": loop.FORMAT,
         }
 
@@ -305,6 +376,12 @@ def _pretrained(recipe: PretrainedRecipe) -> tuple[Towers, Tokenizer]:
     torch.manual_seed(recipe.finetune.seed)  # for towers without weights
     with processes.main_process_first():  # the first may download
         return build(recipe.model, recipe.pretrained)
+
+
+def _initial(recipe: PretrainingRecipe) -> tuple[Towers, Tokenizer]:
+    """Return towers with random weights, and their tokenizer."""
+    torch.manual_seed(recipe.pretrain.seed)
+    return build(recipe.model)
 
 
 def _figures(scores: Mapping[str, Mapping[str, Scores]]) -> dict[str, float]:

@@ -14,6 +14,7 @@ import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg
 from safetensors import SafetensorError
+from timm.models import register_model
 from torch import Tensor, nn
 
 from wmateacher.checks import lookup, nearest
@@ -34,6 +35,42 @@ __all__ = [
 ]
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
+
+
+class SmallConv(nn.Module):
+    """Four convolutions of 3 x 3 with batch normalisation, three of them pooled, then the mean over places.
+
+    It learns pictograms in fewer steps than timm's small networks, and has what open_clip asks of them.
+
+    Args:
+        widths: The numbers of channels. The first convolution has stride 2.
+    """
+
+    def __init__(self, widths: Sequence[int] = (32, 64, 128, 256)):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
+            layers += [
+                nn.Conv2d(before, width, 3, stride=1 if i else 2, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
+            layers += [nn.MaxPool2d(2)] if i else []
+        self.layers, self.num_features, self.default_cfg = nn.Sequential(*layers), widths[-1], {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features, `[B, width]`."""
+        return self.layers(images).mean((2, 3))
+
+    def reset_classifier(self, *args: Any, **options: Any) -> None:
+        """Do nothing: there is no classifier."""
+
+
+@register_model
+def small_conv(pretrained: bool = False, **options: Any) -> SmallConv:
+    """Return a `SmallConv`, for timm's registry."""
+    return SmallConv()
+
 
 # This package's small configurations join open_clip's own, under their file names.
 open_clip.add_model_config(Path(__file__).parent / "configs")
@@ -159,8 +196,8 @@ def build(
 
     Args:
         model: A name that open_clip knows, or one of this package's small configurations
-            (`tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`). `local-dir:DIR` and
-            `hf-hub:NAME` name a model with its weights.
+            (`small-conv-32`, `tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`).
+            `local-dir:DIR` and `hf-hub:NAME` name a model with its weights.
         pretrained: A tag of open_clip, a checkpoint file, or `local-dir:DIR` for the weights of such a
             folder. None initialises the towers at random, unless the model has its weights.
         device: The device of the tensors; `"meta"` gives their shapes without memory.

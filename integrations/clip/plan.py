@@ -17,6 +17,7 @@ from wmateacher.integrations.clip.datamodules import FolderData
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Towers, build
 from wmateacher.integrations.clip.recipes import (
+    EmojiRecipe,
     FolderRecipe,
     PhotoRecipe,
     PretrainedRecipe,
@@ -229,6 +230,9 @@ def _data(recipe: Recipe, root: Path | None) -> _Found:
         templates = read_templates(recipe.templates, root)
         lines = [f"{len(templates)} templates, such as {templates[0]!r}"]
         return _Found(found.pairs, found.labelled, [*found.lines, *lines])
+    if isinstance(recipe, EmojiRecipe):
+        where = "--data-root is missing" if root is None else f"in {root}"
+        return _Found(0, True, [f"data: pictograms in {', '.join((recipe.style, *recipe.shifts))}, {where}"])
     if not isinstance(recipe, PhotoRecipe):
         return _Found(0, True, [f"data: {getattr(recipe, 'data', '')}" + (f" in {root}" if root else "")])
     if root is None:

@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wmateacher.integrations.engine import tables
+from wmateacher.integrations.engine import comparison, tables
+from wmateacher.integrations.engine.results import identity
 from wmateacher.integrations.engine.tables import Results
 
-__all__ = ["course", "picture", "reliability", "table", "teachers"]
+__all__ = ["COMPARED", "compared", "course", "meaning", "picture", "reliability", "table", "teachers"]
+
+COMPARED = {"ID": ("id", 1), "OOD ECE": ("ece", 3), "mean OOD": ("ood", 1)}
+"""The figures whose paired differences are shown."""
 
 
 def table(results: Results) -> str:
@@ -31,6 +35,22 @@ def table(results: Results) -> str:
     )
 
 
+def compared(results: Results, reference: str = "tracer") -> str:
+    """Return the paired differences of all methods to one of them, and sentences on what they show.
+
+    The text is empty if there is nothing to compare.
+    """
+    others = [name for name in results["methods"] if name != reference]
+    if reference not in results["methods"] or not others:
+        return ""
+    columns = {
+        k: v for k, v in COMPARED.items() if tables.look_up(results["methods"][reference], v[0]) is not None
+    }
+    table = comparison.differences(results, columns, [(other, reference) for other in others])
+    accuracies = {k: v for k, v in columns.items() if k != "OOD ECE"}
+    return f"{table}\n\n{comparison.findings(results, accuracies, reference, others)}"
+
+
 def teachers(results: Results) -> str:
     """Return a table of the teachers' figures, one row per method that has one; empty if none has."""
     having = {n: r for n, r in results["methods"].items() if tables.look_up(r, "teacher.id") is not None}
@@ -42,6 +62,8 @@ def teachers(results: Results) -> str:
 
 def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
     """Plot ID against mean OOD accuracy of every method, and the gap of every teacher during training.
+
+    A point is the mean over the method's runs, its bars are their sample deviations.
 
     Args:
         results: The content of `results.json`.
@@ -63,7 +85,7 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
             xerr=record["std"]["id"] if many else None, yerr=record["std"]["ood"] if many else None,
             fmt="o", color=colours[name], label=name, capsize=3, markersize=8,
         )  # fmt: skip
-    plane.set(xlabel="ID accuracy (%)", ylabel="mean OOD accuracy (%)", title="In and out of distribution")
+    plane.set(xlabel="ID accuracy (%)", ylabel="mean OOD accuracy (%)", title=meaning(results))
     plane.grid(alpha=0.3)
     if plane.get_legend_handles_labels()[0]:
         plane.legend(fontsize="small")
@@ -72,50 +94,64 @@ def picture(results: Results, gaps: Mapping[str, Path], file: Path) -> None:
         steps, values = [int(r["step"]) for r in rows], [float(r["gap"]) for r in rows]
         distance.plot(steps, values, color=colours[name], label=f"{name}: {_kernel(results, name)}")
     distance.set(
-        xlabel="optimizer step", ylabel="|W - M| / |W|", title="Distance of the teacher from its student"
-    )
+        xlabel="optimizer step", ylabel="|W - M| / |W|",
+        title="Distance of the teacher from its student (first seed)",
+    )  # fmt: skip
     distance.grid(alpha=0.3)
     if gaps:
         distance.legend(loc="upper left", bbox_to_anchor=(0, -0.12), frameon=False)
     _save(figure, file)
 
 
-def reliability(tables: Mapping[str, Path], file: Path) -> None:
-    """Plot accuracy over confidence on every test set; calibrated methods lie on the diagonal.
+def reliability(tables: Mapping[str, Path], in_distribution: str, file: Path) -> None:
+    """Plot accuracy over confidence, one panel per method; a calibrated method lies on the diagonal.
 
-    The size of a point shows the share of images in its bin.
+    A panel has one line in distribution and one for all shifts together. A point is a bin of confidence that
+    holds at least 1% of the images.
 
     Args:
         tables: For each method a CSV with columns model, set, confidence, accuracy, share.
+        in_distribution: The name of the ID set.
         file: The file to write; its suffix gives the format.
     """
     from matplotlib.figure import Figure
 
-    rows = {name: _rows(path) for name, path in tables.items()}
-    tests = list(dict.fromkeys(row["set"] for found in rows.values() for row in found))
-    across = min(4, len(tests))
-    down = -(-len(tests) // across)
-    figure = Figure(figsize=(3.2 * across + 1.8, 3.2 * down), layout="constrained")
+    across = min(4, len(tables))
+    down = -(-len(tables) // across)
+    figure = Figure(figsize=(2.7 * across, 2.7 * down + 0.6), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).ravel()
-    colours = _colours(list(rows))
-    for axes, test in zip(panels, tests, strict=False):
+    for axes, (name, path) in zip(panels, tables.items(), strict=False):
         axes.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        for name, found in rows.items():
-            for side, style in (("student", "-"), ("teacher", "--")):
-                bins = [r for r in found if r["set"] == test and r["model"] == side]
-                if bins:
-                    at = [[float(r[key]) for r in bins] for key in ("confidence", "accuracy")]
-                    sizes = [4 + 60 * float(r["share"]) for r in bins]
-                    axes.plot(*at, style, color=colours[name], linewidth=1)
-                    axes.scatter(*at, s=sizes, color=colours[name], label=name if side == "student" else None)
-        axes.set(title=test, xlim=(0, 1), ylim=(0, 1))
+        rows = [row for row in _rows(path) if row["model"] == "student"]
+        for label, inside in (("in distribution", True), ("all shifts", False)):
+            points = _pooled([row for row in rows if (row["set"] == in_distribution) == inside])
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=1, label=label)
+        axes.set(title=name, xlim=(0, 1), ylim=(0, 1))
         axes.grid(alpha=0.3)
-    for axes in panels[len(tests) :]:
+    for axes in panels[len(tables) :]:
         axes.set_axis_off()
-    figure.supxlabel("confidence (dashed: the teacher)")
-    figure.supylabel("accuracy")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.supxlabel("mean confidence of a bin of test images (first seed)")
+    figure.supylabel("their accuracy")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     _save(figure, file)
+
+
+def _pooled(rows: Sequence[Mapping[str, str]], least: float = 0.01) -> list[tuple[float, float]]:
+    """Return (confidence, accuracy) of each tenth of confidence over several sets of equal weight."""
+    bins: dict[int, list[tuple[float, float, float]]] = {}
+    for row in rows:
+        confidence, accuracy, share = (float(row[key]) for key in ("confidence", "accuracy", "share"))
+        bins.setdefault(min(int(10 * confidence), 9), []).append((confidence, accuracy, share))
+    total = sum(share for found in bins.values() for *_, share in found)
+    points = []
+    for _, found in sorted(bins.items()):
+        weight = sum(share for *_, share in found)
+        if weight >= least * total:
+            points.append(
+                (sum(c * s for c, _, s in found) / weight, sum(a * s for _, a, s in found) / weight)
+            )
+    return points
 
 
 def course(tables: Mapping[str, Path], in_distribution: str, file: Path) -> None:
@@ -165,6 +201,16 @@ def _save(figure: Any, file: Path) -> None:
 def _rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
+
+
+def meaning(results: Results) -> str:
+    """Return what a point of a picture is."""
+    runs = [identity(run) for record in results["methods"].values() for run in record["runs"]]
+    seeds, pretrainings = len({seed for _, seed in runs}), len({number for number, _ in runs})
+    if len(set(runs)) == 1:
+        return "A point: a method, one run"
+    over = f"{seeds} seeds" if pretrainings == 1 else f"{seeds} seeds x {pretrainings} pre-trainings"
+    return f"A point: a method's mean over {over}; bars: sample deviation"
 
 
 def _kernel(results: Results, method: str) -> str:

@@ -20,10 +20,12 @@ from wmateacher.integrations.vision.digits import Domain
 __all__ = [
     "RECIPES",
     "DigitsRecipe",
+    "EmojiRecipe",
     "FolderRecipe",
     "OwnSettings",
     "PhotoRecipe",
     "PretrainedRecipe",
+    "PretrainingRecipe",
     "Recipe",
     "Settings",
     "get",
@@ -31,6 +33,7 @@ __all__ = [
 
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 PretrainedT = TypeVar("PretrainedT", bound="PretrainedRecipe")
+PretrainingT = TypeVar("PretrainingT", bound="PretrainingRecipe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +183,35 @@ def _check_captions(recipe: Recipe) -> None:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRecipe(Recipe):
+    """Pre-train a small CLIP before it is fine-tuned.
+
+    Attributes:
+        pretrain: Settings of the pre-training, which is plain contrastive learning.
+    """
+
+    pretrain: Settings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_captions(self)
+        if ":" in self.model:
+            raise ValueError(
+                f"model must be the name of towers, got {self.model!r}, which has weights: this recipe "
+                "pre-trains its own"
+            )
+
+    def with_pretraining(self: PretrainingT, steps: int | None) -> PretrainingT:
+        """Return the recipe with another number of pre-training steps and the warm-up in proportion."""
+        return replace(self, pretrain=self.pretrain.scaled(steps))
+
+
 # --- drawn digits -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class DigitsRecipe(Recipe):
+class DigitsRecipe(PretrainingRecipe):
     """Pre-train a small CLIP on digits of one domain and fine-tune it on another.
 
     Attributes:
@@ -192,7 +219,6 @@ class DigitsRecipe(Recipe):
         wide: The pre-training domain.
         narrow: The fine-tuning domain, which is in-distribution at evaluation.
         shifts: The test domains.
-        pretrain: Settings of the pre-training, which is plain contrastive learning.
         train_images: The largest number of training images to use.
         large_data_steps: Pre-training steps if `data` is changed to a source of 60,000 images.
     """
@@ -201,19 +227,12 @@ class DigitsRecipe(Recipe):
     wide: Hidden[Domain]
     narrow: Hidden[Domain]
     shifts: Hidden[Mapping[str, Domain]]
-    pretrain: Settings
     train_images: int = 10**9
     large_data_steps: Hidden[int | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("data", self.data, digits.SOURCES)
-        _check_captions(self)
-        if ":" in self.model:
-            raise ValueError(
-                f"model must be the name of towers, got {self.model!r}, which has weights: this recipe "
-                "pre-trains its own"
-            )
 
     def adjust(self) -> DigitsRecipe:
         """Return the recipe with more steps of pre-training if `data` was changed to larger data.
@@ -225,10 +244,6 @@ class DigitsRecipe(Recipe):
             return self
         is_larger = self.data not in (before.data, "digits")
         return self.with_pretraining(self.large_data_steps) if is_larger else self
-
-    def with_pretraining(self, steps: int | None) -> DigitsRecipe:
-        """Return the recipe with another number of pre-training steps and the warm-up in proportion."""
-        return replace(self, pretrain=self.pretrain.scaled(steps))
 
 
 DIGITS = DigitsRecipe(
@@ -297,6 +312,40 @@ COLORED_MNIST = DigitsRecipe(
     published="colored-mnist",
 )
 
+
+# --- pictograms -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiRecipe(PretrainingRecipe):
+    """Pre-train a small CLIP on pictograms by several hands, and fine-tune it on those by one of them.
+
+    Attributes:
+        style: The style of fine-tuning, which is in-distribution at evaluation.
+        shifts: The styles that only pre-training sees.
+    """
+
+    style: str
+    shifts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        styles = (self.style, *self.shifts)
+        if not self.shifts or len(set(styles)) < len(styles):
+            raise ValueError(f"shifts must be styles other than {self.style!r}, each once, got {self.shifts}")
+
+
+EMOJI = EmojiRecipe(
+    name="emoji",
+    summary="pictograms by five hands with their names -> the 56 kinds in one hand -> the other four hands",
+    model="small-conv-32",
+    style="twemoji",
+    shifts=("noto", "openmoji", "sketch", "fluent"),
+    pretrain=Settings(steps=4000, learning_rate=2e-3, batch_size=64, warmup=100, clip_norm=1.0),
+    finetune=Settings(steps=300, learning_rate=1e-3, batch_size=64, warmup=30, clip_norm=1.0),
+    methods=DIGITS.methods,
+    default=DIGITS.default,
+)
 
 # --- photographs ------------------------------------------------------------------------------------
 
@@ -576,7 +625,9 @@ FOLDERS = FolderRecipe(
     default=("zero-shot", "flyp", "tracer"),
 )
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (DIGITS, COLORED_MNIST, *_IMAGENET, FOLDERS)}
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (DIGITS, COLORED_MNIST, EMOJI, *_IMAGENET, FOLDERS)
+}
 """The recipes by name."""
 
 

@@ -1,4 +1,4 @@
-"""Paired differences between methods over seeds, with confidence intervals."""
+"""Paired differences between methods over pre-trainings and seeds, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 
+from wmateacher.integrations.engine.results import identity
 from wmateacher.integrations.engine.tables import Columns, Results, aligned, look_up
 
-__all__ = ["differences", "half_width"]
+__all__ = ["differences", "findings", "half_width"]
+
+Run = tuple[int, int]
+"""The numbers of a run's pre-training and seed."""
 
 
 def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
@@ -24,8 +28,10 @@ def half_width(values: Sequence[float], confidence: float = 0.95) -> float:
 def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, str]]) -> str:
     """Return a table with one row for each pair: the mean difference ± half its 95% t interval.
 
-    Differences, one minus other, are taken seed by seed, over the seeds that both have. What a seed changes
-    for both, such as the data and the pre-training, cancels.
+    Differences, one minus other, are taken run by run, over the pre-trainings and seeds that both have. What
+    these change for both, such as the data and the start, cancels. With several pre-trainings, a last column
+    has the mean difference in each of them, of the last of `columns`: the runs from one pre-training are not
+    independent, so an interval over all runs is too narrow if these means disagree.
 
     Args:
         results: The content of `results.json`.
@@ -37,15 +43,89 @@ def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, s
     for one, other in pairs:
         row = {"difference": f"{one} - {other}"}
         for column, (path, digits) in columns.items():
-            ours, theirs = (_by_seed(results, name, path) for name in (one, other))
-            row[column] = _cell([ours[s] - theirs[s] for s in ours if s in theirs], f"+.{digits}f")
+            found = _paired(results, path, one, other)
+            row[column] = _cell(list(found.values()), f"+.{digits}f")
+        means = _by_pretraining(found)
+        if len(_pretrainings(results)) > 1:
+            cells = (f"{mean:+.{digits}f}" for mean in means.values())
+            row[f"{column} in each pre-training"] = "  ".join(cells)
         rows.append(row)
     return aligned(rows) if rows else ""
 
 
-def _by_seed(results: Results, name: str, path: str) -> dict[int, float]:
-    found = {run["seed"]: look_up(run, path) for run in results["methods"][name]["runs"]}
-    return {seed: value for seed, value in found.items() if value is not None}
+def findings(results: Results, columns: Columns, reference: str, others: Sequence[str]) -> str:
+    """Return one sentence for each column: which methods the reference is above, below, or not told from.
+
+    A difference counts if its 95% interval excludes 0 and it has the same sign in every pre-training.
+
+    Args:
+        results: The content of `results.json`.
+        columns: The columns of `differences`.
+        reference: The name of the method that the others are compared with.
+        others: The names of the other methods.
+    """
+    sentences = []
+    for column, (path, _) in columns.items():
+        found: dict[str, list[str]] = {"above": [], "below": [], "unclear": [], "alone": []}
+        runs = 0
+        for other in others:
+            paired = _paired(results, path, reference, other)
+            runs = max(runs, len(paired))
+            found[_verdict(paired)].append(other)
+        if not runs:
+            continue
+        if runs == 1:
+            sentences.append(f"{column}: one run each, which shows no order; use --seeds and --pretrainings.")
+            continue
+        parts = [
+            f"{reference} is {side} {_listed(found[side])}" for side in ("above", "below") if found[side]
+        ]
+        if found["unclear"]:
+            parts.append(f"its difference to {_listed(found['unclear'])} is within the noise")
+        if found["alone"]:
+            parts.append(f"too few runs of {_listed(found['alone'])}")
+        text = "; ".join(parts)
+        if not found["above"] and not found["below"]:
+            text = text.replace("its difference", f"{reference}'s difference", 1)
+        sentences.append(f"{column}, {runs} pairs, 95% intervals: {text}.")
+    return "\n".join(sentences)
+
+
+def _verdict(paired: dict[Run, float]) -> str:
+    values = list(paired.values())
+    if len(values) < 2:
+        return "alone"
+    mean = statistics.fmean(values)
+    signs = {value > 0 for value in _by_pretraining(paired).values()}
+    if abs(mean) <= half_width(values) or len(signs) > 1:
+        return "unclear"
+    return "above" if mean > 0 else "below"
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _paired(results: Results, path: str, one: str, other: str) -> dict[Run, float]:
+    """Return one minus other for every run that both have."""
+    ours, theirs = (_by_run(results, name, path) for name in (one, other))
+    return {run: ours[run] - theirs[run] for run in ours if run in theirs}
+
+
+def _by_run(results: Results, name: str, path: str) -> dict[Run, float]:
+    found = {identity(run): look_up(run, path) for run in results["methods"][name]["runs"]}
+    return {run: value for run, value in found.items() if value is not None}
+
+
+def _by_pretraining(paired: dict[Run, float]) -> dict[int, float]:
+    """Return the mean of each pre-training."""
+    numbers = sorted({pretraining for pretraining, _ in paired})
+    return {n: statistics.fmean(v for (p, _), v in paired.items() if p == n) for n in numbers}
+
+
+def _pretrainings(results: Results) -> set[int]:
+    return {identity(run)[0] for method in results["methods"].values() for run in method["runs"]}
 
 
 def _cell(values: Sequence[float], form: str) -> str:

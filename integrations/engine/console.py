@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,20 @@ def conduct(
     names: Iterable[str],
     seeds: int,
     headline: Callable[[Mapping[str, Any]], str],
+    starts: Sequence[Callable[[], object]] = (lambda: None,),
 ) -> None:
-    """Run every method with every seed.
+    """Run every method with every seed from every start: all methods first, so that they can be compared.
 
     Args:
         experiment: The experiment, which records the results.
         names: The names of the methods.
         seeds: The number of seeds, from 0.
         headline: Summarises a record in a few words.
+        starts: Called before the runs from each start, such as a pre-training.
     """
     names = list(names)
     for seed in range(seeds):
-        for name in names:
-            say(f"{name} (seed {seed}): {headline(experiment.run(name, seed))}")
+        for start in starts:
+            start()
+            for name in names:
+                say(f"{experiment.label(name, seed)}: {headline(experiment.run(name, seed))}")

@@ -58,12 +58,15 @@ class Experiment(ABC, Generic[RecipeT]):
 
     Attributes:
         packages: Packages whose versions `results.json` names.
+        pretraining: The number of the pre-training that the next runs start from, or None if the task has no
+            pre-training of its own.
 
     Raises:
         ValueError: If the folder holds results of another configuration.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
+    pretraining: int | None = None
 
     def __init__(
         self, recipe: RecipeT, output: Path, *, device: torch.device | str = "cpu", progress: bool = True
@@ -88,7 +91,7 @@ class Experiment(ABC, Generic[RecipeT]):
             The record of this seed; `results["methods"]` has the means over all seeds so far.
         """
         self._results.claim()
-        recorded = self._results.recorded(name, seed)
+        recorded = self._results.recorded(name, seed, self.pretraining or 0)
         if recorded is not None:
             return recorded
         try:
@@ -99,7 +102,8 @@ class Experiment(ABC, Generic[RecipeT]):
         if processes.is_main():
             for what, table in outcome.tables.items():
                 write_csv(*table, self.file(what, name, seed))
-        record = {"seed": seed, **outcome.record}
+        start = {} if self.pretraining is None else {"pretraining": self.pretraining}
+        record = {"seed": seed, **start, **outcome.record}
         self._results.record(name, record)
         return record
 
@@ -110,12 +114,20 @@ class Experiment(ABC, Generic[RecipeT]):
 
     def file(self, what: str, name: str, seed: int) -> Path:
         """Return the file of one of the tables of a run, such as `"gaps"`."""
-        return self.output / what / f"{file_name(name)}-{seed}.csv"
+        return self.output / what / f"{self.run_name(name, seed)}.csv"
+
+    def run_name(self, name: str, seed: int) -> str:
+        """Return the name of a run's files: method and seed, and the number of the pre-training if not 0."""
+        return file_name(name) + (f"-p{self.pretraining}" if self.pretraining else "") + f"-{seed}"
 
     def loop_options(self, name: str, seed: int) -> loop.ResumeOptions:
         """Return the options of `loop.train` that make a run resumable and name it."""
         return {
-            "checkpoint": self.output / "checkpoints" / f"{file_name(name)}-{seed}.pt",
-            "label": f"{name} (seed {seed})",
+            "checkpoint": self.output / "checkpoints" / f"{self.run_name(name, seed)}.pt",
+            "label": self.label(name, seed),
             "progress": self.progress,
         }
+
+    def label(self, name: str, seed: int) -> str:
+        """Return the name of a run for the reader."""
+        return f"{name} (seed {seed}" + (f", pre-training {self.pretraining})" if self.pretraining else ")")

@@ -19,6 +19,7 @@ from wmateacher.integrations.engine import processes, signals, tracking
 
 __all__ = [
     "FORMAT",
+    "SAY_EVERY",
     "AfterRead",
     "BatchStream",
     "History",
@@ -39,6 +40,8 @@ Stream = Callable[[int], Iterator[Batch]]
 
 FORMAT = 3
 """The version of the checkpoints."""
+SAY_EVERY = 60.0
+"""The seconds between lines on the progress of a run that has no terminal for its bar."""
 _READ_EVERY = 20
 
 
@@ -166,7 +169,7 @@ def train(
         checkpoint: The file for checkpoints. If it exists, the run resumes from it.
         checkpoint_every: The number of steps between checkpoints.
         label: The name in the progress bar and in the logs. Default: the task's name.
-        progress: Whether to show a progress bar on a terminal.
+        progress: Whether to show a progress bar on a terminal, or a line every minute elsewhere.
         after_step: Called after every step with the number of steps done.
         after_read: Called once for every step and every evaluation, with the number of steps done and the
             logged values. Values are read from the device every few steps.
@@ -191,6 +194,7 @@ def train(
         total=task.steps, initial=run.step, desc=label or task.name, unit="step",
         disable=None if progress and processes.is_main() else True, leave=False, dynamic_ncols=True,
     )  # fmt: skip
+    said = time.monotonic()
     with bar, signals.on_sigterm() as request:
         while True:
             # An evaluation follows the checkpoint of its step, so an interruption costs the evaluation alone.
@@ -206,7 +210,12 @@ def train(
             last = run.step == task.steps
             if last or run.step % _READ_EVERY == 0:
                 run.settle(checkpoint)
-                bar.set_postfix(loss=f"{run.history.values('loss')[-1]:.3f}", refresh=False)
+                loss = f"{run.history.values('loss')[-1]:.3f}"
+                bar.set_postfix(loss=loss, refresh=False)
+                # Without a terminal there is no bar, but a log should show that the run is alive.
+                if progress and bar.disable and processes.is_main() and time.monotonic() - said >= SAY_EVERY:
+                    said = time.monotonic()
+                    print(f"{label or task.name}: step {run.step} of {task.steps}, loss {loss}", flush=True)
             terminated = not last and _terminated(request, run.step)
             evaluated_next = evaluate is not None and run.step in evaluate_at
             due = last or terminated or evaluated_next or run.step % checkpoint_every == 0

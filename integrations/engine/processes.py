@@ -27,6 +27,7 @@ __all__ = [
     "all_gather_rows",
     "all_reduce_sum",
     "any_of",
+    "at_most_threads",
     "broadcast_from_main",
     "check_batch",
     "is_main",
@@ -183,3 +184,18 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used ({reason}); pass cpu, cuda or cuda:N") from None
+
+
+@contextmanager
+def at_most_threads(count: int | None) -> Iterator[None]:
+    """Let torch use at most so many CPU threads inside the block; None changes nothing.
+
+    The threads of one operation wait for each other. If the operations are small, or other programs keep the
+    cores busy, several threads take longer than one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else min(before, count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

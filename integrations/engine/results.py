@@ -21,7 +21,16 @@ import torch
 from wmateacher.files import write_atomically
 from wmateacher.integrations.engine import processes
 
-__all__ = ["Results", "environment", "file_name", "flatten", "read_json", "write_csv", "write_json"]
+__all__ = [
+    "Results",
+    "environment",
+    "file_name",
+    "flatten",
+    "identity",
+    "read_json",
+    "write_csv",
+    "write_json",
+]
 
 
 def environment(device: torch.device | str, packages: Iterable[str] = ()) -> dict[str, Any]:
@@ -93,17 +102,25 @@ class Results:
             with contextlib.suppress(OSError):  # of a folder that holds something else
                 self.output.rmdir()
 
-    def recorded(self, method: str, seed: int) -> dict[str, Any] | None:
+    def recorded(self, method: str, seed: int, pretraining: int = 0) -> dict[str, Any] | None:
         """Return the record of one run, or None if it has not finished."""
         all_runs = self.content["methods"].get(method, {}).get("runs", [])
-        return next((run for run in all_runs if run["seed"] == seed), None)
+        return next((run for run in all_runs if identity(run) == (pretraining, seed)), None)
 
     def record(self, method: str, record: dict[str, Any]) -> None:
-        """Add the record of one run, with its `seed`, and write the file."""
+        """Add the record of one run, with its `seed` and perhaps `pretraining`, and write the file."""
         all_runs = [*self.content["methods"].get(method, {}).get("runs", []), record]
         self.content["methods"][method] = {**_over_seeds(all_runs), "runs": all_runs}
         if processes.is_main():
             write_json(self.content, self.file)
+
+
+def identity(run: Mapping[str, Any]) -> tuple[int, int]:
+    """Return what tells a run from others of its method: the number of its pre-training, and its seed.
+
+    A record without `pretraining` is one of pre-training 0.
+    """
+    return run.get("pretraining", 0), run["seed"]
 
 
 def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -116,7 +133,7 @@ def _over_seeds(records: list[dict[str, Any]]) -> dict[str, Any]:
             inner = _over_seeds(values)
             deviations[key] = inner.pop("std")
             means[key] = inner
-        elif key != "seed":
+        elif key not in ("seed", "pretraining"):
             known = [v for v in values if isinstance(v, (int, float))]
             means[key] = statistics.fmean(known) if known else None
             deviations[key] = statistics.stdev(known) if len(known) > 1 else 0.0

@@ -41,3 +41,68 @@ def test_a_single_seed_has_no_interval():
 
 def test_without_pairs_there_is_no_table():
     assert comparison.differences(results(a={0: 3.0, 1: 2.0}), COLUMNS, []) == ""
+
+
+def runs(**methods):
+    """Records of two pre-trainings with three seeds each."""
+    return {
+        "methods": {
+            name: {
+                "runs": [
+                    {"pretraining": p, "seed": s, "ood": v} for (p, s), v in zip(RUNS, values, strict=True)
+                ]
+            }
+            for name, values in methods.items()
+        }
+    }
+
+
+RUNS = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+REFERENCE = [50.0, 51.0, 52.0, 70.0, 71.0, 72.0]
+OOD = {"mean OOD": ("ood", 1)}
+
+
+def test_differences_are_taken_in_each_pretraining_and_shown_for_each():
+    """Pre-trainings differ by twenty; seeds alone would pair a run with one of another pre-training."""
+    lower = [value - 2 - 0.1 * (i % 2) for i, value in enumerate(REFERENCE)]
+    text = comparison.differences(runs(a=lower, b=REFERENCE), OOD, [("a", "b")])
+    half = comparison.half_width([-2.0, -2.1, -2.0, -2.1, -2.0, -2.1])
+    heading, row = (" ".join(line.split()) for line in text.splitlines())
+    assert heading == "difference mean OOD mean OOD in each pre-training"
+    assert row == f"a - b -2.0 ±{half:.1f} -2.0 -2.1"
+    assert "each pre-training" not in comparison.differences(
+        results(a={0: 1.0}, b={0: 2.0}), COLUMNS, [("a", "b")]
+    )
+
+
+def test_findings_say_what_the_intervals_show():
+    noise = [0.1, -0.2, 0.3, -0.1, 0.2, -0.3]
+    # On average far below, but above in one of the two pre-trainings.
+    torn = [value + change for value, change in zip(REFERENCE, [1, 1.1, 1, -9, -9.1, -9], strict=True)]
+    both = runs(
+        ref=REFERENCE,
+        low=[v - 3 + n for v, n in zip(REFERENCE, noise, strict=True)],
+        high=[v + 3 + n for v, n in zip(REFERENCE, noise, strict=True)],
+        same=[v + n for v, n in zip(REFERENCE, noise, strict=True)],
+        torn=torn,
+    )
+    others = ["low", "high", "same", "torn"]
+    assert comparison.findings(both, OOD, "ref", others) == (
+        "mean OOD, 6 pairs, 95% intervals: ref is above low; ref is below high; its difference to same and "
+        "torn is within the noise."
+    )
+    assert comparison.findings(both, OOD, "ref", ["same"]).endswith(
+        "ref's difference to same is within the noise."
+    )
+    one = results(a={0: 1.0}, b={0: 2.0})
+    assert comparison.findings(one, {"new": ("student.new", 1)}, "a", ["b"]) == (
+        "new: one run each, which shows no order; use --seeds and --pretrainings."
+    )
+
+
+def test_a_difference_that_is_clear_overall_but_not_in_each_pretraining_is_noise():
+    change = [-0.5, -0.4, -0.6, 0.1, 0.05, -0.1]
+    both = runs(a=REFERENCE, b=[v + c for v, c in zip(REFERENCE, change, strict=True)])
+    low, high = stats.ttest_1samp(change, 0).confidence_interval(0.8)
+    assert low < high < 0
+    assert "noise" in comparison.findings(both, OOD, "a", ["b"])

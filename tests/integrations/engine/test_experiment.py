@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 
+from wmateacher.integrations.engine import console
 from wmateacher.integrations.engine.experiment import Experiment, Outcome, Table
 
 
@@ -80,3 +82,20 @@ def test_every_method_and_seed_has_a_checkpoint_and_a_label_of_its_own(tmp_path)
         "label": "a (seed 1)",
         "progress": False,
     }
+
+
+def test_all_methods_run_before_the_next_start_and_seed(tmp_path, capsys):
+    experiment = Doubling(Recipe(), tmp_path, progress=False)
+
+    def start(number):
+        experiment.pretraining = number
+
+    console.conduct(
+        experiment, ("a", "b"), 2, lambda r: f"{r['accuracy']:.0f}", [partial(start, n) for n in (0, 1)]
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        "a (seed 0): 10", "b (seed 0): 10", "a (seed 0, pre-training 1): 10", "b (seed 0, pre-training 1): 10",
+        "a (seed 1): 11", "b (seed 1): 11", "a (seed 1, pre-training 1): 11", "b (seed 1, pre-training 1): 11",
+    ]  # fmt: skip
+    assert experiment.loop_options("a", 1)["checkpoint"] == tmp_path / "checkpoints/a-p1-1.pt"
+    assert experiment.file("curves", "a", 1).exists()

@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from wmateacher.integrations.engine import loop, signals, tracking
+from wmateacher.integrations.engine import loop, processes, signals, tracking
 from wmateacher.posthoc import average_checkpoints
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "clip_tracer.py"
@@ -304,3 +304,26 @@ def test_the_example_ends_cleanly_when_it_is_terminated_and_goes_on(tmp_path):
     (board,) = (tmp_path / "out/tensorboard").glob("tracer*")
     for name in ("loss", "gap", "fd", "info_nce", "logit_scale", "learning_rate"):
         assert list(scalars(board, name)) == list(range(1, 81)), name
+
+
+def test_without_a_terminal_a_line_says_now_and_then_how_far_a_run_is(monkeypatch, capsys):
+    monkeypatch.setattr(loop, "SAY_EVERY", 0.0)
+    loop.train(Line(), label="a line")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(", loss")[0] for line in lines] == [f"a line: step {n} of 60" for n in (20, 40, 60)]
+    loop.train(Line(), progress=False)
+    monkeypatch.setattr(loop, "SAY_EVERY", 60.0)
+    loop.train(Line())
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("most", "inside"), [(None, 3), (2, 2), (8, 3)])
+def test_threads_are_limited_inside_the_block_alone(most, inside):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with processes.at_most_threads(most):
+            assert torch.get_num_threads() == inside
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -47,6 +47,17 @@ def test_records_of_several_seeds_become_means_and_deviations(tmp_path):
     assert read.recorded("a", 2) is read.recorded("b", 0) is None
 
 
+def test_runs_of_two_pretrainings_are_told_apart_and_one_without_a_number_is_of_the_first(tmp_path):
+    results = Results(tmp_path, {}, {})
+    results.record("a", {"seed": 0, "id": 1.0})
+    results.record("a", {"seed": 0, "pretraining": 1, "id": 3.0})
+    assert results.recorded("a", 0)["id"] == results.recorded("a", 0, 0)["id"] == 1
+    assert results.recorded("a", 0, 1)["id"] == 3
+    assert results.recorded("a", 0, 2) is None
+    mean = results.content["methods"]["a"]
+    assert (mean["id"], "pretraining" in mean, "pretraining" in mean["std"]) == (2, False, False)
+
+
 def test_results_of_another_configuration_are_refused(tmp_path):
     Results(tmp_path, {"steps": 3, "seed": 0}, {}).record("a", {"seed": 0})
     with pytest.raises(
