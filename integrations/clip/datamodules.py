@@ -193,6 +193,8 @@ class EmojiData:
         self._train = self.source.parts["train"]
         self._images = {style: pictograms.prepare(self._train.images[style], self._size) for style in styles}
         self.prompts = Prompts(self.source.classes, pictograms.TEMPLATES, tokenizer)
+        self.tests: Mapping[str, Scorer]
+        self.validation: Mapping[str, Scorer]
         self.tests, self.validation = (
             {("id" if s == recipe.style else s): self._scorer(self.source.parts[part], s) for s in styles}
             for part in ("test", "validation")

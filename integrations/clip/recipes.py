@@ -440,7 +440,8 @@ class PhotoRecipe(PretrainedRecipe):
         """Return the recipe without `epochs` if the steps of fine-tuning were changed."""
         before = RECIPES.get(self.name)
         changed = before is not None and self.finetune.steps != before.finetune.steps
-        return replace(super().adjust(), **({"epochs": None} if changed else {}))
+        recipe = super().adjust()
+        return replace(recipe, epochs=None) if changed else recipe
 
     def resolve(self, pairs: int) -> PhotoRecipe:
         """Return the recipe with the numbers of steps that follow from the number of training pairs.
