@@ -53,7 +53,8 @@ class SmallConv(nn.Module):
                 nn.ReLU(),
             ]
             layers += [nn.MaxPool2d(2)] if i else []
-        self.layers, self.num_features, self.default_cfg = nn.Sequential(*layers), widths[-1], {}
+        self.layers, self.num_features = nn.Sequential(*layers), widths[-1]
+        self.default_cfg: dict[str, Any] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features, `[B, width]`."""
