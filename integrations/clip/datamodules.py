@@ -193,12 +193,7 @@ class EmojiData:
         self._train = self.source.parts["train"]
         self._images = {style: pictograms.prepare(self._train.images[style], self._size) for style in styles}
         self.prompts = Prompts(self.source.classes, pictograms.TEMPLATES, tokenizer)
-        self.tests: Mapping[str, Scorer]
-        self.validation: Mapping[str, Scorer]
-        self.tests, self.validation = (
-            {("id" if s == recipe.style else s): self._scorer(self.source.parts[part], s) for s in styles}
-            for part in ("test", "validation")
-        )
+        self.tests, self.validation = self._scorers("test"), self._scorers("validation")
 
     def pairs(self, settings: Settings) -> PictogramPairs:
         """Return pictograms of one style with captions of their class."""
@@ -223,6 +218,10 @@ class EmojiData:
             [*texts] * len(styles), self.prompts.templates, self.prompts.tokenizer,
             batch_size=settings.batch_size, seed=settings.seed,
         )  # fmt: skip
+
+    def _scorers(self, name: str) -> Mapping[str, Scorer]:
+        part = self.source.parts[name]
+        return {("id" if s == self.recipe.style else s): self._scorer(part, s) for s in self._images}
 
     def _scorer(self, part: pictograms.Part, style: str) -> Scorer:
         images = pictograms.prepare(part.images[style], self._size)
