@@ -317,7 +317,8 @@ CLAIMS = (
         "python benchmarks/train_throughput.py",
         verdict="not tried",
         note=f"Not on a GPU. On a CPU, a step takes {_ratio('ft'):.2f} times that of FT, "
-        f"{_ratio('flyp'):.2f} times that of FLYP ([train-throughput](results.md#{_anchor('train-throughput')})).",
+        f"{_ratio('flyp'):.2f} times that of FLYP "
+        f"([train-throughput](results.md#{_anchor('train-throughput')})).",
     ),
     Claim(
         "The bias under a weighted average vanishes",
