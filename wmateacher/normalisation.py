@@ -49,15 +49,14 @@ class Flags:
     """The flags of a student's layers, looked up once, that say which of them are frozen."""
 
     def __init__(self, student: nn.Module, key: Any = None):
-        """Look up the layers of an unwrapped student.
+        """Watch an unwrapped student, whose layers are looked up on first use: it may not be complete yet.
 
         Args:
             student: The student.
             key: What the layers belong to, so that they may be looked up anew if it is another object.
         """
         self.student, self.key = student, key
-        layers = _switched(student)
-        self._names, self._layers = list(layers), list(layers.values())
+        self._layers: dict[str, nn.Module] | None = None
         self._seen: list[bool] | None = None
 
     def frozen(self) -> frozenset[str] | None:
@@ -68,11 +67,13 @@ class Flags:
         # This runs at every update and forward pass of a teacher.
         if not self.student.training:
             return None
-        flags = list(map(_TRAINING, self._layers))
+        if self._layers is None:
+            self._layers = _switched(self.student)
+        flags = list(map(_TRAINING, self._layers.values()))
         if flags == self._seen:
             return None
         self._seen = flags
-        return frozenset(n for n, training in zip(self._names, flags, strict=True) if not training)
+        return frozenset(n for n, training in zip(self._layers, flags, strict=True) if not training)
 
 
 def statistics(model: nn.Module, without: Collection[str] = ()) -> dict[str, Tensor]:

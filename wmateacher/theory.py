@@ -443,7 +443,8 @@ class PowerLaw:
 
         share, t = 1.0 / (1.0 + self.distill_weight), t[..., None]
         j = np.arange(1.0, self._added + 1.0)
-        added = np.sum(np.where(j <= t, np.log1p(-share * self._omega(j)), 0.0), axis=-1)
+        with np.errstate(divide="ignore"):  # a large exponent leaves less than 1 - omega can hold: 0
+            added = np.sum(np.where(j <= t, np.log1p(-share * self._omega(j)), 0.0), axis=-1)
         # The logarithm at step j is a series in 1 / (j + 1).
         first, last = self._added + 2.0, np.maximum(t[..., 0], self._added) + 2.0
         one, *others = self._expansion()

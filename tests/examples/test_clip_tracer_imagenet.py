@@ -202,7 +202,7 @@ def test_wrong_folders_and_tables_are_errors_before_anything_runs(root):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--pretrain-steps", "3"], "--pretrain-steps is for recipes of digits, got recipe 'imagenet-vit-b-16'"),
+        (["--pretrain-steps", "3"], "--pretrain-steps is for recipes that pre-train, got recipe 'imagenet-vit-b-16'"),
         (["--pretrained", "openai"], "unknown weights 'openai' for 'tiny-vit-16': neither a file nor a tag"),
         (
             ["--tests", "imagenet-r", "imagenet", "--compare-paper"],

@@ -93,7 +93,7 @@ def test_the_weights_of_a_folder_are_loaded_as_model_or_as_weights(tmp_path):
     ):
         build("tiny-vit-16", f"local-dir:{tmp_path}/none")
     (tmp_path / "own/open_clip_pytorch_model.bin").unlink()
-    with pytest.raises(ValueError, match="cannot read weights"):
+    with pytest.raises(ValueError, match="cannot read the weights of 'local-dir:"):
         build(own, own)
 
 

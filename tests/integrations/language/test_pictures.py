@@ -18,7 +18,8 @@ CURVES = {
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """A function that draws the courses of some methods and returns the panels by title."""
-    run = SimpleNamespace(output=tmp_path, results={"methods": {}})
+    run = SimpleNamespace(output=tmp_path, results={"methods": {}}, pretraining=0)
+    run.run_name = lambda *given: Experiment.run_name(run, *given)
     run.file = lambda *given: Experiment.file(run, *given)
     for name, seeds in CURVES.items():
         run.results["methods"][name] = {"runs": [{"seed": seed} for seed in range(len(seeds))]}
