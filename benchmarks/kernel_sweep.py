@@ -230,7 +230,8 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
                 "distill_weight": cell.distill_weight,
                 "pretraining": cell.pretraining,
             }
-            results["cells"].append({**about, **record})
+            # The experiment of a cell knows one pre-training, its first.
+            results["cells"].append({**record, **about})
             write_json(results, output / "results.json")
             print(
                 f"[{done}/{len(cells)}] {name}: "

@@ -57,7 +57,7 @@ def installed_names():
         for path in (ROOT / folder).rglob("*"):
             inside = path.relative_to(ROOT / folder)
             linked = folder == "wmateacher" and inside.parts[0] == "integrations"
-            if path.suffix in (".py", ".json", ".typed") and not linked:
+            if path.suffix in (".py", ".json", ".txt", ".typed") and not linked:
                 yield f"{place}/{inside.as_posix()}"
 
 

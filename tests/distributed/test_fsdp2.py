@@ -128,7 +128,8 @@ def test_a_measured_distance_is_that_of_the_whole_model(folder):
             move(student, whole, step)
             with CommDebugMode() as comm:
                 teacher.update()
-            assert comm.get_total_counts() == 1  # all tensors are sharded alike
+            # All tensors are sharded alike; a single rank has nobody to ask.
+            assert comm.get_total_counts() == int(torch.distributed.get_world_size() > 1)
             single.update()
         weights = torch.tensor(teacher.trajectory_weights())
         torch.testing.assert_close(weights, torch.tensor(single.trajectory_weights()), rtol=1e-5, atol=1e-6)
