@@ -165,6 +165,7 @@ BETA = "beta(0.5,0.5)"
 MEAN_TEACHER = ("accuracy", "test accuracy")
 KNN = ("teacher.knn", "k-NN accuracy")
 KEPT = ("student.kept", "kept")
+NEW = ("student.new", "new")
 
 ADVICE = (
     Advice(
@@ -236,10 +237,18 @@ ADVICE = (
             Comparison("lm-facts", f"sft-teacher {BETA}", "sft", *KEPT),
             Comparison("lm-facts", "sft-teacher static", f"sft-teacher {BETA}", *KEPT),
             Comparison("lm-facts", f"sft-teacher {BETA}", "sft-teacher ema(0.95)", *KEPT),
+            Comparison("lm-skill", f"sdft {BETA}", "sdft ema(0.95)", *NEW),
+            Comparison("lm-skill", f"sdft {BETA}", "sdft ema(0.95)", *KEPT),
+            Comparison("lm-skill", f"sdft {BETA}", "sdft static", *NEW),
         ),
     ),
     Advice(
-        "LoRA", f"`{BETA}`", note="By analogy with full fine-tuning; what such teachers cost is measured."
+        "LoRA, a short run (a language model)",
+        f"`static` or `{BETA}`",
+        (
+            Comparison("lm-lora", f"sft-teacher {BETA}", "sft", *KEPT),
+            Comparison("lm-lora", f"sft-teacher {BETA}", "sft-teacher static", *KEPT),
+        ),
     ),
 )  # fmt: skip
 

@@ -34,7 +34,6 @@ ABLATION = "clip-ablation-"
 BY_MODEL = {
     "memory": memory.table,
     "token-losses": token_losses.table,
-    "token-losses-32000": token_losses.table,
     "update-overhead": update_overhead.table,
 }
 
