@@ -75,7 +75,7 @@ def findings(results: Results, columns: Columns, reference: str, others: Sequenc
         if not runs:
             continue
         if runs == 1:
-            sentences.append(f"{column}: one run each, which shows no order; use --seeds and --pretrainings.")
+            sentences.append(f"{column}: one run each, which shows no order; use --seeds.")
             continue
         parts = [
             f"{reference} is {side} {_listed(found[side])}" for side in ("above", "below") if found[side]

@@ -96,7 +96,7 @@ def test_findings_say_what_the_intervals_show():
     )
     one = results(a={0: 1.0}, b={0: 2.0})
     assert comparison.findings(one, {"new": ("student.new", 1)}, "a", ["b"]) == (
-        "new: one run each, which shows no order; use --seeds and --pretrainings."
+        "new: one run each, which shows no order; use --seeds."
     )
 
 
