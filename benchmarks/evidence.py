@@ -83,7 +83,7 @@ class Advice:
         run: The kind of run.
         use: The advice.
         evidence: The comparisons that it rests on.
-        note: What else there is to say.
+        note: A sentence for the reader, such as a limit of the evidence.
     """
 
     run: str
@@ -101,7 +101,7 @@ class Claim:
         command: The command that measures it.
         evidence: Comparisons that are above 0 if it holds.
         verdict: The verdict of a claim that is not about differences between runs.
-        note: What else there is to say.
+        note: A sentence for the reader, such as a limit of the evidence.
     """
 
     claim: str

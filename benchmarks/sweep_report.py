@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from wmateacher import kernels, theory
-from wmateacher.integrations.engine.comparison import half_width
+from wmateacher.integrations.engine.comparison import half_width, is_above_noise
 from wmateacher.integrations.engine.results import write_csv
 from wmateacher.integrations.engine.tables import aligned
 
@@ -92,16 +92,6 @@ def paired(results: dict[str, Any], row: Row, baseline: str, key: str) -> dict[t
     return {run: ours[run] - theirs[run] for run in ours if run in theirs}
 
 
-def above_noise(differences: dict[tuple[int, int], float]) -> bool:
-    """Return whether the 95% interval excludes 0 and all pre-trainings agree about the sign."""
-    by_pretraining: dict[int, list[float]] = {}
-    for (pretraining, _), value in differences.items():
-        by_pretraining.setdefault(pretraining, []).append(value)
-    signs = {statistics.fmean(values) > 0 for values in by_pretraining.values()}
-    values = list(differences.values())
-    return len(values) > 1 and len(signs) == 1 and abs(statistics.fmean(values)) > half_width(values)
-
-
 def differences(results: dict[str, Any], baseline: str = BASELINE) -> str:
     """Return a table of the mean paired differences to the baseline ± half their 95% t interval.
 
@@ -120,7 +110,7 @@ def differences(results: dict[str, Any], baseline: str = BASELINE) -> str:
                 line[heading] = ""
                 continue
             width = half_width(list(found.values()))
-            mark = "!" if above_noise(found) else " "
+            mark = "!" if is_above_noise(found) else " "
             line[heading] = f"{statistics.fmean(found.values()):+.{digits}f} ±{width:.{digits}f}{mark}"
         if row["kernel"] != baseline:
             lines.append(line)
@@ -275,7 +265,7 @@ def difference_picture(results: dict[str, Any], baseline: str) -> Any:
             if len(values) > 1:
                 axis.errorbar(
                     statistics.fmean(values.values()), place, xerr=half_width(list(values.values())), fmt="o",
-                    markersize=4, elinewidth=1, color="C1" if above_noise(values) else "0.5",
+                    markersize=4, elinewidth=1, color="C1" if is_above_noise(values) else "0.5",
                 )  # fmt: skip
         axis.axvline(0, color="0.5", linewidth=0.8, zorder=0)
         title = _explained(key, figures(results)).replace("(%)", "(points)")

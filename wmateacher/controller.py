@@ -200,7 +200,7 @@ class Distances:
 
     def __init__(self, kernel: Gap, shadow: Shadow, student: nn.Module):
         """Keep a copy of the student's present weights on the teacher's device."""
-        self._share, self._shadow = kernel.share, shadow
+        self._kernel, self._shadow = kernel, shadow
         self.start = Start()
         self._plan: Plan | None = None
         self._layouts: list[tuple[Tensor, list[_Batch]]] = []
@@ -236,7 +236,7 @@ class Distances:
         home = parts[0].device
         apart, moved = torch.stack([p.to(home, non_blocking=True) for p in parts]).sum(0).sqrt().unbind()
         # NaN stays NaN: a student that is not finite is treated as with any other kernel.
-        omega = (1.0 - self._share * moved / apart).clamp(min=0.0)
+        omega = self._kernel.omega(apart, moved)
         omega = torch.where(apart == 0, 0.0, omega)  # of 0 / 0, if the student has not moved
         return omega if plan.on_device else float(omega)
 

@@ -708,6 +708,16 @@ class Gap(Kernel):
     def needs_horizon(self) -> bool:  # noqa: D102
         return False
 
+    def omega(self, apart: Any, moved: Any) -> Any:
+        """Return the weight of a snapshot.
+
+        Args:
+            apart: The distance |M - W| before the snapshot, a number or a tensor; not 0.
+            moved: The distance |W - W^0|, in the same form.
+        """
+        above = 1.0 - self.share * moved / apart
+        return (above + abs(above)) / 2.0  # max(0, above), also of a tensor; NaN stays NaN
+
     def retention(self, steps: NDArray[np.int64], total_steps: int | None) -> Array:
         """Return 0 for step 0. No later step has a retention before the run.
 

@@ -53,7 +53,8 @@ class Flags:
 
         Args:
             student: The student.
-            key: What the layers belong to, so that they may be looked up anew if it is another object.
+            key: Any object, such as the update plan that these layers are part of. If the caller has another
+                one, the layers are to be looked up anew.
         """
         self.student, self.key = student, key
         self._layers: dict[str, nn.Module] | None = None

@@ -62,7 +62,8 @@ def suggest(
 
     Args:
         total_steps: The number of optimizer steps of the run. Default: the end of the run is open.
-        start: What the run starts from: `pretrained` weights that are worth remembering, or `random` ones.
+        start: The kind of weights that the run starts from: `pretrained`, which are worth remembering, or
+            `random`.
         start_weight: The wished weight of W^0 in the final average, in (0, 1).
         mean_age: The wished mean age of the averaged states, as a share of the run in (0, 1).
         batch_norm: Whether the student has batch normalisation. Default: nothing is said about it.

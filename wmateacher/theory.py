@@ -252,7 +252,7 @@ def distil(
         omega = clock.tick()
         if gap is not None and omega is not None:
             apart, moved = (float(np.linalg.norm(student - other)) for other in (teacher, world.start))
-            omega = max(0.0, 1.0 - gap.share * moved / apart) if apart else 0.0
+            omega = gap.omega(apart, moved) if apart else 0.0
         omega = omega or 0.0
         teacher = teacher + omega * (student - teacher)
         course.append(_distances(world, student, teacher))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -15,6 +14,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from wmateacher.files import save
+from wmateacher.integrations.engine.results import write_json
 
 __all__ = ["why_not", "write_transformers"]
 
@@ -118,8 +118,7 @@ def write_transformers(
         "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
         "projection_dim": config["embed_dim"],
     }
-    _write_json(
-        folder / "config.json",
+    write_json(
         {
             "architectures": ["CLIPModel"],
             "model_type": "clip",
@@ -143,6 +142,7 @@ def write_transformers(
                 "pad_token_id": end,
             },
         },
+        folder / "config.json",
     )
     _write_preprocessor(preprocessing, vision["image_size"], folder)
     _write_tokenizer(text["context_length"], folder)
@@ -190,8 +190,7 @@ def _layers(name: str, tensor: Tensor, names: Mapping[str, str]) -> list[tuple[s
 def _write_preprocessor(preprocessing: Mapping[str, Any], size: int, folder: Path) -> None:
     square = {"height": size, "width": size}
     squash = preprocessing.get("resize_mode") == "squash"
-    _write_json(
-        folder / "preprocessor_config.json",
+    write_json(
         {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": True,
@@ -206,6 +205,7 @@ def _write_preprocessor(preprocessing: Mapping[str, Any], size: int, folder: Pat
             "image_mean": list(preprocessing["mean"]),
             "image_std": list(preprocessing["std"]),
         },
+        folder / "preprocessor_config.json",
     )
 
 
@@ -218,7 +218,7 @@ def _write_tokenizer(context_length: int, folder: Path) -> None:
     """Write open_clip's vocabulary under transformers' names of the special tokens."""
     tokenizer = _tokenizer()
     special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    _write_json(folder / "vocab.json", {special.get(k, k): i for k, i in tokenizer.encoder.items()})
+    write_json({special.get(k, k): i for k, i in tokenizer.encoder.items()}, folder / "vocab.json")
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks)]
     (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
     end = special["<end_of_text>"]
@@ -226,11 +226,7 @@ def _write_tokenizer(context_length: int, folder: Path) -> None:
         "bos_token": special["<start_of_text>"],
         **dict.fromkeys(("eos_token", "pad_token", "unk_token"), end),
     }
-    _write_json(
-        folder / "tokenizer_config.json",
+    write_json(
         {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, **tokens},
+        folder / "tokenizer_config.json",
     )
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -53,8 +53,8 @@ class CLIPData(Protocol):
         validation: The validation sets by name, for all choices that depend on results.
         labelled: Whether training pairs have labels.
         anchored: Whether there are anchor pairs.
-        preprocessing: What a saved model must do to images, where that is not in its towers; in the terms of
-            `open_clip.get_model_preprocess_cfg`.
+        preprocessing: The entries of `open_clip.get_model_preprocess_cfg` in which a saved model's
+            preprocessing differs from that of its towers.
     """
 
     prompts: Prompts

@@ -240,7 +240,7 @@ class Experiment(experiment.Experiment[Recipe]):
 
     def models(self, name: str, seed: int) -> Path:
         """Return the folder of the models of a run, one for the student and one for its teacher."""
-        return self.file("models", name, seed).with_suffix("")
+        return self.output / "models" / self.run_name(name, seed)
 
     def train(self, name: str, seed: int) -> Outcome:
         """Fine-tune by the method `name` from the pretrained towers, save the models, and evaluate."""

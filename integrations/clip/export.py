@@ -21,7 +21,7 @@ from torch import Tensor
 from wmateacher import files
 from wmateacher.checks import one_of
 from wmateacher.integrations.clip import conversion
-from wmateacher.integrations.clip.data import imagenet
+from wmateacher.integrations.clip.data import folders, imagenet
 from wmateacher.integrations.clip.model import (
     Classifier,
     Prompts,
@@ -33,6 +33,7 @@ from wmateacher.integrations.clip.model import (
     towers_of,
     zero_shot_head,
 )
+from wmateacher.integrations.engine.results import write_json
 
 __all__ = [
     "CLASSES",
@@ -79,8 +80,8 @@ def save(
         student: The model, or its teacher's module: towers from `model.build`, or a `Classifier` of them.
         folder: The folder to write, which must not exist or be empty.
         prompts: The texts of the classification task.
-        preprocessing: What is different in the preprocessing of its images from that of the towers, in the
-            terms of `open_clip.get_model_preprocess_cfg`, such as `mean` and `std`.
+        preprocessing: The entries of `open_clip.get_model_preprocess_cfg`, such as `mean` and `std`, in which
+            the preprocessing of its images differs from that of the towers.
 
     Raises:
         ValueError: If the folder is not empty, or the towers do not know their configuration.
@@ -142,19 +143,13 @@ def _write(student: Student, folder: Path, prompts: Prompts, preprocessing: Mapp
     config = dict(towers.config)
     preprocessing = {**open_clip.get_model_preprocess_cfg(towers.clip), **preprocessing}
     state = {name: tensor.detach().cpu() for name, tensor in towers.clip.state_dict().items()}
-    _write_json(folder / CONFIG, {"model_cfg": config, "preprocess_cfg": preprocessing})
+    write_json({"model_cfg": config, "preprocess_cfg": preprocessing}, folder / CONFIG)
     files.save(state, folder / WEIGHTS)
     if hasattr(prompts.tokenizer, "save_pretrained"):  # one of transformers; open_clip has its own vocabulary
         prompts.tokenizer.save_pretrained(str(folder))
     linear = isinstance(student, Classifier)
-    _write_json(
-        folder / CLASSES,
-        {
-            "head": "linear" if linear else "text",
-            "classes": list(prompts.classes),
-            "templates": list(prompts.templates),
-        },
-    )
+    texts = {"classes": list(prompts.classes), "templates": list(prompts.templates)}
+    write_json({"head": "linear" if linear else "text", **texts}, folder / CLASSES)
     head = {"head": head_of(student, prompts).detach().cpu()}
     if linear:
         files.save(head, folder / HEAD)
@@ -163,11 +158,6 @@ def _write(student: Student, folder: Path, prompts: Prompts, preprocessing: Mapp
     if conversion.why_not(config, preprocessing) is None:
         (folder / TRANSFORMERS).mkdir()
         conversion.write_transformers(state, config, preprocessing, folder / TRANSFORMERS)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    with files.write_atomically(file) as stream:
-        stream.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _digest(file: Path) -> str:
@@ -251,13 +241,15 @@ class SavedModel:
     def classify(self, images: Sequence[Image.Image | str | Path]) -> list[Answer]:
         """Return the most probable class of each of some images or image files.
 
+        Files are read as those of the recipe `folders`: turned as their EXIF data says, on white.
+
         Raises:
             OSError: If a file cannot be read as an image.
         """
         if isinstance(images, str | Path | Image.Image):
             raise TypeError(f"images must be a list of images or files, got {images!r}: pass [image]")
         opened = [
-            i.convert("RGB") if isinstance(i, Image.Image) else imagenet.read_image(str(i)) for i in images
+            i.convert("RGB") if isinstance(i, Image.Image) else folders.read_image(str(i)) for i in images
         ]
         return self.answers(torch.stack([self.transform(image) for image in opened])) if opened else []
 

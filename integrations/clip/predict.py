@@ -20,12 +20,12 @@ import torch
 import tyro
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from wmateacher.files import write_atomically
 from wmateacher.integrations.clip import export
-from wmateacher.integrations.clip.data import imagenet
+from wmateacher.integrations.clip.data import folders
+from wmateacher.integrations.clip.data.folders import SUFFIXES
 from wmateacher.integrations.engine import command, processes, signals
 
 __all__ = ["Options", "Prediction", "images_in", "main", "predict"]
@@ -43,8 +43,9 @@ class Options:
     """CSV file to write, or None for the standard output."""
     classes: Path | None = None
     """Text file with one class name per line, to use instead of the model's."""
-    templates: Path | None = None
-    """Text file with one template per line, such as `a photo of a {}.`, to use instead of the model's."""
+    templates: tuple[str, ...] = ()
+    """Captions such as `a photo of a {}.`, openai, simple, or text files with one per line, to use instead of
+    the model's."""
     batch_size: int = 64
     """Images per batch."""
     workers: int = 0
@@ -82,11 +83,10 @@ def images_in(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}: give a folder of images")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    found = sorted(p for p in folder.rglob("*") if p.name.lower().endswith(SUFFIXES) and p.is_file())
     if not found:
         raise FileNotFoundError(
-            f"no images in {str(folder)!r} or its subfolders: their names must end in "
-            + ", ".join(IMG_EXTENSIONS)
+            f"no images in {str(folder)!r} or its subfolders: their names must end in " + ", ".join(SUFFIXES)
         )
     return found
 
@@ -128,7 +128,7 @@ class _Files(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
         path = self.paths[index]
         try:
-            return path, self.transform(imagenet.read_image(str(path))), ""
+            return path, self.transform(folders.read_image(str(path))), ""
         except OSError as error:
             return path, None, str(error)
 
@@ -149,7 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = "python -m wmateacher.integrations.clip.predict"
     options = tyro.cli(Options, args=argv, prog=program, description=__doc__)
     paths = images_in(options.images)
-    classes, templates = _lines(options.classes, "--classes"), _lines(options.templates, "--templates")
+    classes = None if options.classes is None else folders.read_classes(options.classes).names
+    templates = folders.read_templates(options.templates) if options.templates else None
     with processes.process_group(options.device) as device:
         model = export.load(options.model, device, classes=classes, templates=templates)
         found = predict(model, paths, batch_size=options.batch_size, workers=options.workers)
@@ -178,21 +179,6 @@ def _text(output: Path | None) -> Iterator[TextIO]:
         text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
         yield text
         text.detach()
-
-
-def _lines(file: Path | None, option: str) -> list[str] | None:
-    """Return the lines of a text file that are not blank."""
-    if file is None:
-        return None
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{option} {file} is not text in UTF-8 ({error})") from error
-    wrong = [line for line in lines if "{}" not in line] if option == "--templates" else []
-    if not lines or wrong:
-        need = "templates with {} for the class" if option == "--templates" else "class names"
-        raise ValueError(f"{option} {file} must have {need}, one per line, got {wrong[:1] or 'none'}")
-    return lines
 
 
 if __name__ == "__main__":

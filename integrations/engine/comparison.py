@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from wmateacher.integrations.engine.results import identity
 from wmateacher.integrations.engine.tables import Columns, Results, aligned, look_up
 
-__all__ = ["differences", "findings", "half_width"]
+__all__ = ["Run", "differences", "findings", "half_width", "is_above_noise"]
 
 Run = tuple[int, int]
 """The numbers of a run's pre-training and seed."""
@@ -56,7 +56,7 @@ def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, s
 def findings(results: Results, columns: Columns, reference: str, others: Sequence[str]) -> str:
     """Return one sentence for each column: which methods the reference is above, below, or not told from.
 
-    A difference counts if its 95% interval excludes 0 and it has the same sign in every pre-training.
+    A difference counts if it `is_above_noise`.
 
     Args:
         results: The content of `results.json`.
@@ -91,15 +91,19 @@ def findings(results: Results, columns: Columns, reference: str, others: Sequenc
     return "\n".join(sentences)
 
 
-def _verdict(paired: dict[Run, float]) -> str:
+def is_above_noise(paired: Mapping[Run, float]) -> bool:
+    """Return whether the 95% interval of differences excludes 0, with the same sign in every pre-training."""
     values = list(paired.values())
-    if len(values) < 2:
-        return "alone"
-    mean = statistics.fmean(values)
     signs = {value > 0 for value in _by_pretraining(paired).values()}
-    if abs(mean) <= half_width(values) or len(signs) > 1:
+    return len(signs) == 1 and abs(statistics.fmean(values)) > half_width(values)
+
+
+def _verdict(paired: Mapping[Run, float]) -> str:
+    if len(paired) < 2:
+        return "alone"
+    if not is_above_noise(paired):
         return "unclear"
-    return "above" if mean > 0 else "below"
+    return "above" if statistics.fmean(paired.values()) > 0 else "below"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -118,7 +122,7 @@ def _by_run(results: Results, name: str, path: str) -> dict[Run, float]:
     return {run: value for run, value in found.items() if value is not None}
 
 
-def _by_pretraining(paired: dict[Run, float]) -> dict[int, float]:
+def _by_pretraining(paired: Mapping[Run, float]) -> dict[int, float]:
     """Return the mean of each pre-training."""
     numbers = sorted({pretraining for pretraining, _ in paired})
     return {n: statistics.fmean(v for (p, _), v in paired.items() if p == n) for n in numbers}

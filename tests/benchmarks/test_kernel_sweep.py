@@ -94,20 +94,6 @@ def test_one_run_each_shows_no_order():
     assert sweep_report.differences(results).startswith("One run of each kernel, which shows no order")
 
 
-@pytest.mark.parametrize(
-    ("values", "above"),
-    [
-        ({(0, 0): 1.0, (0, 1): 1.1, (0, 2): 0.9}, True),
-        ({(0, 0): 1.0, (0, 1): -1.1, (0, 2): 0.9}, False),
-        ({(0, 0): 1.0}, False),
-        # Nearly all differences are alike, but one pre-training says the contrary.
-        ({**{(0, s): 1.0 + s / 100 for s in range(30)}, (1, 0): -0.1}, False),
-    ],
-)
-def test_above_noise_excludes_0_and_all_pretrainings_agree(values, above):
-    assert sweep_report.above_noise(values) is above
-
-
 def test_the_theory_is_compared_by_rank():
     runs = [("static", 0, 0, 1.0, 5.0), ("beta(0.5,0.5)", 0, 0, 2.0, 4.0), ("uniform", 0, 0, 3.0, 3.0)]
     lines = sweep_report.correlations(sweep_of(*runs)).splitlines()

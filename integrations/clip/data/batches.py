@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Pairing", "Sampling", "check_templates", "join"]
+from wmateacher.integrations.engine import processes
+
+__all__ = ["Batch", "Pairing", "Sampling", "check_templates", "join", "own_parts"]
 
 Sampling = Literal["epochs", "balanced"]
 """The way to draw batches: a new permutation each epoch, or all classes equally often."""
@@ -48,6 +50,20 @@ class Batch(NamedTuple):
 
         labels = None if self.labels is None else move(self.labels)
         return Batch(move(self.images), move(self.tokens), move(self.caption), labels, self.unreadable)
+
+
+def own_parts(batch: Callable[[int], Batch], first_step: int) -> Iterator[Batch]:
+    """Yield this process's parts of the batches without end, from `first_step` on.
+
+    Args:
+        batch: Returns the batch of one step, with the pairs of all processes.
+        first_step: The index of the first step.
+    """
+    step = first_step
+    while True:
+        whole = batch(step)
+        yield whole if processes.is_single() else whole.rows(processes.local_slice(len(whole.images)))
+        step += 1
 
 
 def join(first: Batch, second: Batch) -> Batch:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmateacher.integrations.clip.data.batches import Batch
+from wmateacher.integrations.clip.data.batches import Batch, own_parts
 from wmateacher.integrations.clip.model import Tokenizer
-from wmateacher.integrations.engine import processes
 from wmateacher.integrations.engine.sampling import Epochs, generator
 from wmateacher.integrations.vision.digits import Domain, Split
 
@@ -65,12 +64,8 @@ class DigitPairs:
         self.templates = len(templates)
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Yield this process's batches without end, from `first_step` on."""
-        step = first_step
-        while True:
-            whole = self.batch(step)
-            yield whole if processes.is_single() else whole.rows(processes.local_slice(len(whole.images)))
-            step += 1
+        """Return this process's batches without end, from `first_step` on."""
+        return own_parts(self.batch, first_step)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step, with the pairs of all processes."""

@@ -376,7 +376,7 @@ class Task:
         train: The images to train on.
         validation: Those that were held out of training, or None.
         tests: The test sets by name; the first is in-distribution.
-        notes: What was left out, and what may surprise.
+        notes: Sentences on images that were left out and on classes with few or no training images.
         digest: A digest of the names and the labels of all images.
     """
 

@@ -19,9 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from wmateacher.integrations.clip.data.batches import Batch
+from wmateacher.integrations.clip.data.batches import Batch, own_parts
 from wmateacher.integrations.clip.model import Tokenizer
-from wmateacher.integrations.engine import processes
 from wmateacher.integrations.engine.sampling import Epochs, generator
 
 __all__ = [
@@ -210,12 +209,8 @@ class PictogramPairs:
         self._tokens: dict[str, Tensor] = {}
 
     def __call__(self, first_step: int) -> Iterator[Batch]:
-        """Yield this process's batches without end, from `first_step` on."""
-        step = first_step
-        while True:
-            whole = self.batch(step)
-            yield whole if processes.is_single() else whole.rows(processes.local_slice(len(whole.images)))
-            step += 1
+        """Return this process's batches without end, from `first_step` on."""
+        return own_parts(self.batch, first_step)
 
     def batch(self, step: int) -> Batch:
         """Return the batch of one step, with the pairs of all processes."""

@@ -318,6 +318,26 @@ def test_a_folder_of_images_is_classified_to_csv(run, tmp_path, capsys):
     assert all(float(row["confidence"]) >= 0.5 for row in rows)
 
 
+def test_files_are_read_as_in_training_on_ones_own_images(run, tmp_path):
+    """Turned by a camera, or with transparent parts: what the model sees is what a viewer shows."""
+    upright = Image.new("RGB", (40, 30), "red")
+    upright.paste("blue", (0, 0, 15, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    upright.rotate(180).save(tmp_path / "turned.png", exif=exif)
+    clear = upright.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (20, 0, 40, 30))
+    clear.save(tmp_path / "clear.PNG")
+    upright.save(tmp_path / "first.gif")
+    on_white = upright.copy()
+    on_white.paste("white", (20, 0, 40, 30))
+    model = export.load(run.models("tracer", 0) / "student")
+    seen = model.classify([tmp_path / "turned.png", tmp_path / "clear.PNG"])
+    assert seen == model.classify([upright, on_white])
+    assert seen != model.classify([upright.rotate(180), upright])
+    assert len(predict.images_in(tmp_path)) == 3
+
+
 def test_wrong_folders_and_options_are_explained(run, tmp_path):
     images, model = tmp_path / "images", run.models("tracer", 0) / "student"
     classes = tmp_path / "classes.txt"
@@ -343,7 +363,7 @@ def test_wrong_folders_and_options_are_explained(run, tmp_path):
         ([run.models("ft", 0) / "student", images, "--classes", classes], "trained for its own 10 classes"),
         (
             [model, images, "--templates", tmp_path / "bad.txt"],
-            r"templates with {} for the class, .*'no place'",
+            r"captions with one {} for the class, got \['no place'\]",
         ),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):

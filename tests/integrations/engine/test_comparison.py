@@ -106,3 +106,17 @@ def test_a_difference_that_is_clear_overall_but_not_in_each_pretraining_is_noise
     low, high = stats.ttest_1samp(change, 0).confidence_interval(0.8)
     assert low < high < 0
     assert "noise" in comparison.findings(both, OOD, "a", ["b"])
+
+
+@pytest.mark.parametrize(
+    ("values", "above"),
+    [
+        ({(0, 0): 1.0, (0, 1): 1.1, (0, 2): 0.9}, True),
+        ({(0, 0): 1.0, (0, 1): -1.1, (0, 2): 0.9}, False),
+        ({(0, 0): 1.0}, False),
+        # Nearly all differences are alike, but one pre-training says the contrary.
+        ({**{(0, s): 1.0 + s / 100 for s in range(30)}, (1, 0): -0.1}, False),
+    ],
+)
+def test_above_noise_excludes_0_and_all_pretrainings_agree(values, above):
+    assert comparison.is_above_noise(values) is above
