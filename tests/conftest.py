@@ -6,6 +6,8 @@ from pathlib import Path
 # One thread for this process and for those that tests start: the tensors are small, and tests share their
 # cores. Both must be set before torch is imported.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+# TRL warns on import that its experimental trainers may change, whichever test imports them first.
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import hypothesis
 import pytest

@@ -2,10 +2,7 @@
 
 import copy
 import importlib
-import os
 from pathlib import Path
-
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # TRL warns on import that its experimental trainers may change
 
 import programs
 import pytest
