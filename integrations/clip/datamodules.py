@@ -201,7 +201,7 @@ class EmojiData:
         return self._pairs([self.recipe.style], texts, settings)
 
     def anchors(self, settings: Settings) -> PictogramPairs:
-        """Return pictograms of all styles with captions of their names and keywords."""
+        """Return pictograms of all styles with captions of their names, kinds and keywords."""
         return self._pairs(list(self._images), self._train.texts, settings)
 
     def fingerprint(self) -> dict[str, Any]:

@@ -38,15 +38,16 @@ Tokenizer = Callable[[Sequence[str]], Tensor]
 
 
 class SmallConv(nn.Module):
-    """Four convolutions of 3 x 3 with batch normalisation, three of them pooled, then the mean over places.
+    """Five convolutions of 3 x 3 with batch normalisation, four of them pooled, then the mean over places.
 
-    It learns pictograms in fewer steps than timm's small networks, and has what open_clip asks of them.
+    It learns pictograms in fewer steps than timm's small networks, and has what open_clip asks of them. It
+    computes in the memory format `channels_last`, which is faster.
 
     Args:
         widths: The numbers of channels. The first convolution has stride 2.
     """
 
-    def __init__(self, widths: Sequence[int] = (32, 64, 128, 256)):
+    def __init__(self, widths: Sequence[int] = (16, 32, 64, 128, 256)):
         super().__init__()
         layers: list[nn.Module] = []
         for i, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
@@ -56,12 +57,13 @@ class SmallConv(nn.Module):
                 nn.ReLU(),
             ]
             layers += [nn.MaxPool2d(2)] if i else []
-        self.layers, self.num_features = nn.Sequential(*layers), widths[-1]
+        self.layers = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.num_features = widths[-1]
         self.default_cfg: dict[str, Any] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features, `[B, width]`."""
-        return self.layers(images).mean((2, 3))
+        return self.layers(images.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
     def reset_classifier(self, *args: Any, **options: Any) -> None:
         """Do nothing: there is no classifier."""
@@ -197,7 +199,7 @@ def build(
 
     Args:
         model: A name that open_clip knows, or one of this package's small configurations
-            (`small-conv-32`, `tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`).
+            (`small-conv-48`, `tiny-conv-32`, `tiny-vit-16`, `tiny-resnet-32`, `light-vit-28`).
             `local-dir:DIR` and `hf-hub:NAME` name a model with its weights.
         pretrained: A tag of open_clip, a checkpoint file, or `local-dir:DIR` for the weights of such a
             folder. None initialises the towers at random, unless the model has its weights.

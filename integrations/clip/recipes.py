@@ -338,10 +338,10 @@ class EmojiRecipe(PretrainingRecipe):
 EMOJI = EmojiRecipe(
     name="emoji",
     summary="pictograms by five hands with their names -> the 56 kinds in one hand -> the other four hands",
-    model="small-conv-32",
+    model="small-conv-48",
     style="twemoji",
     shifts=("noto", "openmoji", "sketch", "fluent"),
-    pretrain=Settings(steps=4000, learning_rate=2e-3, batch_size=64, warmup=100, clip_norm=1.0),
+    pretrain=Settings(steps=1500, learning_rate=2e-3, batch_size=128, warmup=100, clip_norm=1.0),
     finetune=Settings(steps=300, learning_rate=1e-3, batch_size=64, warmup=30, clip_norm=1.0),
     methods=DIGITS.methods,
     default=DIGITS.default,

@@ -58,7 +58,7 @@ class Part:
     Attributes:
         images: For each style, uint8 `[N, 3, H, W]`.
         labels: The class of each pictogram, int64 `[N]`.
-        texts: The name and the keywords of each pictogram.
+        texts: The name, the kind and the keywords of each pictogram.
     """
 
     images: Mapping[str, Tensor]
@@ -115,9 +115,14 @@ def load(root: Path, styles: Sequence[str]) -> Pictograms:
             raise ValueError(f"{root / TABLE} has no row of part {part!r}: give each part some pictograms")
         images = {s: _stack([root / part / s / r["class"] / f"{r['code']}.png" for r in own]) for s in styles}
         labels = torch.tensor([folders.index(r["class"]) for r in own])
-        words = [(r["name"], *r["keywords"].split("|")) for r in own]
+        words = [(r["name"], _spaced(r["class"]), *r["keywords"].split("|")) for r in own]
         parts[part] = Part(images, labels, tuple(tuple(dict.fromkeys(filter(None, w))) for w in words))
-    return Pictograms(tuple(name.replace("-", " ") for name in folders), parts)
+    return Pictograms(tuple(map(_spaced, folders)), parts)
+
+
+def _spaced(folder: str) -> str:
+    """Return the name of a class in words."""
+    return folder.replace("-", " ")
 
 
 def _rows(table: Path) -> list[dict[str, str]]:

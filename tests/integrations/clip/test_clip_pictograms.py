@@ -37,7 +37,7 @@ def test_parts_styles_classes_and_texts_are_read(root):
     }  # fmt: skip
     train = source.parts["train"]
     assert train.labels.tolist() == [0] * 4 + [1] * 4
-    assert train.texts[0] == ("red ellipse", "red", "round")
+    assert train.texts[0] == ("red ellipse", "shape round", "red", "round")
     assert list(train.images) == list(STYLES)
     pixels = train.images["twemoji"]
     assert (pixels.dtype, tuple(pixels.shape)) == (torch.uint8, (8, 3, 16, 16))
@@ -295,7 +295,7 @@ def test_the_folder_is_built_from_packages(tmp_path, monkeypatch):
         "train": 6, "validation": 1, "test": 1,
     }  # fmt: skip
     test = source.parts["test"]
-    assert test.texts == (("bird 0", "wing"),)
+    assert test.texts == (("bird 0", "animal bird", "wing"),)
     for style, colour in {"twemoji": [255, 0, 0], "noto": [0, 128, 0], "fluent": [0, 0, 0]}.items():
         image = test.images[style][0]
         assert tuple(image.shape) == (3, 48, 48)
