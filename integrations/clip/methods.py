@@ -153,6 +153,10 @@ class Method:
         update_every: Optimizer steps between updates of the teacher.
         clock: The steps that an update stands for: all since the last one (`steps`), one (`once`), or
             those of TRACER's code (`published`).
+        batch_norm: The statistics that batch normalisation in the teacher takes. `pretrained` keeps the
+            running statistics of the start, as the published code does. `batch` takes those of each batch,
+            which a teacher that follows its student needs: once the student has moved, the features of an EMA
+            are useless with those of the start.
         merge: Weights that are merged rather than trained.
         trains: Whether the method trains. If not, it is the pretrained model or the `merge`.
 
@@ -182,12 +186,14 @@ class Method:
     clip_norm: float | None = None
     update_every: int = 1
     clock: clocks.Clock = "steps"
+    batch_norm: Literal["pretrained", "batch"] = "pretrained"
     merge: Hidden[Merge | None] = None
     trains: bool = True
 
     def __post_init__(self) -> None:
         one_of("head", self.head, ("text", "linear"))
         one_of("clock", self.clock, clocks.CLOCKS)
+        one_of("batch_norm", self.batch_norm, ("pretrained", "batch"))
         one_of("l2_sp_of", self.l2_sp_of, ("weights", "all"))
         one_of("templates", self.templates, ("openai", "tracer"))
         positive_int("update_every", self.update_every)

@@ -316,6 +316,14 @@ COLORED_MNIST = DigitsRecipe(
 # --- pictograms -------------------------------------------------------------------------------------
 
 
+def _with_batch_statistics(methods: Mapping[str, Method]) -> dict[str, Method]:
+    """Return methods whose moving teachers normalise by the batch where they have batch normalisation."""
+    return {
+        name: m if m.kernel in (None, "static") else replace(m, batch_norm="batch")
+        for name, m in methods.items()
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmojiRecipe(PretrainingRecipe):
     """Pre-train a small CLIP on pictograms by several hands, and fine-tune it on those by one of them.
@@ -343,7 +351,7 @@ EMOJI = EmojiRecipe(
     shifts=("noto", "openmoji", "sketch", "fluent"),
     pretrain=Settings(steps=1500, learning_rate=2e-3, batch_size=128, warmup=100, clip_norm=1.0),
     finetune=Settings(steps=300, learning_rate=1e-3, batch_size=64, warmup=30, clip_norm=1.0),
-    methods=DIGITS.methods,
+    methods=_with_batch_statistics(DIGITS.methods),
     default=DIGITS.default,
 )
 
@@ -622,7 +630,7 @@ FOLDERS = FolderRecipe(
     model="ViT-B-32-quickgelu",
     pretrained="openai",
     finetune=OwnSettings(learning_rate=1e-5, batch_size=64),
-    methods=METHODS,
+    methods=_with_batch_statistics(METHODS),
     default=("zero-shot", "flyp", "tracer"),
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -133,8 +133,10 @@ class FineTuning(training.Training):
         teacher = None
         if method.kernel is not None:
             kernel, every = clocks.build(method.kernel, method.update_every, method.clock)
-            # As published, batch normalisation in the teacher keeps the pretrained running statistics.
-            teacher = WMATeacher(student, kernel, settings.steps, update_every=every, buffers="keep")
+            mode: Literal["train", "eval"] = "train" if method.batch_norm == "batch" else "eval"
+            teacher = WMATeacher(
+                student, kernel, settings.steps, update_every=every, mode=mode, buffers="keep"
+            )
         super().__init__(method.name, settings, student, teacher)
         self.method, self.objective = method, objective.to(self.device)
         self.parameters = [
