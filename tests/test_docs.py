@@ -178,6 +178,9 @@ CHECKS = [
 
 def test_contributing_is_followed_to_a_kernel_a_loss_and_a_method_that_pass_the_tests_of_all(tmp_path):
     page = "\n\n".join(blocks(ROOT / "CONTRIBUTING.md", "python"))
+    registered = '@losses.register("top_logit", family="logits")'
+    assert registered in page
+    page = page.replace(registered, f"{registered}\n@losses.logits._family.standalone")
     code = FOLLOWED.format(page=page, root=ROOT, files=[str(ROOT / file) for file in CHECKS])
     (tmp_path / "followed.py").write_text(code)
     paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests/losses"]))
