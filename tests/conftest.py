@@ -30,6 +30,7 @@ GROUPS = {
     "test_packaging.py": "system",
     "test_readme.py": "system",
     "test_results.py": "system",
+    "test_workflows.py": "system",
 }
 
 hypothesis.settings.register_profile("quick", max_examples=15, deadline=None)

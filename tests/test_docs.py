@@ -11,9 +11,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import programs
 import pytest
+import torch
+from torch import nn
+
+from wmateacher import WMATeacher
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -139,5 +144,85 @@ def test_the_pictures_are_drawn(tmp_path, monkeypatch):
         assert (DOCS / f"assets/{draw}-dark.png").exists()
 
 
-def test_contributing_is_followed_to_a_kernel_a_loss_and_a_method(tmp_path):
-    assert "top_logit" in execute("\n\n".join(blocks(ROOT / "CONTRIBUTING.md", "python")), tmp_path)
+FOLLOWED = """
+import sys
+from wmateacher import kernels, losses
+from wmateacher.losses import registry
+for entries in (kernels._FACTORIES, registry._ENTRIES):  # free the names, should the library have them by now
+    for name in ("triangle", "top_logit"):
+        entries.pop(name, None)
+
+{page}
+
+import loss_oracle, oracle, pytest
+from wmateacher.losses import logits
+
+kernels.__all__.append("Triangle")
+oracle.DENSITIES["triangle(0.7)"] = oracle.density_steps(lambda tau: min(tau / 0.7, (1 - tau) / 0.3))
+oracle.KERNELS.append("triangle(0.7)")
+loss_oracle.ORACLES["top_logit"] = lambda student, teacher: loss_oracle.mean(
+    (max(s) - max(t)) ** 2 for s, t in zip(*map(loss_oracle.rows_of, (student, teacher)), strict=True)
+)
+logits.top_logit = top_logit
+logits.__all__.append("top_logit")
+METHODS[mine.name] = mine
+entries = "triangle or top_logit or mine or registered or available"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", "{root}", "-k", entries, *{files}]))
+"""
+CHECKS = [
+    *("tests/test_kernels.py", "tests/test_schedule.py", "tests/losses/test_losses_values.py"),
+    *("tests/losses/test_losses_masked.py", "tests/integrations/clip/test_clip_methods.py"),
+]
+
+
+def test_contributing_is_followed_to_a_kernel_a_loss_and_a_method_that_pass_the_tests_of_all(tmp_path):
+    page = "\n\n".join(blocks(ROOT / "CONTRIBUTING.md", "python"))
+    registered = '@losses.register("top_logit", family="logits")'
+    assert registered in page
+    page = page.replace(registered, f"{registered}\n@losses.logits._family.standalone")
+    code = FOLLOWED.format(page=page, root=ROOT, files=[str(ROOT / file) for file in CHECKS])
+    (tmp_path / "followed.py").write_text(code)
+    paths = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests/losses"]))
+    done = subprocess.run(
+        [sys.executable, "followed.py"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_contributings_hook_is_the_plain_loop_and_resumes():
+    (block,) = (b for b in blocks(ROOT / "CONTRIBUTING.md", "python") if "class TeacherHook" in b)
+    hook_of = {}
+    exec(block, hook_of)
+
+    def train(hook, trainer, steps):
+        hook.on_train_start(trainer)
+        for _ in range(steps):
+            trainer.model(torch.ones(1, 3)).sum().backward()
+            trainer.optimizer.step()
+        hook.on_train_end(trainer)
+
+    def parts():
+        model = nn.Linear(3, 2)
+        nn.init.ones_(model.weight)
+        nn.init.zeros_(model.bias)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return SimpleNamespace(model=model, optimizer=optimizer, total_steps=6)
+
+    plain, whole, resumed = parts(), parts(), parts()
+    teacher = WMATeacher(plain.model, total_steps=6)
+    for _ in range(6):
+        plain.model(torch.ones(1, 3)).sum().backward()
+        plain.optimizer.step()
+        teacher.update()
+    hooks = [hook_of["TeacherHook"]() for _ in range(3)]
+    train(hooks[0], whole, 6)
+    train(hooks[1], resumed, 4)
+    hooks[2].load_state_dict(hooks[1].state_dict())
+    train(hooks[2], resumed, 2)
+    for hook, trainer in ((hooks[0], whole), (hooks[2], resumed)):
+        assert hook.teacher.step == 6
+        assert torch.equal(hook.teacher.module.weight, teacher.module.weight)
+        with hook.on_evaluate(trainer):
+            assert torch.equal(trainer.model.weight, teacher.module.weight)
+        assert torch.equal(trainer.model.weight, plain.model.weight)

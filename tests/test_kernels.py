@@ -26,9 +26,11 @@ def test_a_kernel_prints_back_to_itself(text):
     assert kernels.build(kernel) is kernel
 
 
-def test_every_registered_kernel_has_an_oracle():
+def test_every_registered_kernel_has_an_oracle_and_a_public_class():
     listed = {k.split("(")[0] for k in oracle.KERNELS} - {"scipy.stats.beta"}
     assert listed | {"gap"} == set(kernels.available())  # the weights of a gap are in test_controller
+    for name, factory in kernels._FACTORIES.items():
+        assert factory.__name__ in kernels.__all__, f"{name}: add it to __all__ of wmateacher.kernels"
 
 
 def test_spaces_do_not_matter():
@@ -163,7 +165,7 @@ def test_scipy_distributions_and_callables():
 
 
 def test_register_adds_a_kernel(monkeypatch):
-    monkeypatch.setattr(kernels, "_FACTORIES", dict(kernels._FACTORIES))
+    monkeypatch.setattr(kernels, "_FACTORIES", {})
 
     @kernels.register("triangle")
     class Triangle(kernels.Density):

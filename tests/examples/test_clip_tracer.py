@@ -46,7 +46,6 @@ def test_all_methods_leave_a_table_results_gaps_and_a_picture(tmp_path, cache, c
     results = json.loads((out / "results.json").read_text())
     assert set(results) == {"config", "environment", "methods"}
     assert set(results["methods"]) == set(METHODS)
-    assert len(METHODS) == 14
     for name, record in results["methods"].items():
         assert {"id", "ood", "ood_per_shift", "ece", "seconds"} <= set(record)
         assert set(record["ood_per_shift"]) == set(digits.SHIFTS)

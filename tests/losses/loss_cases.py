@@ -7,34 +7,28 @@ from wmateacher import losses
 
 DIM = 4
 CLASSES = 5
-PAIRED = (
-    "fd",
-    "crd",
-    "icl",
-    "cross_kd",
-    "gd",
-    f"afd({DIM})",
-    "temperature_kl",
-    "temperature_kl(2.5)",
-    "paired_ce",
-)
-LOGITS = (
-    "kl",
+# The losses that cannot be built without arguments.
+REQUIRED = {"afd": f"afd({DIM})", "dino": f"dino({CLASSES})"}
+
+
+def cases(family, *further):
+    """Every registered loss of a family with its default settings, and further settings."""
+    return (*(REQUIRED.get(name, name) for name in losses.available(family)), *further)
+
+
+PAIRED = cases("paired", "temperature_kl(2.5)")
+LOGITS = cases(
+    "logits",
     "kl(3.0)",
     "kl(2.0,top_k=2)",
     "kl(top_k=3,tail=False,support=student)",
-    "reverse_kl",
     "reverse_kl(0.5,top_k=2)",
-    "jsd",
     "jsd(0.1,2.0)",
     "jsd(0.9,top_k=2,support=teacher)",
-    "mse",
     "mse(space=logits)",
-    "ce",
-    f"dino({CLASSES})",
     f"dino({CLASSES},student_temperature=0.5,teacher_temperature=0.25)",
 )
-FEATURES = ("feature_mse", "cosine", "relational", "info_nce", "info_nce(0.5)")
+FEATURES = cases("features", "info_nce(0.5)")
 SPECS = PAIRED + LOGITS + FEATURES
 
 # The arguments of a spec as the oracle's keywords.

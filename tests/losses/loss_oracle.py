@@ -158,19 +158,19 @@ def jensen_shannon_row(own, target, beta):
     return beta * to_mixture[0] + (1 - beta) * to_mixture[1]
 
 
-def kl(student, teacher, **parameters):
-    return tempered(student, teacher, lambda own, target: kl_row(target, own), **parameters)
+def kl(student, teacher, *given, **parameters):
+    return tempered(student, teacher, lambda own, target: kl_row(target, own), *given, **parameters)
 
 
-def reverse_kl(student, teacher, **parameters):
-    return tempered(student, teacher, kl_row, **{"support": "student", **parameters})
+def reverse_kl(student, teacher, *given, **parameters):
+    return tempered(student, teacher, kl_row, *given, **{"support": "student", **parameters})
 
 
-def jsd(student, teacher, beta=0.5, **parameters):
+def jsd(student, teacher, beta=0.5, *given, **parameters):
     def divergence(own, target):
         return jensen_shannon_row(own, target, beta)
 
-    return tempered(student, teacher, divergence, **{"support": "student", **parameters})
+    return tempered(student, teacher, divergence, *given, **{"support": "student", **parameters})
 
 
 def mse(student, teacher, space="probabilities"):
@@ -232,7 +232,7 @@ def gradient(function, x, step=1e-6):
     return result
 
 
-# Registered name -> its oracle; a built-in loss without one fails the completeness test.
+# Registered name -> its oracle.
 ORACLES = {
     "afd": afd,
     "ce": ce,

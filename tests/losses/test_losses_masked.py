@@ -12,6 +12,8 @@ from wmateacher.losses import registry
 
 INF = float("inf")
 every_loss = pytest.mark.parametrize("spec", LOGITS)
+# The losses of which `wmateacher.losses.logits` says what they do with entries masked on one side.
+DOCUMENTED = {"ce", "dino", "jsd", "kl", "mse", "reverse_kl"}
 
 # The masked entries of each of the 2 x 3 rows; each row keeps some.
 MASK = torch.tensor(
@@ -111,7 +113,7 @@ def one_sided(spec, student, teacher, center):
     return tau**2 * (divergence(q, p) if name == "reverse_kl" else divergence(p, q) - entropy)
 
 
-@every_loss
+@pytest.mark.parametrize("spec", [s for s in LOGITS if name_of(s) in DOCUMENTED])
 @pytest.mark.parametrize("masked", ["student", "teacher", "neither"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_entry_that_is_masked_on_one_side_has_the_value_of_the_definition(spec, masked, dtype):

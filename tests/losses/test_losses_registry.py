@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import SPECS, inputs_for, name_of, paired, require_grad
+from loss_cases import SPECS, inputs_for, paired, require_grad
 from torch import nn
 
 from wmateacher import losses
@@ -325,7 +325,3 @@ def test_modules_show_public_names_only(name):
 def test_an_unknown_gather_mode():
     with pytest.raises(ValueError, match="unknown gather mode 'row'; did you mean 'rows'"):
         losses.build("fd", gather="row")
-
-
-def test_names_in_cases_are_registered():
-    assert {name_of(spec) for spec in SPECS} <= set(losses.available())

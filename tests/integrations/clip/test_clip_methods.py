@@ -3,6 +3,7 @@
 from copy import deepcopy
 from dataclasses import replace
 
+import loss_oracle
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny_clip import SOURCE, pairs
 from wmateacher.integrations.clip import clocks, recipes
 from wmateacher.integrations.clip.data.batches import Batch, join
 from wmateacher.integrations.clip.experiment import Experiment
-from wmateacher.integrations.clip.methods import METHODS, Merge, Method, RandomTexts
+from wmateacher.integrations.clip.methods import METHODS, Merge, Method, RandomTexts, parse_guidance
 from wmateacher.integrations.clip.model import (
     Classifier,
     Prompts,
@@ -31,6 +32,7 @@ from wmateacher.integrations.clip.recipes import Settings
 from wmateacher.integrations.clip.training import FineTuning, build_student, fit
 from wmateacher.integrations.vision.digits import NARROW, WIDE
 from wmateacher.posthoc import interpolate, model_stock
+from wmateacher.spec import parse_sum
 
 SETTINGS = Settings(steps=8, learning_rate=1e-3, batch_size=16, warmup=2, checkpoint_every=3)
 TRAINED = [name for name, method in METHODS.items() if method.trains]
@@ -80,58 +82,43 @@ def cross_entropy(logits, labels):
     return -np.mean([row[label] for row, label in zip(log_softmax(logits), labels, strict=True)])
 
 
-def kl(target, logits):
-    p, q = log_softmax(target), log_softmax(logits)
-    return np.mean([(np.exp(a) * (a - b)).sum() for a, b in zip(p, q, strict=True)])
-
-
-def soft(target, logits):
-    return np.mean(-(np.exp(log_softmax(target)) * log_softmax(logits)).sum(-1))
-
-
 def contrast(image, text, scale):
     logits, rows = scale * image @ text.T, np.arange(len(image))
     return (cross_entropy(logits, rows) + cross_entropy(logits.T, rows)) / 2
 
 
-def distilled(name, student, teacher, towers, prompts, step):
-    """A method's distillation, from the features of both sides."""
-    if name in ("car-ft", "lipsum-ft"):
-        scale = array(towers.logit_scale)
-        if name == "car-ft":
-            texts = np.stack(
-                [
-                    np.mean(
-                        [
-                            array(towers.encode_text(prompts.tokenizer([t.format(c)]), normalize=True))[0]
-                            for c in prompts.classes
-                        ],
-                        axis=0,
-                    )
-                    for t in prompts.templates
-                ]
-            )
-            texts /= np.linalg.norm(texts, axis=1, keepdims=True)
-        else:
-            tokens = random_tokens(prompts.tokenizer, RandomTexts(), 5, step)
-            texts = array(towers.encode_text(tokens, normalize=True))
-        ours, theirs = (scale * array(side.image) @ texts.T for side in (student, teacher))
-        if name == "car-ft":
-            return kl(theirs, ours)
-        return np.mean(((ours - theirs) ** 2).sum(1)) / (2 * 80)
-    (image, text, scale), (image_t, text_t, scale_t) = (
-        tuple(array(part) for part in side) for side in (student, teacher)
+def distilled(method, student, teacher, towers, prompts, step):
+    """A method's distillation by the oracles of its losses."""
+    sides = [tuple(map(array, side)) for side in (student, teacher)]
+    if method.head == "linear":
+        sides = [array(side.logits) for side in (student, teacher)]
+    if method.guidance is not None:
+        texts = guiding(method.guidance, towers, prompts, step)
+        sides = [array(towers.logit_scale) * array(side.image) @ texts.T for side in (student, teacher)]
+    return sum(
+        coefficient * loss_oracle.ORACLES[call.name](*sides, *call.args, **call.kwargs)
+        for coefficient, call in parse_sum(method.distillation)
     )
-    target, own = scale_t * image_t @ text_t.T, scale * image @ text.T
-    if name == "carot":
-        return soft(target, own) + soft(target.T, own.T)
-    rows = np.arange(len(image))
-    there, back = scale * image @ text_t.T, scale * text @ image_t.T
-    fd = np.mean(((image - image_t) ** 2).sum(1)) + np.mean(((text - text_t) ** 2).sum(1))
-    crd = (kl(target, own) + kl(target.T, own.T)) / 2
-    icl = (cross_entropy(there, rows) + cross_entropy(back, rows)) / 2
-    cross_kd = (kl(target, there) + kl(target.T, back)) / 2
-    return 2000 / 512 * fd + crd + icl + cross_kd
+
+
+def guiding(guidance, towers, prompts, step):
+    """The features of a guidance's texts."""
+    texts = parse_guidance(guidance)
+    if isinstance(texts, RandomTexts):
+        return array(towers.encode_text(random_tokens(prompts.tokenizer, texts, 5, step), normalize=True))
+    means = np.stack(
+        [
+            np.mean(
+                [
+                    array(towers.encode_text(prompts.tokenizer([t.format(c)]), normalize=True))[0]
+                    for c in prompts.classes
+                ],
+                axis=0,
+            )
+            for t in prompts.templates
+        ]
+    )
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -150,10 +137,12 @@ def test_the_loss_is_its_papers(name, towers, prompts):
         beside = student(*anchors[:3])
         expected += contrast(*map(array, beside))
     if method.kernel is not None:
-        expected += method.distill_weight * distilled(name, answers, targets, towers, prompts, step)
+        expected += method.distill_weight * distilled(method, answers, targets, towers, prompts, step)
     if method.l2_sp:
-        distances = zip(student.parameters(), start.parameters(), strict=True)
-        expected += 0.01 / 2 * sum(((array(a) - array(b)) ** 2).sum() for a, b in distances if a.ndim > 1)
+        pulled = [p.requires_grad and (p.ndim > 1 or method.l2_sp_of == "all") for p in student.parameters()]
+        distances = zip(student.parameters(), start.parameters(), pulled, strict=True)
+        squares = [((array(a) - array(b)) ** 2).sum() for a, b, pull in distances if pull]
+        expected += method.l2_sp / 2 * sum(squares)
     expected += method.cross_frobenius * cross_frobenius(towers_of(student)).item()
     expected += method.orthogonality * orthogonality(towers_of(student)).item()
     total, terms = objective(
@@ -174,8 +163,12 @@ def test_the_published_coefficients():
     assert carot.kernel == "ema(0.05,0.9,schedule=linear,warmup=0.2)"
     tracer = METHODS["tracer"]
     assert (tracer.distill_weight, tracer.cross_frobenius, tracer.orthogonality) == (0.9, 0.05, 0.0)
-    assert tracer.distillation.startswith(f"{2000 / 512:g}")
+    assert tracer.distillation == f"{2000 / 512:g}*fd + crd + icl + cross_kd"
     assert METHODS["ft"].rate * 1e-5 == pytest.approx(3e-5)
+    assert METHODS["l2-sp"].l2_sp == 0.01
+    assert (METHODS["car-ft"].distillation, METHODS["car-ft"].guidance) == ("kl", "contexts")
+    # 1/(2M) |v - v_0|^2 with M energies is half of their mean squared difference.
+    assert METHODS["lipsum-ft"].distillation == "0.5*mse(logits)"
     assert METHODS["lipsum-ft"].guidance == "random_texts(80,8)"
     assert METHODS["lipsum-ft"].distill_weight == METHODS["car-ft"].distill_weight == 1.0
     assert METHODS["flyp"] == Method("flyp", METHODS["flyp"].summary)
