@@ -117,6 +117,8 @@ def test_results_contributing_and_changelog_are_pages_with_their_pictures(site):
     shown = re.findall(r'src="([^"#]+\.png)(?:#[\w-]+)?"', (site / "results.html").read_text())
     assert len(shown) >= 3
     assert all((site / picture).exists() for picture in shown)
+    assert 'href="sweep_explorer.html"' in (site / "results.html").read_text()
+    assert '"kernel-sweep-digits"' in (site / "sweep_explorer.html").read_text()
 
 
 MODULES = sorted(
