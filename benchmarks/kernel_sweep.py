@@ -9,8 +9,9 @@
 
 Cells run side by side, one process and one thread each. Each writes its result when it is done, and the
 same command with the same --output continues where it stopped. The folder gets results.json, cells.csv,
-pictures for light and dark pages, and report.html, which opens offline. Every kernel is compared with a
---baseline in pairs: runs from the same pre-training with the same seed.
+pictures for light and dark pages, and two pages that open offline: report.html, and explorer.html, in which
+you choose kernels and distillation weights. Every kernel is compared with a --baseline in pairs: runs from
+the same pre-training with the same seed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import sweep_explorer
 import sweep_report
 import torch
 from sweep_tasks import TASKS, Cell, Task
@@ -95,7 +97,9 @@ def main() -> int:
             "so it shows nothing about their order.\n"
         )
     sweep_report.write(wanted, arguments.output, theory=task.theory, baseline=arguments.baseline)
-    print(f"wrote {arguments.output}/results.json, cells.csv, report.html and its pictures")
+    explorer = sweep_explorer.page({arguments.output.name: wanted}, arguments.baseline)
+    (arguments.output / "explorer.html").write_text(explorer, "utf-8")
+    print(f"wrote {arguments.output}/results.json, cells.csv, explorer.html, report.html and its pictures")
     return 1 if failed else 0
 
 

@@ -362,7 +362,7 @@ dd {{ margin: 0; }}
 </style></head><body>
 <h1>Kernel sweep: {html.escape(results["config"]["task"])} on {html.escape(results["config"]["data"])}</h1>
 <p>Accuracies in percent, ECE in [0, 1]; bold: no other kernel is better in both {axes}.
-{html.escape(explained)}.</p>
+{html.escape(explained)}. <a href="explorer.html">explorer.html</a> shows them point by point.</p>
 <div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
 <p>Mean paired differences to {html.escape(baseline)} over pre-trainings and seeds, with half their 95% t
 interval; ! marks intervals that exclude 0 with the same sign in every pre-training. One interval in twenty

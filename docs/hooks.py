@@ -12,6 +12,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import sweep_explorer  # noqa: E402
 from gpu import report  # noqa: E402
 
 GPU = ROOT / "benchmarks/results/gpu"
@@ -27,6 +28,8 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages and their pictures, with links rewritten to point into the site."""
     for page, source in PAGES.items():
         files.append(File.generated(config, page, content=_relinked(ROOT / source)))
+    explorer = sweep_explorer.page(sweep_explorer.recorded())
+    files.append(File.generated(config, "sweep_explorer.html", content=explorer))
     page = f"{_relinked(GPU / 'README.md')}\n{report.page(GPU)}"
     files.append(File.generated(config, "gpu.md", content=page))
     for picture in sorted((ROOT / "benchmarks/results").glob("*/*.png")):
@@ -43,6 +46,8 @@ def _relinked(source: Path) -> str:
         inside = path.relative_to(ROOT).as_posix()
         if path.suffix == ".png":
             return f"[{text}](results/{path.parent.name}/{path.name}{anchor})"
+        if path == sweep_explorer.TEMPLATE:
+            return f"[{text}]({path.name})"
         if inside.startswith("docs/"):
             return f"[{text}]({inside.removeprefix('docs/')}{anchor})"
         return text

@@ -12,13 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
+import numpy as np
 import programs
 import pytest
 import torch
 from torch import nn
 
-from wmateacher import WMATeacher
+from wmateacher import WMATeacher, kernels
+from wmateacher.theory import predict
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -117,6 +120,8 @@ def test_results_contributing_and_changelog_are_pages_with_their_pictures(site):
     shown = re.findall(r'src="([^"#]+\.png)(?:#[\w-]+)?"', (site / "results.html").read_text())
     assert len(shown) >= 3
     assert all((site / picture).exists() for picture in shown)
+    assert 'href="sweep_explorer.html"' in (site / "results.html").read_text()
+    assert '"kernel-sweep-digits"' in (site / "sweep_explorer.html").read_text()
 
 
 MODULES = sorted(
@@ -226,3 +231,46 @@ def test_contributings_hook_is_the_plain_loop_and_resumes():
         with hook.on_evaluate(trainer):
             assert torch.equal(trainer.model.weight, teacher.module.weight)
         assert torch.equal(trainer.model.weight, plain.model.weight)
+
+
+def test_the_animation_shows_the_kernels_weights_and_the_linear_world():
+    animation = runpy.run_path(str(DOCS / "animation.py"))
+    steps, frames = animation["STEPS"], animation["frames"]()
+    assert frames[0] == 0
+    assert frames[-1] == steps
+    for kernel in animation["SHOWN"]:
+        found = animation["weights"](kernel)
+        np.testing.assert_allclose(found[-1], kernels.build(kernel).profile(steps), atol=1e-14)
+        np.testing.assert_allclose(found.sum(1), 1, atol=1e-12)
+    np.testing.assert_allclose(
+        animation["weights"]("uniform")[frames[9], : frames[9] + 1], 1 / (frames[9] + 1)
+    )
+    number = re.compile(r"-?\d+(?:\.\d+)?")
+    for page in ("light", "dark"):
+        drawn, there = animation["picture"](page), (DOCS / f"assets/run-{page}.svg").read_text()
+        assert number.sub("", drawn) == number.sub("", there), "run python docs/animation.py"
+        numbers = [[float(n) for n in number.findall(re.sub("#[0-9a-f]{6}", "", s))] for s in (drawn, there)]
+        np.testing.assert_allclose(*numbers, atol=0.11)
+        assert len(drawn) < 200_000
+    root = ElementTree.fromstring(drawn)
+    moving = [e for e in root.iter() if e.tag.rpartition("}")[2].startswith("animate")]
+    assert len(moving) > 10
+    for element in moving:
+        times = [float(time) for time in element.get("keyTimes").split(";")]
+        assert (times[0], times[-1]) == (0, 1)
+        assert times == sorted(times)
+        assert len(times) == len(element.get("values").split(";"))
+    # The dots stop where `predict` has teacher and student, between the optimum and the start.
+    optimum, start = animation["_OPTIMUM"], animation["_START"]
+    places = [float(e.get("cy")) for e in root.iter() if e.tag.endswith("circle")]
+    expected = []
+    for kernel in animation["SHOWN"]:
+        end = predict(kernel, steps, animation["DISTILL_WEIGHT"])
+        expected += [
+            optimum + (start - optimum) * left for left in (end.student_residual, end.teacher_residual)
+        ]
+    np.testing.assert_allclose(places, expected * 2, atol=0.06)
+
+
+def test_contributing_is_followed_to_a_kernel_a_loss_and_a_method(tmp_path):
+    assert "top_logit" in execute("\n\n".join(blocks(ROOT / "CONTRIBUTING.md", "python")), tmp_path)

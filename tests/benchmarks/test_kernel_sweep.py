@@ -19,7 +19,12 @@ SHORT = ["--steps", "4", "--pretrain-steps", "6", "--jobs", "2"]
 FEW = ["--kernels", "none", "beta(0.5, 0.5)", "ema(0.9)"]
 KERNELS = [*FEW, "static"]
 PICTURES = ["plane", "profiles", "gaps", "predicted", "differences"]
-LOOKED_AT = ["cells.csv", "report.html", *(f"{p}{e}.png" for p in PICTURES for e in ("", "-dark"))]
+LOOKED_AT = [
+    "cells.csv",
+    "explorer.html",
+    "report.html",
+    *(f"{p}{e}.png" for p in PICTURES for e in ("", "-dark")),
+]
 
 
 SCRIPT = ROOT / "benchmarks/kernel_sweep.py"
