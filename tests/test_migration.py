@@ -1,6 +1,8 @@
 """Each peer averages for a while, and goes on beside a teacher that took over its state."""
 
 import copy
+import re
+from pathlib import Path
 from types import MappingProxyType
 
 import ema_pytorch
@@ -18,6 +20,8 @@ from wmateacher import WMATeacher, migration
 from wmateacher.migration import PeerEMA
 
 BEFORE, AFTER = 7, 9
+GUIDES = Path(__file__).parents[1] / "docs/guides/migration"
+PAGES = sorted(page for page in GUIDES.glob("*.md") if page.stem not in ("lightning", "trl"))
 
 
 def network():
@@ -185,6 +189,15 @@ def test_a_peers_late_start_is_a_kernel(kind, options, kernel):
             ours = dict(teacher.module.named_parameters())
             for name, weight in peer.weights(net).items():
                 torch.testing.assert_close(ours[name].detach(), weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_librarys_page_runs_both_averages_and_they_are_equal(page):
+    """The pages end in comparisons, and a call that a library does not have fails."""
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    torch.manual_seed(0)
+    assert "torch.testing.assert_close(" in block
+    exec(block, {})
 
 
 @pytest.mark.parametrize("kind", [TorchEmaConstant, Timm])

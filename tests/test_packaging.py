@@ -1,6 +1,7 @@
 """The wheel and the source archive: what is in them, and that what they install works."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 HOOK = "import sys, setuptools.build_meta as backend; getattr(backend, 'build_' + sys.argv[1])(sys.argv[2])"
 BUILD = (sys.executable, "-c", HOOK)
+REPOSITORY = "https://example.org/wmateacher"
 pytestmark = pytest.mark.slow
 
 
@@ -42,11 +44,12 @@ def clone(folder, *options):
 def archives(tmp_path_factory):
     """The source archive of the tree, and the wheel that is built of that archive."""
     tree, folder = clone(tmp_path_factory.mktemp("source") / "tree"), tmp_path_factory.mktemp("dist")
-    run(*BUILD, "sdist", str(folder), cwd=tree)
+    run(*BUILD, "sdist", str(folder), cwd=tree, REPOSITORY_URL=REPOSITORY)
     (source,) = folder.glob("*.tar.gz")
     with tarfile.open(source) as archive:
         archive.extractall(folder, filter="data")
-    run(*BUILD, "wheel", str(folder), cwd=folder / source.name.removesuffix(".tar.gz"))
+    unpacked = folder / source.name.removesuffix(".tar.gz")
+    run(*BUILD, "wheel", str(folder), cwd=unpacked, REPOSITORY_URL=REPOSITORY)
     (wheel,) = folder.glob("*.whl")
     return source, wheel
 
@@ -76,6 +79,20 @@ def test_the_source_archive_has_every_file_once(archives):
         names = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
     modules = [name for name in names if name.startswith(("wmateacher/", "integrations/"))]
     assert sorted(modules) == sorted(installed_names())
+
+
+def test_the_readme_of_a_package_index_has_absolute_links(archives):
+    with zipfile.ZipFile(archives[1]) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = archive.read(name).decode()
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", metadata)
+    assert len(links) > 20
+    for target in map("".join, links):
+        assert target.startswith("https://"), target
+    assert f"]({REPOSITORY}/blob/main/docs/tour.md)" in metadata
+    assert f'src="{REPOSITORY}/raw/main/docs/assets/' in metadata
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert f"Project-URL: Repository, {REPOSITORY}" in metadata
 
 
 def test_an_editable_install_is_a_path_that_type_checkers_follow(tmp_path):

@@ -1,5 +1,6 @@
 import importlib
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -381,3 +382,11 @@ def test_lightnings_own_average_is_continued(tmp_path):
     for state in states[1:]:
         expected = 0.9 * expected + 0.1 * state
     torch.testing.assert_close(weights(teacher.module), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_page_for_users_of_lightnings_own_average_ends_with_equal_modules(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs/guides/migration/lightning.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert "torch.testing.assert_close(" in block
+    exec(block, {})
