@@ -70,7 +70,7 @@ def from_pretrained(
 ) -> WMATeacher:
     """Return the teacher that `save_pretrained` wrote, with its average and its clock.
 
-    Example:
+    Examples:
         >>> teacher = from_pretrained("runs/average", UNet2DModel)  # doctest: +SKIP
         >>> teacher.module.save_pretrained("elsewhere")  # doctest: +SKIP
 

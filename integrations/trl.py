@@ -76,7 +76,7 @@ class SFTTrainer(TeacherMixin, trl.SFTTrainer):  # type: ignore[misc]
     TRL computes its loss without the logits, so that the distillation takes a second forward and backward
     pass of the student.
 
-    Example:
+    Examples:
         >>> callback = TeacherCallback("beta(0.5,0.5)")
         >>> trainer = SFTTrainer(model, args, teacher_callback=callback, distillation="kl")  # doctest: +SKIP
     """
@@ -135,7 +135,7 @@ class SDFTTrainer(_SelfDistilling, sdft.SDFTTrainer):  # type: ignore[misc]
     `checkpoint-*` folder. `ema(0.95)` is the teacher of `teacher_model_kind="ema"` with
     `teacher_update_rate=0.05`.
 
-    Example:
+    Examples:
         >>> callback = TeacherCallback("beta(0.5,0.5)")
         >>> trainer = SDFTTrainer(model, args, teacher_callback=callback)  # doctest: +SKIP
     """
@@ -196,7 +196,7 @@ class DPOTrainer(_Preferring, trl.DPOTrainer):  # type: ignore[misc]
 
     With an adapter, the reference is the average of the adapter on the same base.
 
-    Example:
+    Examples:
         >>> callback = TeacherCallback("ema(0.99)")
         >>> trainer = DPOTrainer(model, args=args, teacher_callback=callback)  # doctest: +SKIP
     """

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 SETTINGS = "\n".join(path.read_text() for path in (ROOT / "integrations").rglob("*.py"))
+REPOSITORY = "https://example.org/wmateacher"
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.S | re.M)
 
 
@@ -84,7 +85,7 @@ def site(tmp_path_factory):
     """The built site; `--strict` makes a warning an error, links and anchors are among what it checks."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "REPOSITORY_URL": REPOSITORY}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "WARNING" not in done.stderr
@@ -126,6 +127,72 @@ def test_results_contributing_and_changelog_are_pages_with_their_pictures(site):
     assert all((site / picture).exists() for picture in shown)
     assert 'href="sweep_explorer.html"' in (site / "results.html").read_text()
     assert '"kernel-sweep-digits"' in (site / "sweep_explorer.html").read_text()
+
+
+def built(site):
+    """Each page of the site with its text, without scripts."""
+    for page in sorted(site.rglob("*.html")):
+        text = page.read_text(encoding="utf-8")
+        yield page, re.sub(r"<script\b.*?</script>", "", text, flags=re.S)
+
+
+@pytest.mark.slow
+def test_examples_of_docstrings_are_highlighted_as_code(site):
+    """griffe knows the section `Examples:` only; in any other, a doctest becomes a quotation in a quotation."""
+    examples = 0
+    for page, text in built(site):
+        examples += text.count('<span class="gp">&gt;&gt;&gt; </span>')
+        prose = re.sub(r"<pre\b.*?</pre>", "", text, flags=re.S)
+        assert "&gt;&gt;&gt;" not in prose, page
+        assert "Example:" not in prose, page
+        assert not re.search("<code>&gt;&gt;&gt;", text), page
+    assert examples > 50
+
+
+@pytest.mark.slow
+def test_formulas_are_rendered(site):
+    for page, text in built(site):
+        prose = re.sub(r"<(pre|code)\b.*?</\1>", "", text, flags=re.S)
+        assert not re.search(r"\$\$|\\[(\[a-zA-Z]", prose), page
+        assert text.count('class="arithmatex"') == text.count("<math "), page
+    assert (site / "theory.html").read_text().count("<math ") > 80
+
+
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_another_host(site):
+    for page in sorted(site.rglob("*.html")):
+        for tag in re.findall(
+            r"<(?:script|link|img|iframe|source)\b[^>]*>", page.read_text(encoding="utf-8")
+        ):
+            assert 'rel="canonical"' in tag or not re.search(r'(?:src|href)="?(?:https?:)?//', tag), (
+                page,
+                tag,
+            )
+    for style in site.rglob("*.css"):
+        assert not re.search(
+            r"(?:url\(|@import)\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")
+        ), style
+    for script in (DOCS / "javascripts").rglob("*.js"):
+        assert not re.search(r"https?://", script.read_text(encoding="utf-8")), script
+    assert (site / "search/search_index.js").exists()  # the search of a page that is opened as a file
+
+
+@pytest.mark.slow
+def test_links_to_the_repository_lead_to_files_that_exist(site):
+    links = set()
+    for _, text in built(site):
+        links |= set(re.findall(rf'href="{REPOSITORY}/(blob|tree)/main/([^"#]+)', text))
+    assert {("blob", "wmateacher/teacher.py"), ("blob", "tests/test_noise.py")} <= links
+    for kind, path in links:
+        assert (ROOT / path).is_dir() if kind == "tree" else (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("*.md")), ids=lambda page: page.stem)
+def test_a_page_of_the_reference_starts_with_the_names_that_matter(page):
+    start = page.read_text().partition("\n:::")[0]
+    names = re.findall(r"^- \[`(\w+)`\]\[([\w.]+)\]", start, re.M)
+    assert 1 <= len(names) <= 3
+    assert all(path.endswith(f".{name}") for name, path in names)
 
 
 MODULES = sorted(

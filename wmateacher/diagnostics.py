@@ -49,7 +49,7 @@ def parameter_gap(teacher: WMATeacher) -> Tensor:
 
     It is taken over all averaged tensors. 0 means that the teacher has collapsed onto the student.
 
-    Example:
+    Examples:
         >>> student = nn.Linear(4, 4)
         >>> teacher = WMATeacher(student, "static", total_steps=10)
         >>> parameter_gap(teacher).item()
@@ -110,7 +110,7 @@ class GapMonitor:
     reads the recorded gaps in blocks of `read_every` steps. The host waits for the device only then, and most
     of the values were computed long before.
 
-    Example:
+    Examples:
         >>> student = nn.Linear(4, 2)
         >>> monitor = GapMonitor(WMATeacher(student, "uniform"))
         >>> monitor.step()  # after each update
@@ -339,7 +339,7 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     It is |Y^t X|_F^2 / (|X^t X|_F |Y^t Y|_F) with centred columns (Kornblith et al. 2019), and 1 for
     representations that are equal up to rotation and scale.
 
-    Example:
+    Examples:
         >>> x = torch.randn(64, 8)
         >>> round(linear_cka(x, 3 * x.flip(1)).item(), 4)
         1.0

@@ -318,7 +318,7 @@ def write_atomically(file: File) -> Iterator[BinaryIO]:
     end of the block, that file is flushed to disk and takes the place of `FILE`. If the block raises, it is
     deleted, and `FILE` stays as it was.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> file = Path(tempfile.mkdtemp()) / "new folder" / "state.pt"
         >>> with write_atomically(file) as stream:

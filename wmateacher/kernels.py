@@ -188,7 +188,7 @@ _FACTORIES: dict[str, _Factory] = {}
 def register(name: str, *, override: bool = False) -> Callable[[_Factory], _Factory]:
     """Give a kernel class, or a function that returns kernels, a name for use in strings.
 
-    Example:
+    Examples:
         >>> @register("rising", override=True)
         ... @dataclass(frozen=True)
         ... class Rising(Density):
@@ -232,7 +232,7 @@ callable density. `build` turns each of them into a `Kernel`."""
 def build(kernel: KernelLike) -> Kernel:
     """Return the kernel that a string, an object or a callable stands for.
 
-    Example:
+    Examples:
         >>> build("beta(0.5,0.5)").profile(4).round(3)
         array([0.256, 0.167, 0.153, 0.167, 0.256])
         >>> build(Beta(0.5, 0.5)).profile(4).round(3)
@@ -320,7 +320,7 @@ class Beta(Density):
     The paper's default is `a = b = 0.5`, which is U-shaped. `a < 1` emphasises the start of the run and
     `b < 1` its end; `a = b = 1` is the running mean.
 
-    Example:
+    Examples:
         >>> print(Beta(0.5, 0.5))
         beta(0.5,0.5)
 
@@ -517,7 +517,7 @@ class Power(Kernel):
     With `exponent`, gamma may also be negative, so that the average leans on the start of the run. In a long
     run it is the average of `beta(1 + exponent, 1)`, which needs a horizon.
 
-    Example:
+    Examples:
         >>> round(Power(sigma_rel=0.1).gamma, 2)
         6.94
         >>> print(Power(exponent=-0.5))
@@ -594,7 +594,7 @@ class Ema(Kernel):
     With `start_step=s`, the average is the one of a run that begins at step `s`: `W^s` takes the place of
     `W^0`, and a schedule takes the `T - s` steps that are left.
 
-    Example:
+    Examples:
         >>> print(Ema(0.999), Ema(0.996, 1.0, schedule="cosine"), Ema(half_life=500, start_step=1000))
         ema(0.999) ema(0.996,1.0,schedule=cosine) ema(half_life=500,start_step=1000)
 

@@ -124,7 +124,7 @@ def describe(state: Mapping[str, Any]) -> Description:
 def load(teacher: WMATeacher, state: Mapping[str, Any], step: int | None = None) -> Description:
     """Let a teacher continue the average that another library has made.
 
-    Example:
+    Examples:
         >>> from torch.optim.swa_utils import AveragedModel
         >>> model = nn.Linear(2, 2)
         >>> swa = AveragedModel(model)

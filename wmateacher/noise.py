@@ -83,7 +83,7 @@ def moments(
 ) -> Moments:
     """Return bias and variance of student and teacher after `total_steps` steps of SGD.
 
-    Example:
+    Examples:
         >>> with_teacher = moments("uniform", 2_000, 0.9, learning_rate=0.1)
         >>> alone = moments("uniform", 2_000, 0.0, learning_rate=0.1)
         >>> (with_teacher.student_variance / alone.student_variance).round(2)

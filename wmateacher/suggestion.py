@@ -54,7 +54,7 @@ def suggest(
 ) -> Suggestion:
     """Propose a kernel for a run, and say why.
 
-    Example:
+    Examples:
         >>> print(suggest(10_000, start_weight=0.01).kernel)
         beta(0.386,0.386)
         >>> print(suggest(mean_age=0.5).kernel)

@@ -53,7 +53,7 @@ class WMATeacher(nn.Module):
     where `W^0` is the student at construction and the kernel determines `omega_t` (TRACER, Definition 3.3
     and eq. 15). Static, EMA, SWA and WMA teachers differ only in the kernel.
 
-    Example:
+    Examples:
         >>> student = nn.Linear(4, 2)
         >>> teacher = WMATeacher(student, kernel="beta(0.5,0.5)", total_steps=100)
         >>> targets = teacher(torch.randn(8, 4))  # eval mode, no gradient

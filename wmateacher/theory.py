@@ -313,7 +313,7 @@ def predict(
     $e^* + (1 - e^*) \big(\frac{\lambda (1 - s)}{1 + \lambda}\big)^n$. In the limit the student's
     bias is the one under a static teacher at the distillation weight $\lambda s$.
 
-    Example:
+    Examples:
         >>> prediction = predict("beta(0.5,0.5)", 25_030)
         >>> round(prediction.teacher_residual, 3), round(prediction.student_residual, 3)
         (0.048, 0.023)
@@ -362,7 +362,7 @@ class PowerLaw:
     $K (t+1)^{-a / (1 + \lambda)}$, where K is `residual_factor`. For a = 1, the running mean, it is
     $\Gamma(t + 1 + c) / (\Gamma(1 + c)\, \Gamma(t + 2))$ with $c = \lambda / (1 + \lambda)$.
 
-    Example:
+    Examples:
         >>> law = PowerLaw(exponent=-0.5)
         >>> float(law.start_weight(9_999)), round(float(law.teacher_residual(25_030)), 4)
         (0.01, 0.0717)

@@ -32,7 +32,7 @@ class TeacherCallback(TrainerCallback):
     skips. Each `checkpoint-*` folder holds the average and its step count in `teacher.pt`, and a resumed run
     continues both.
 
-    Example:
+    Examples:
         >>> teacher_callback = TeacherCallback("beta(0.5,0.5)")
         >>> trainer = Trainer(model, args, callbacks=[teacher_callback])  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP

@@ -39,7 +39,7 @@ class TeacherMixin(CallbackMixin):
     optimizer step and all processes, like the model's own loss. Its mean, before its weight, is logged as
     `distillation`.
 
-    Example:
+    Examples:
         >>> class MyTrainer(TeacherMixin, Trainer): ...
 
     Attributes:

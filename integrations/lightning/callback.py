@@ -37,7 +37,7 @@ class TeacherCallback(Callback):
     In `training_step` the average is `self.teacher`. It is no submodule, so it enters neither
     `parameters()` nor `state_dict()`.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(max_epochs=10, callbacks=[TeacherCallback("beta(0.5,0.5)")])  # doctest: +SKIP
         >>> trainer.fit(module)  # doctest: +SKIP
         >>> module.teacher.copy_to(module)  # doctest: +SKIP

@@ -119,7 +119,7 @@ def register(
 ) -> Callable[[LossT], LossT]:
     """Decorate a loss to make it available to `build` under `name`.
 
-    Example:
+    Examples:
         >>> @register("largest", family="logits", override=True)
         ... def largest(student, teacher):
         ...     return (student.amax(1) - teacher.amax(1)).square().mean()
@@ -186,7 +186,7 @@ def build(
     batch. Every rank must call the criterion, with at least one row. Each call exchanges the batch sizes, and
     the host waits for them.
 
-    Example:
+    Examples:
         >>> criterion = build("kl + 0.5*mse(logits)")
         >>> criterion(torch.zeros(2, 3), torch.zeros(2, 3)).item()
         0.0

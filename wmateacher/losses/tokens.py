@@ -34,7 +34,7 @@ def __dir__() -> list[str]:
 def token_mask(labels: Tensor, *, causal: bool = True, ignore_index: int = -100) -> Tensor:
     """Return which positions of the logits predict a token that counts, as `mask=` of a criterion.
 
-    Example:
+    Examples:
         >>> token_mask(torch.tensor([[-100, -100, 5, 7]])).tolist()
         [[False, True, True, False]]
 

@@ -49,7 +49,7 @@ def average_checkpoints(
     teacher with `update_every=n`. Floating-point buffers are averaged like parameters. It is better to
     recompute batch-norm statistics afterwards (`torch.optim.swa_utils.update_bn`).
 
-    Example:
+    Examples:
         >>> average_checkpoints([{"w": torch.tensor([float(i)])} for i in range(4)], "uniform")
         {'w': tensor([1.5000])}
 
@@ -125,7 +125,7 @@ def interpolate(
 ) -> dict[str, Any]:
     """Return `(1 - alpha) * start + alpha * end`: WiSE-FT (Wortsman et al. 2022), eq. 1.
 
-    Example:
+    Examples:
         >>> interpolate({"w": torch.zeros(2)}, {"w": torch.ones(2)}, alpha=0.25)
         {'w': tensor([0.2500, 0.2500])}
 
@@ -170,7 +170,7 @@ def model_stock(
     for N fine-tuned models, with `theta` the angle between the fine-tuned models seen from `w_0`. For N = 2
     it is the paper's `2 cos / (1 + cos)`. See `model_stock_ratios` for the cases that the paper leaves open.
 
-    Example:
+    Examples:
         >>> start, one, two = torch.zeros(2), torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])
         >>> model_stock({"w": start}, [{"w": one}, {"w": two}])["w"]  # t = 2 cos 45 / (1 + cos 45) = 0.828...
         tensor([0.8284, 0.4142])

@@ -39,7 +39,7 @@ class Recorder:
     with the student (the frozen ones) are not in the snapshots: load the synthesised state with
     `strict=False`.
 
-    Example:
+    Examples:
         >>> import tempfile, torch
         >>> from wmateacher.posthoc import Recorder, synthesise
         >>> model, folder = nn.Linear(2, 2), tempfile.mkdtemp()
