@@ -227,10 +227,10 @@ ADVICE = (
         "random weights, no BatchNorm (DINO, 1,400 steps; mean teacher with group normalisation)",
         "an EMA with a window of 2 to 5% of the run",
         (
-            Comparison("dino-digits", "ema(0.97)", "power(sigma_rel=0.1)", *KNN),
-            Comparison("dino-digits", "ema(0.97)", "uniform", *KNN),
-            Comparison("dino-digits", "ema(0.97)", BETA, *KNN),
-            Comparison("dino-mnist", "ema(0.97)", BETA, *KNN),
+            Comparison("dino-digits-16px", "ema(0.97)", "power(sigma_rel=0.1)", *KNN),
+            Comparison("dino-digits-16px", "ema(0.97)", "uniform", *KNN),
+            Comparison("dino-digits-16px", "ema(0.97)", BETA, *KNN),
+            Comparison("dino-mnist-16px", "ema(0.97)", BETA, *KNN),
             *(
                 Comparison("mean-teacher-digits-groupnorm", "mean-teacher", other, *MEAN_TEACHER)
                 for other in ("uniform", BETA)

@@ -85,12 +85,16 @@ class DrawnCrops:
         chosen = self.epochs(step)
         part = Split(self.split.images[chosen], self.split.labels[chosen])
         random = generator(self.seed, 1, step)
-        shared = self.domain.draw(part, self.size, random)
+        share = self.redrawn_at(step)
+        # Drawing is not free: the shared drawing is left out when no crop is cut from it.
+        shared = None if share == 1 else self.domain.draw(part, self.size, random)
         cuts = []
         for size, scale in self.crops.sizes:
-            own = self.domain.draw(part, self.size, random)
-            redrawn = torch.rand(len(part), 1, 1, 1, generator=random) < self.redrawn_at(step)
-            cuts.append(cut(torch.where(redrawn, own, shared), size, scale, random))
+            drawing = self.domain.draw(part, self.size, random)
+            if shared is not None:
+                redrawn = torch.rand(len(part), 1, 1, 1, generator=random) < share
+                drawing = torch.where(redrawn, drawing, shared)
+            cuts.append(cut(drawing, size, scale, random))
         return [normalise(processes.shard_rows(crop)) for crop in cuts]
 
     def redrawn_at(self, step: int) -> float:

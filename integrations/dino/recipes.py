@@ -226,18 +226,19 @@ class Recipe:
 
 # An untrained network hardly sees shapes for colours. Its answers to two crops must agree by more than
 # tau_T / tau_S, or what they agree on fades. So the first crops share their drawing, and tau_T is low.
+# A part of a digit is a part of other digits, too: the crops are nearly whole, and there are no local ones.
 _DIGITS = Recipe(
     summary="the bundled digits in random colours, turned and noisy; minutes on a CPU",
     data="digits",
     backbone="test_efficientnet_gn(output_stride=8)",
-    image_size=16,
-    crops=Crops(16, 8, 2, (0.7, 1.0), (0.4, 0.7)),
+    image_size=24,
+    crops=Crops(24, 16, 0, (0.85, 1.0), (0.4, 0.7)),
     settings=Settings(
-        steps=1400,
-        batch_size=128,
-        warmup=140,
+        steps=1000,
+        batch_size=64,
+        warmup=100,
         hold_last=20,
-        learning_rate=0.004,
+        learning_rate=0.008,
         outputs=128,
         hidden=256,
         bottleneck=64,
@@ -245,7 +246,7 @@ _DIGITS = Recipe(
         teacher_temperature=0.02,
         centering="sinkhorn",
     ),
-    redraw=(60, 660),
+    redraw=(40, 470),
     bank_images=10000,
 )
 

@@ -72,6 +72,9 @@ def test_the_share_of_redrawn_crops_grows():
     )
     torch.testing.assert_close(*shared)
     assert (redrawn[0] - redrawn[1]).abs().mean() > 0.3
+    halfway = DrawnCrops(split(), WIDE, 16, whole, 10, 0, redraw=(-10, 10)).batch(0)
+    differs = (halfway[0] - halfway[1]).abs().mean((1, 2, 3)) > 0.3
+    assert 0 < differs.sum() < 10
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_seeds_differ_and_evaluation_does_not(tmp_path):
 
 
 def test_crops_that_do_not_fit_are_found_before_anything_is_run(tmp_path):
-    with pytest.raises(ValueError, match="crops of 64 pixels are larger than the images of 16"):
+    with pytest.raises(ValueError, match="crops of 64 pixels are larger than the images of 24"):
         Experiment(recipe(crops=Crops(64, 8)), tmp_path, progress=False)
     with pytest.raises(ValueError, match="batch_size must be between 1 and the 5 training images, got 8"):
         Experiment(replace(recipe(), train_images=5), tmp_path, progress=False)
