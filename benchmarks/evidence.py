@@ -272,7 +272,9 @@ INTERVAL = "python examples/clip_tracer.py --ablate interval --seeds 3"
 SWEEP = "python benchmarks/kernel_sweep.py --seeds 3"
 ON_MNIST = " --data mnist --data-root DIR"
 REPEATED = "python examples/clip_tracer.py --seeds 3 --pretrainings 3"
-EMOJI_KERNEL = "python examples/clip_tracer.py emoji --data-root DIR --ablate kernel --seeds 3 --pretrainings 2"
+EMOJI_KERNEL = (
+    "python examples/clip_tracer.py emoji --data-root DIR --ablate kernel --seeds 3 --pretrainings 2"
+)
 PICTOGRAMS = "python examples/clip_tracer.py emoji --data-root DIR --seeds 3 --pretrainings 2"
 TOY = "python examples/clip_tracer.py colored-mnist --data-root DIR"
 IMAGENET = (
