@@ -63,15 +63,18 @@ def test_the_kernels_that_it_names_can_be_built():
 
 
 def test_the_accuracies_that_it_names_are_the_measured_ones():
-    methods = json.loads((RESULTS / "clip-digits/results.json").read_text())["methods"]
+    methods = json.loads((RESULTS / "clip-emoji/results.json").read_text())["methods"]
     shown = {k: (f"{methods[k]['id']:.1f}", f"{methods[k]['ood']:.1f}") for k in methods}
     text = " ".join(README.split())
-    assert "Without a teacher it reaches {}% there and {}% under six shifts".format(*shown["flyp"]) in text
+    assert "Without a teacher it reaches {}% there and {}% on the others".format(*shown["flyp"]) in text
+    assert "less than the {}% before fine-tuning".format(shown["zero-shot"][1]) in text
+    assert "Lipsum-FT ({} and {}) is better than TRACER".format(*shown["lipsum-ft"]) in text
     assert "A frozen teacher holds it back ({} and {})".format(*shown["static-sd"]) in text
     assert "it teaches little ({} and {})".format(*shown["ema"]) in text
     assert "keeps both: {} and {}".format(*shown["tracer"]) in text
-    assert len(methods["tracer"]["runs"]) == 3
-    assert "(three seeds)" in text
+    runs = {(run["pretraining"], run["seed"]) for run in methods["tracer"]["runs"]}
+    assert runs == {(start, seed) for start in range(2) for seed in range(3)}
+    assert "(two pre-trainings, three seeds each)" in text
 
 
 def test_it_says_that_nothing_has_run_on_a_gpu_as_long_as_that_is_so():
