@@ -149,7 +149,8 @@ def _anchor(folder: str) -> str:
     """Return the anchor of the section of the results that shows a folder."""
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
     headings = re.findall(r"^## (.*)$", text, re.M)
-    for heading in headings:
+    # A section of its own comes before one of several folders.
+    for heading in sorted(headings, key=lambda heading: heading.partition(":")[0] != folder):
         names = (
             heading.partition(":")[0]
             .replace(" and -", f" and {heading.split('-groupnorm')[0]}-")
