@@ -1,4 +1,4 @@
-"""What setuptools cannot read in pyproject.toml: where `wmateacher.integrations` is, and README for an index.
+"""Tell setuptools what pyproject.toml cannot: where `wmateacher.integrations` is, and the README of an index.
 
 A package index does not have the files that README links to. A build for one is therefore told the address
 of the repository in the variable `REPOSITORY_URL`, and all links become absolute.

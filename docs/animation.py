@@ -112,7 +112,7 @@ def _heading(kernel: str, row: int) -> str:
 
 
 def _body(name: str, steps: Sequence[int]) -> str:
-    """Return what moves, drawn at its last step."""
+    """Return the moving parts; without animation they show the last of the steps."""
     hills, curves, heads = [], [], []
     for row, (kernel, (colour, _)) in enumerate(SHOWN.items()):
         found, base = weights(kernel), _FIRST_ROW + _ROW * row

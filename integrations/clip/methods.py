@@ -155,8 +155,8 @@ class Method:
             those of TRACER's code (`published`).
         batch_norm: The statistics that batch normalisation in the teacher takes. `pretrained` keeps the
             running statistics of the start, as the published code does. `batch` takes those of each batch,
-            which a teacher that follows its student needs: once the student has moved, the features of an EMA
-            are useless with those of the start.
+            which a teacher that follows its student needs: the statistics of the start do not fit its weights
+            once the student has moved.
         merge: Weights that are merged rather than trained.
         trains: Whether the method trains. If not, it is the pretrained model or the `merge`.
 
