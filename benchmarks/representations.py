@@ -56,17 +56,23 @@ def main() -> int:
         if record.recorded(method, seed, pretraining) is None:
             similar = compare(starts[pretraining, seed], folder, files)
             record.record(method, {"seed": seed, "pretraining": pretraining, **similar})
-    pairs = [(name, "flyp") for name in record.content["methods"] if name != "flyp"]
-    print(tables.table(record.content, COLUMNS))
-    if "flyp" in record.content["methods"]:
-        print(f"\n{comparison.differences(record.content, COLUMNS, pairs)}")
+    print("\n\n".join(texts(record.content)))
     picture(record.content, arguments.output / "cka.png")
     print(f"\nwrote {arguments.output}/results.json, cka.png")
     return 0
 
 
+def texts(content: dict[str, Any]) -> list[str]:
+    """Return the table of the methods, and that of their differences to FLYP if it is among them."""
+    shown = [tables.table(content, COLUMNS)]
+    if "flyp" in content["methods"]:
+        pairs = [(name, "flyp") for name in content["methods"] if name != "flyp"]
+        shown.append(comparison.differences(content, COLUMNS, pairs))
+    return shown
+
+
 def models_of(run: Path) -> tuple[dict[tuple[int, int], Path], dict[tuple[str, int, int], Path]]:
-    """Return the folders of a run's pretrained models and of its students, by (method,) pre-training, seed."""
+    """Return the folders of a run's pretrained models and of its students, by (method and) run."""
     file = run / "results.json"
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: give the folder of a run of examples/clip_tracer.py")
