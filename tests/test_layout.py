@@ -47,11 +47,12 @@ CORE = {
     "recalibration": {
         *("averaging", "caches", "checks", "collectives", "normalisation", "pairing", "sharding", "walking"),
     },
+    "modes": {"normalisation", "schedule", "shadow"},
     "controller": {"averaging", "kernels", "pairing", "schedule", "shadow", "sharding", "transfers"},
     "states": {"buffers", "naming", "pairing", "shadow", "sharding"},
     "teacher": {
         *("adapters", "attachment", "buffers", "caches", "checks", "controller", "copying", "finiteness"),
-        *("kernels", "naming", "normalisation", "pairing", "shadow", "sharding", "states", "swapping"),
+        *("kernels", "modes", "naming", "normalisation", "pairing", "shadow", "sharding", "states", "swapping"),
         *("transfers", "unfreezing", "walking", "zero"),
     },
     "distributed": {"collectives", "naming", "pairing", "sharding"},
