@@ -30,10 +30,10 @@ from wmateacher.collectives import world_size
 from wmateacher.integrations.clip import ablations, paper, plots, recipes
 from wmateacher.integrations.clip.recipes import (
     DigitsRecipe,
+    FileRecipe,
     FolderRecipe,
+    FromScratchRecipe,
     PhotoRecipe,
-    PretrainedRecipe,
-    PretrainingRecipe,
 )
 from wmateacher.integrations.engine import command, console, processes, tracking
 
@@ -76,7 +76,7 @@ def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
         given = getattr(options, name)
         if given is not None and given < 1:
             raise ValueError(f"--{name} must be at least 1, got {given}")
-    pretrains = isinstance(recipe, PretrainingRecipe)
+    pretrains = isinstance(recipe, FromScratchRecipe)
     for flag, given, fits, kind in (
         ("pretrain-steps", options.pretrain_steps is not None, pretrains, "that pre-train"),
         ("pretrainings", options.pretrainings > 1, pretrains, "that pre-train"),
@@ -86,7 +86,7 @@ def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
             raise ValueError(f"--{flag} is for recipes {kind}, got recipe {recipe.name!r}")
     recipe = recipe.adjust().with_steps(options.steps)
     return (
-        recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, PretrainingRecipe) else recipe
+        recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, FromScratchRecipe) else recipe
     )
 
 
@@ -221,7 +221,7 @@ def report_ablation(experiment: Experiment, what: str, names: list[str]) -> None
     """Print the table of an ablation and write its picture."""
     recipe, file = experiment.recipe, experiment.output / "ablation.png"
     variants = {name: recipe.method(name) for name in names}
-    pretrained = isinstance(recipe, PretrainedRecipe)
+    pretrained = isinstance(recipe, FileRecipe)
     # The paper's ablations are of ViT-B/16; those of the digits are shown beside them.
     table = ablations.table(
         experiment.results, what, variants, recipe.finetune.steps,

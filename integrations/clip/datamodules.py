@@ -27,9 +27,9 @@ from wmateacher.integrations.clip.model import Prompts, Tokenizer, Towers, evalu
 from wmateacher.integrations.clip.recipes import (
     DigitsRecipe,
     EmojiRecipe,
+    FileRecipe,
     FolderRecipe,
     PhotoRecipe,
-    PretrainedRecipe,
     Settings,
 )
 from wmateacher.integrations.engine import loop, processes
@@ -247,7 +247,7 @@ class FileData:
 
     def __init__(
         self,
-        recipe: PretrainedRecipe,
+        recipe: FileRecipe,
         towers: Towers,
         prompts: Prompts,
         train: files.Captioned,
