@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wmateacher.integrations.clip.data import check, imagenet
-from wmateacher.integrations.clip.data.folders import Task, read_templates
+from wmateacher.integrations.clip.data.task import Task
+from wmateacher.integrations.clip.data.templates import read_templates
 from wmateacher.integrations.clip.datamodules import FolderData
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Towers, build

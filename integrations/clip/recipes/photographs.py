@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from wmateacher.checks import lookup
 from wmateacher.integrations.clip.data import imagenet
-from wmateacher.integrations.clip.data.batches import check_templates
+from wmateacher.integrations.clip.data.templates import check_templates
 from wmateacher.integrations.clip.methods import METHODS, tracer_terms
 from wmateacher.integrations.clip.recipes.base import RECIPES, Settings
 from wmateacher.integrations.clip.recipes.files import FileRecipe
