@@ -335,7 +335,7 @@ CLAIMS = (
         (OOD("clip-digits", "tracer", "ema"), OOD("clip-digits", "tracer", "carot")),
         (OOD("", "tracer", "ema"),),
     ),
-    Claim("TRACER is better under shift than Lipsum-FT and WiSE-FT (pictograms)", PICTOGRAMS, (
+    Claim("TRACER is better under shift than Lipsum-FT and WiSE-FT (pictograms)", f"{PICTOGRAMS} --methods tracer lipsum-ft wise-ft", (
         OOD("clip-emoji", "tracer", "lipsum-ft"), OOD("clip-emoji", "tracer", "wise-ft"),
     ), note="Lipsum-FT is better in distribution, too."),
     *_on_both("More weight at the ends of the run is better under shift", KERNEL, (
