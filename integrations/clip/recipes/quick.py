@@ -51,8 +51,10 @@ def limits(recipe: FromScratchRecipe) -> str:
     whole = RECIPES[recipe.name]
     assert isinstance(whole, FromScratchRecipe)
     return (
-        f"--quick shows that everything runs, and nothing about the methods: {recipe.pretrain.steps} of "
-        f"{whole.pretrain.steps:,} steps of pre-training"
+        "--quick shows that everything runs, and nothing about the methods: after "
+        f"{recipe.pretrain.steps:,} steps of pre-training instead of {whole.pretrain.steps:,} and "
+        f"{recipe.finetune.steps:,} of fine-tuning instead of {whole.finetune.steps:,}, "
+        "their order may be any."
     )
 
 
