@@ -164,7 +164,7 @@ def test_the_tiny_configurations_do_not_shadow_open_clips():
 
 
 def test_a_file_that_holds_no_weights_is_named(tmp_path):
-    for name, content in (("pairs.csv", b"filepath,title\n"), ("empty.pt", b"")):
+    for name, content in (("pairs.csv", b"filepath,title\n"), ("empty.pt", b""), ("junk.pt", b"junk")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"cannot read weights .*{name}.* for 'tiny-vit-16'"):
             build("tiny-vit-16", str(tmp_path / name))
