@@ -109,6 +109,8 @@ def _suggest(arguments: argparse.Namespace, others: Sequence[Kernel]) -> None:
         raise ValueError(
             f"--total-steps must be at most {_LONGEST}, got {total}: leave it out for an open end"
         )
+    if total is None and others:
+        raise ValueError(f"pass --total-steps T to compare the proposal with {others[0]}")
     suggestion = theory.suggest(
         total,
         start=arguments.start or "pretrained",

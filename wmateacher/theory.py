@@ -346,6 +346,8 @@ def predict(
 
 # A sum over steps is added up to this many times (exponent + 2), and continued by an expansion from there.
 _ADDED = 200
+_LARGEST_EXPONENT = 1e5
+"""The largest exponent of a `PowerLaw`, for which 160 MB are added up."""
 
 
 @dataclass(frozen=True)
@@ -368,7 +370,7 @@ class PowerLaw:
         (0.01, 0.0717)
 
     Args:
-        exponent: The exponent p of the weights, above -1.
+        exponent: The exponent p of the weights, above -1 and at most 1e5.
         distill_weight: The weight lambda of the distillation loss.
     """
 
@@ -377,6 +379,11 @@ class PowerLaw:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exponent", Power(exponent=self.exponent).gamma)
+        if self.exponent > _LARGEST_EXPONENT:
+            raise ValueError(
+                f"PowerLaw: exponent must be at most {_LARGEST_EXPONENT:g}, got {self.exponent:g}: the "
+                "kernel's own profile and summary have no such limit"
+            )
         object.__setattr__(self, "distill_weight", _distill_weight("PowerLaw", self.distill_weight))
 
     def omega(self, steps: ArrayLike) -> Array:
@@ -507,6 +514,8 @@ def _distill_weight(function: str, value: Any) -> float:
 
 def _gap_omegas(kernel: kernels.Gap, total_steps: int, update_every: int, lam: float) -> Array:
     """Return the omega_1..omega_T that `gap` chooses, with 0 for the steps that `update_every` skips."""
+    total_steps = checks.positive_int("total_steps", total_steps)
+    update_every = checks.positive_int("update_every", update_every)
     limit = kernel.share * (1.0 + lam) / (1.0 + lam * kernel.share)
     steps = np.arange(1, total_steps + 1)
     due = (steps % update_every == 0) | (steps == total_steps)
