@@ -19,7 +19,7 @@ CORE = {
     "checks": set(),
     "collectives": set(),
     "caches": {"walking"},
-    "averaging": {"caches"},
+    "averaging": {"caches", "transfers"},
     "buffers": {"naming", "pairing", "walking"},
     "rewriting": {"naming"},
     "transfers": set(),
