@@ -170,6 +170,7 @@ def test_a_student_on_two_devices_is_averaged_on_both(kernel, nonfinite, device)
         assert average.device == own.device
         expected = sum(w * state[index] for w, state in zip(weights, states, strict=True))
         torch.testing.assert_close(average.double(), expected, rtol=1e-5, atol=1e-6)
+    assert parameter_gap(teacher) > 0
 
 
 def test_a_teacher_moves_between_devices_with_its_average(device):

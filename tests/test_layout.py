@@ -56,7 +56,7 @@ CORE = {
     },
     "distributed": {"collectives", "naming", "pairing", "sharding"},
     "losses": {"checks", "collectives", "spec"},
-    "diagnostics": {"checks", "losses", "sharding", "teacher"},
+    "diagnostics": {"checks", "losses", "sharding", "teacher", "transfers"},
     "contents": set(),
     "files": {"contents"},
     "folders": {"checks", "files"},
