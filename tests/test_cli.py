@@ -101,6 +101,21 @@ def test_average(checkpoints, tmp_path, capsys):
     assert last == f"wrote {out}: 3 checkpoints, beta(0.5,0.5)"
 
 
+@pytest.mark.parametrize("steps", [(), ("--steps", "500,1000,1500")], ids=["equal", "given"])
+def test_average_refuses_names_that_a_shell_has_sorted_as_text(steps, checkpoints, tmp_path, capsys):
+    """`step-*.safetensors` gives 1000, 1500, 500; a mean is the same in any order."""
+    names = [str(tmp_path / "run-2" / f"step-{n}.safetensors") for n in (1000, 1500, 500)]
+    (tmp_path / "run-2").mkdir()
+    for name in names:
+        files.save(files.load(checkpoints[0]), name)
+    out = tmp_path / "out.pt"
+    assert main("average", *names, "--kernel", "tail(0.3)", *steps, "--output", out) == 2
+    assert "the names count 1000, 1500, 500" in capsys.readouterr().err
+    assert main("average", *names, "--output", out) == 0
+    in_order = [names[2], *names[:2]]
+    assert main("average", *in_order, "--kernel", "tail(0.3)", *steps, "--output", out, "--force") == 0
+
+
 def test_interpolate_and_stock(checkpoints, tmp_path, capsys):
     assert main("interpolate", *checkpoints[:2], "--alpha", 0.25, "--output", tmp_path / "a.pt") == 0
     expected = posthoc.interpolate(checkpoints[0], checkpoints[1], 0.25)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -137,12 +138,26 @@ def _average(arguments: argparse.Namespace) -> None:
             f"--total-steps {arguments.total_steps} needs the step of each checkpoint: pass --steps too"
         )
     weights = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
+    if np.ptp(weights) > 1e-12:  # of equal ones the order does not matter
+        _check_order(files)
     posthoc.average_checkpoints(
         files, kernel, arguments.steps, arguments.total_steps, arguments.output, key=arguments.key
     )
     for file, weight in zip(files, weights, strict=True):
         print(f"{weight:9.6f}  {file}")
     print(f"wrote {arguments.output}: {len(files)} checkpoints, {kernel}")
+
+
+def _check_order(files: Sequence[str]) -> None:
+    """Refuse files whose names count steps in another order, such as those of `step-*.pt` in a shell."""
+    numbers = [[int(n) for n in re.findall("[0-9]+", file)] for file in files]
+    counted = [n for n in zip(*numbers, strict=False) if len(set(n)) > 1]
+    alike = len({re.sub("[0-9]+", "0", file) for file in files}) == 1
+    if alike and len(counted) == 1 and list(counted[0]) != sorted(counted[0]):
+        raise ValueError(
+            f"the names count {', '.join(map(str, counted[0]))}, but the kernel weights checkpoints in the "
+            "order of training: sort them by their numbers, as `ls -v` does"
+        )
 
 
 def _synthesise(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmateacher import averaging, pairing, sharding
+from wmateacher import averaging, pairing, sharding, transfers
 from wmateacher.averaging import Average
 from wmateacher.kernels import Array, Gap, Kernel, realised_weights
 from wmateacher.pairing import Binding
@@ -229,12 +229,12 @@ class Distances:
             home = sharding.local(like).device
             sums = torch.zeros(2, dtype=_precise(home), device=home)
             for batch in batches:
-                sums += batch.measure().to(home, non_blocking=True)
+                sums += transfers.moved(batch.measure(), home)
             parts.append(sharding.total(sums, like))
         if not parts:
             return 0.0
         home = parts[0].device
-        apart, moved = torch.stack([p.to(home, non_blocking=True) for p in parts]).sum(0).sqrt().unbind()
+        apart, moved = torch.stack([transfers.moved(p, home) for p in parts]).sum(0).sqrt().unbind()
         # NaN stays NaN: a student that is not finite is treated as with any other kernel.
         omega = self._kernel.omega(apart, moved)
         omega = torch.where(apart == 0, 0.0, omega)  # of 0 / 0, if the student has not moved
