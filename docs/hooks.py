@@ -53,7 +53,9 @@ def on_files(files: Files, config: Any) -> Files:
     results = recorded.recorded()
     for section in SECTIONS:
         text = recorded.with_charts(section.text, results)
-        texts[section.page] = f"# {section.title}\n{_relinked(text, RESULTS, config, up='../')}"
+        texts[section.page] = (
+            f"---\nhide: [toc]\n---\n\n# {section.title}\n{_relinked(text, RESULTS, config, up='../')}"
+        )
     gpu = RESULTS / "gpu"
     texts["gpu.md"] = f"{_relinked((gpu / 'README.md').read_text('utf-8'), gpu, config)}\n{report.page(gpu)}"
     texts["sweep_explorer.html"] = sweep_explorer.page(sweep_explorer.recorded())

@@ -41,7 +41,7 @@ class Section(NamedTuple):
     @property
     def page(self) -> str:
         """The address of its page on the site."""
-        return f"results/{slugify(self.name, '-')}.md"
+        return f"results/{slugify(self.name, '-').strip('-')}.md"
 
     @property
     def anchor(self) -> str:
