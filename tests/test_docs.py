@@ -124,11 +124,25 @@ def test_the_site_builds_and_its_search_finds_every_public_name(site):
 def test_results_contributing_and_changelog_are_pages_with_their_pictures(site):
     for page in ("results", "gpu", "contributing", "changelog"):
         assert (site / f"{page}.html").exists()
-    shown = re.findall(r'src="([^"#]+\.png)(?:#[\w-]+)?"', (site / "results.html").read_text())
-    assert len(shown) >= 3
-    assert all((site / picture).exists() for picture in shown)
-    assert 'href="sweep_explorer.html"' in (site / "results.html").read_text()
+    pages = {page.stem: page.read_text() for page in (site / "results").glob("*.html")}
+    assert len(pages) == (ROOT / "benchmarks/results/README.md").read_text().count("\n## ")
+    overview = (site / "results.html").read_text()
+    for name, page in pages.items():
+        assert f'href="results/{name}.html"' in overview
+        assert all(
+            (site / "results" / src).exists() for src in re.findall(r'src="([^"#:]+\.png)(?:#[\w-]+)?"', page)
+        )
+        assert not re.search(r"(methods|ablation)\.png", page)
+    assert all(
+        'class="chart"' in pages[name] for name in ("clip-digits", "clip-emoji", "lm-lora", "colored-mnist")
+    )
+    assert pages["clip-ablation"].count('class="chart"') == 7
+    assert 'src="../results/lm-lora/courses.png"' in pages["lm-lora"]
+    assert any('href="../sweep_explorer.html"' in page for page in pages.values())
     assert '"kernel-sweep-digits"' in (site / "sweep_explorer.html").read_text()
+    claims = (site / "claims.html").read_text()  # a link to a section leads to its page
+    assert 'href="results/clip-digits.html"' in claims
+    assert 'href="results.html#' not in claims
 
 
 def built(site):
@@ -220,6 +234,80 @@ def test_the_pictures_are_drawn(tmp_path, monkeypatch):
         pictures[draw]().savefig(tmp_path / f"{draw}.png")
         assert (DOCS / f"assets/{draw}-light.png").exists()
         assert (DOCS / f"assets/{draw}-dark.png").exists()
+
+
+@pytest.fixture(scope="module")
+def pages_of_results():
+    sys.path.insert(0, str(DOCS))
+    try:
+        yield importlib.import_module("charts"), importlib.import_module("recorded")
+    finally:
+        sys.path.remove(str(DOCS))
+
+
+def made_results(**methods):
+    """Results of runs with the given figures, as (ID, its deviation, OOD, its deviation)."""
+    records = {
+        name: {"id": a, "ood": c, "std": {"id": b, "ood": d}, "runs": [{}, {}]}
+        for name, (a, b, c, d) in methods.items()
+    }
+    return {"methods": records}
+
+
+def test_a_chart_shows_means_and_deviations_on_the_scale_of_its_ticks(pages_of_results):
+    charts, _ = pages_of_results
+    values = {
+        "zero-shot": (90.0, 0.0, 40.0, 0.0),
+        "a<b": (96.0, 1.5, 44.0, 2.0),
+        "tracer": (97.0, 1, 47, 0.5),
+    }
+    svg = ElementTree.fromstring(charts.chart(made_results(**values)).replace(" data-search-exclude", ""))[0]
+    shown = {"id": {}, "ood": {}}
+    for side, inside in (("id", lambda x: x < 195), ("ood", lambda x: x > 195)):
+        at = [(float(t.get("x")), float(t.text)) for t in svg.iter("text") if t.get("class") == "number"]
+        (x0, v0), *_, (x1, v1) = [tick for tick in at if inside(tick[0])]
+        for group in svg.iter("g"):
+            x = float(group.find("circle").get("cx"))
+            if inside(x):
+                name, _, text = group.find("title").text.partition(": ")
+                ends = [float(line.get(f"x{n}")) for line in group.iter("line") for n in (1, 2)] or [x]
+                numbers = [v0 + (v1 - v0) * (end - x0) / (x1 - x0) for end in (x, min(ends), max(ends))]
+                shown[side][name] = (numbers, text, group.get("class"))
+    for name, (inner, inner_std, outer, outer_std) in values.items():
+        for side, mean, std in (("id", inner, inner_std), ("ood", outer, outer_std)):
+            numbers, text, kind = shown[side][name]
+            np.testing.assert_allclose(numbers, [mean, mean - std, mean + std], atol=0.02)
+            assert text == f"{mean:.1f} ±{std:.1f}"
+            assert (kind == "marked") == (name == "tracer")
+    assert charts.chart({"models": {}}) is None
+    assert charts.chart({"methods": {"x": {"seconds": 1, "std": {}, "runs": [{}]}}}) is None
+
+
+def test_a_chart_stands_below_the_table_that_shows_its_numbers(pages_of_results):
+    charts, recorded = pages_of_results
+    one, two = (
+        made_results(a=(90, 1, 40, 1), b=(91, 1, 41, 1)),
+        made_results(a=(80, 1, 30, 1), b=(81, 1, 31, 1)),
+    )
+    tables = [recorded.tables.table(r, {"ID": ("id", 1), "OOD": ("ood", 1)}) for r in (one, two)]
+    other = "```text\nmethod  seconds\na       1\nb       2\n```\n"
+    text = "".join(f"```text\n{table}\n```\n\n![x](f/methods.png)\n\n" for table in tables) + other
+    found = recorded.with_charts(text, {"y": two, "x": one})
+    assert found.count('class="chart"') == 2
+    assert "methods.png" not in found
+    assert found.index(charts.chart(one)) < found.index(tables[1]) < found.index(charts.chart(two))
+    assert found.endswith(other)
+
+
+def test_every_recorded_result_of_methods_is_drawn(pages_of_results):
+    charts, recorded = pages_of_results
+    _, sections = recorded.sections()
+    results = recorded.recorded()
+    drawn = "".join(recorded.with_charts(section.text, results) for section in sections)
+    for folder, result in results.items():
+        chart = charts.chart(result)
+        assert (chart is None) == ("methods" not in result), folder
+        assert chart is None or chart in drawn, folder
 
 
 FOLLOWED = """

@@ -13,11 +13,11 @@ $\lambda$ the weight of the distillation loss (`distill_weight`) or of the L2 pe
 - distillation from a static teacher ends at $W^0 (I - \frac{P}{1 + \lambda}) + \frac{W^*}{1 + \lambda}$;
 - distillation from an average M, with each step solved exactly, obeys for $E^t = (M^t - W^*) P$
 
-  $$E^t = \Big(1 - \frac{\omega_t}{1 + \lambda}\Big) E^{t-1}, \qquad
+    $$E^t = \Big(1 - \frac{\omega_t}{1 + \lambda}\Big) E^{t-1}, \qquad
     (W^t - W^*) P = \frac{\lambda}{1 + \lambda} E^{t-1}.$$
 
-  The kernel, the horizon and $\lambda$ alone therefore determine how much of the bias towards the start is
-  left. `predict` computes it.
+    The kernel, the horizon and $\lambda$ alone therefore determine how much of the bias towards the start is
+    left. `predict` computes it.
 
 These statements are easily misread:
 
