@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from wmateacher.diagnostics import layer_cka
 from wmateacher.integrations.clip import export, predict
-from wmateacher.integrations.clip.data.folders import read_image
+from wmateacher.integrations.clip.data.images import read_image
 from wmateacher.integrations.engine import comparison, results, tables
 
 START = "zero-shot"
