@@ -367,8 +367,8 @@ def _of_other_steps(state):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_lacking, "has not the W^0 .*mark"),
-        (_additional, "has not the W^0 .*other"),
+        (_lacking, r"must hold W\^0 for each .*mark"),
+        (_additional, r"must hold W\^0 for each .*other"),
         (
             _reshaped,
             r"'start.mark' is torch.float32, \(3,\), not sharded, the teacher's is torch.float64, \(40,\)",

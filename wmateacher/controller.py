@@ -268,7 +268,9 @@ class Distances:
             difference = pairing.describe_difference(
                 sorted(needed - found.keys()), sorted(found.keys() - needed)
             )
-            raise ValueError(f"the state has not the W^0 ({prefix}{_START}...) of its averages: {difference}")
+            raise ValueError(
+                f"the state must hold W^0 for each of its averages, under {prefix + _START!r}: {difference}"
+            )
         for name, value in found.items():
             like = own[name]
             fits = isinstance(value, Tensor) and value.shape == like.shape and _is_continuous(value)
