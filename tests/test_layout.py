@@ -28,7 +28,8 @@ CORE = {
     "walking": set(),
     "zero": {"walking"},
     "naming": {"walking"},
-    "unfreezing": set(),
+    "unfreezing": {"pairing", "rewriting"},
+    "updating": {"averaging", "buffers", "caches", "finiteness", "pairing"},
     "rebinding": {"walking"},
     "copying": {"rebinding", "walking"},
     "sharding": {"walking"},
@@ -41,15 +42,15 @@ CORE = {
     "building": {"averaging", "copying", "pairing", "sharding", "walking"},
     "shadow": {
         *("averaging", "buffers", "building", "caches", "copying", "finiteness", "normalisation"),
-        *("pairing", "rewriting", "sharding", "walking"),
+        *("pairing", "rewriting", "sharding", "unfreezing", "updating", "walking"),
     },
     "normalisation": {"naming", "pairing"},
     "recalibration": {
         *("averaging", "caches", "checks", "collectives", "normalisation", "pairing", "sharding", "walking"),
     },
     "modes": {"normalisation", "schedule", "shadow"},
-    "controller": {"averaging", "kernels", "pairing", "schedule", "shadow", "sharding", "transfers"},
-    "states": {"buffers", "naming", "pairing", "shadow", "sharding"},
+    "controller": {"averaging", "kernels", "pairing", "schedule", "shadow", "sharding", "transfers", "updating"},
+    "states": {"buffers", "naming", "pairing", "schedule", "shadow", "sharding"},
     "teacher": {
         *("adapters", "attachment", "buffers", "caches", "checks", "controller", "copying", "finiteness"),
         *("kernels", "modes", "naming", "normalisation", "pairing", "shadow", "sharding", "states", "swapping"),
@@ -64,9 +65,11 @@ CORE = {
     "posthoc": {"checks", "contents", "files", "folders", "kernels", "naming", "pairing", "schedule", "teacher"},
     "noise": {"checks", "kernels", "schedule"},
     "suggestion": {"checks", "kernels"},
-    "theory": {"checks", "kernels", "noise", "schedule", "suggestion"},
+    "power_law": {"checks", "kernels"},
+    "theory": {"checks", "kernels", "noise", "power_law", "schedule", "suggestion"},
     "migration": {"checks", "kernels", "teacher", "walking"},
-    "cli": {"__init__", "checks", "files", "kernels", "posthoc", "theory"},
+    "printing": {"kernels", "theory"},
+    "cli": {"__init__", "checks", "files", "kernels", "posthoc", "printing", "theory"},
     "__init__": {"diagnostics", "kernels", "losses", "migration", "posthoc", "recalibration", "teacher", "theory"},
 }  # fmt: skip
 

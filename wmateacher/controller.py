@@ -23,8 +23,9 @@ from wmateacher.averaging import Average
 from wmateacher.kernels import Array, Gap, Kernel, realised_weights
 from wmateacher.pairing import Binding
 from wmateacher.schedule import Clock
-from wmateacher.shadow import Plan, Shadow
+from wmateacher.shadow import Shadow
 from wmateacher.transfers import Transfer
+from wmateacher.updating import Plan
 
 __all__ = ["Distances", "MeasuredClock", "clock", "distances"]
 

@@ -19,7 +19,6 @@ from wmateacher import (
     controller,
     copying,
     kernels,
-    naming,
     normalisation,
     pairing,
     sharding,
@@ -38,10 +37,6 @@ from wmateacher.shadow import Shadow
 from wmateacher.transfers import Transfer
 
 __all__ = ["WMATeacher"]
-
-_FORMAT = 2
-# Format 1 has a clock without joined averages and skipped snapshots, and does not say what is shared.
-_READ_FORMATS = (1, 2)
 
 
 class WMATeacher(nn.Module):
@@ -604,8 +599,7 @@ class WMATeacher(nn.Module):
         self._refuse_merged("averaged_state_dict()")
         self._report_nonfinite()
         with torch.inference_mode(False), torch.no_grad():
-            names = naming.canonical(self.module, state := self._shadow.averaged_state(dtype))
-        state = {naming.saved_key(self.student, name): state[key] for key, name in names.items()}
+            state = states.averaged(self._shadow, self.student, dtype)
         return sharding.consolidate(state) if full else state
 
     # --- state --------------------------------------------------------------------------------------
@@ -614,7 +608,7 @@ class WMATeacher(nn.Module):
         """Return the step count, kernel and horizon, which `state_dict` includes."""
         self._settle()
         state = {
-            "format": _FORMAT,
+            "format": states.FORMAT,
             "omega": float(self._omega),
             **self._clock.state(),
             "shared": list(self.roles.shared),
@@ -695,49 +689,13 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     """Check the whole state before any of it is written, then load the averages."""
     assert isinstance(teacher, WMATeacher)
     teacher._refuse_lent("load_state_dict() of the teacher")
-    if f"{prefix}_orig_mod._extra_state" in state:  # the teacher that was saved had been compiled as a whole
-        for key in [k for k in state if k.startswith(f"{prefix}_orig_mod.")]:
-            state[prefix + key.removeprefix(f"{prefix}_orig_mod.")] = state.pop(key)
-    clock = state.get(f"{prefix}_extra_state")
-    if not isinstance(clock, Mapping) or "format" not in clock:
-        others = [str(k).removesuffix("_extra_state") for k, v in state.items() if _is_clock(v)]
-        raise ValueError(
-            f"there is no teacher state under the prefix {prefix!r}: it holds no clock. "
-            + (f"There is one under {others[0]!r}: load the entries below it. " if others else "")
-            + "To start an average from plain weights, load them into the student and build the teacher from "
-            "it; to continue the average of another library, use wmateacher.migration.load"
-        )
-    if clock["format"] not in _READ_FORMATS:
-        raise ValueError(
-            f"the state has format {clock['format']!r}, but this version reads formats 1 to {_FORMAT}: load "
-            "it with the version of wmateacher that wrote it"
-        )
-    teacher._clock.check(clock)
-    omega = clock.get("omega")
-    if not (isinstance(omega, int | float) and 0 <= omega <= 1):
-        raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
-    for field in ("shared", "unfrozen", "changed_buffers"):
-        if not isinstance(clock.get(field, []), list | tuple):
-            raise ValueError(f"the teacher's state is damaged: {field} is {clock[field]!r}, not a list")
+    header = states.read_header(state, prefix, teacher._clock)
     distances = teacher._distances
-    start = {} if distances is None else distances.take(state, prefix, clock.get("shared"))
-    states.load(
-        teacher._shadow,
-        teacher.module,
-        state,
-        prefix,
-        teacher.student,
-        clock.get("shared"),
-        dict(clock.get("unfrozen", ())),
-        clock.get("changed_buffers", ()),
-    )
+    start = {} if distances is None else distances.take(state, prefix, header.get("shared"))
+    states.load(teacher._shadow, teacher.module, state, prefix, teacher.student, header)
     teacher._modes.accept()
     if distances is not None:
         state.update({prefix + key: value for key, value in distances.load(start).items()})
-
-
-def _is_clock(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"format", "omega", "kernel"} <= value.keys()
 
 
 def __dir__() -> list[str]:
