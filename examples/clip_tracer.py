@@ -179,7 +179,7 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
                 print(f"\n{paper.compare(experiment.results, recipe.published)}\n")
             if options.ablate is not None:
                 report_ablation(experiment, options.ablate, names)
-            if options.quick:
+            if options.quick and isinstance(recipe, FromScratchRecipe):
                 print(f"\n{quick.limits(recipe)}")
             if (saved := experiment.models(names[-1], 0)).exists():
                 print(f"\n{export.how_to_use(saved)}")

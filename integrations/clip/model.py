@@ -280,7 +280,7 @@ def _check_weights(model: str, pretrained: str) -> None:
         folder = f"; for a folder pass {_FOLDER}{pretrained}" if Path(pretrained).is_dir() else ""
         raise ValueError(
             f"unknown weights {pretrained!r} for {model!r}: neither a file nor a tag; "
-            f"{nearest(pretrained, tags)}{folder}"
+            f"{nearest(pretrained, tags) if tags else 'open_clip has no weights for it'}{folder}"
         )
     trained_with = bool(get_pretrained_cfg(model, pretrained).get("quick_gelu", False))
     if trained_with != bool(_config(model).get("quick_gelu", False)):

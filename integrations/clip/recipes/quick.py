@@ -51,10 +51,10 @@ def limits(recipe: FromScratchRecipe) -> str:
     whole = RECIPES[recipe.name]
     assert isinstance(whole, FromScratchRecipe)
     return (
-        "--quick shows that everything runs, and nothing about the methods: after "
-        f"{recipe.pretrain.steps:,} steps of pre-training instead of {whole.pretrain.steps:,} and "
-        f"{recipe.finetune.steps:,} of fine-tuning instead of {whole.finetune.steps:,}, "
-        "their order may be any."
+        "--quick shows that everything runs, and nothing about the methods: "
+        f"{recipe.pretrain.steps:,} steps of pre-training instead of {whole.pretrain.steps:,} teach little "
+        f"that fine-tuning could lose, and it takes {recipe.finetune.steps:,} steps instead of "
+        f"{whole.finetune.steps:,}."
     )
 
 

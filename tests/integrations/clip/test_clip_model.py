@@ -147,6 +147,8 @@ def test_bad_models_say_what_to_do(tmp_path):
         match="unknown weights 'opnai' for 'ViT-B-32': neither a file nor a tag; did you mean 'openai'",
     ):
         build("ViT-B-32", "opnai")
+    with pytest.raises(ValueError, match="neither a file nor a tag; open_clip has no weights for it$"):
+        build("tiny-vit-16", "openai")
     with pytest.raises(ValueError, match=r"has a logit bias \(SigLIP\)"):
         build("ViT-B-16-SigLIP")
 
