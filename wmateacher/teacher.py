@@ -100,7 +100,8 @@ class WMATeacher(nn.Module):
                 at about twice the time per update; saving it allocates the float32 tensors. The forward pass
                 always runs in the student's dtype.
             device: The teacher's device; None stands for the student's. `"cpu"` frees GPU memory, but
-                every update then copies the student through pinned memory and waits for the copy.
+                every update then copies the student through pinned memory and waits for the copy, and the
+                teacher takes inputs on the CPU.
             buffers: `"copy"` takes the student's buffers at every snapshot, whatever their shapes are by
                 then, `"average"` averages the floating-point ones, which must keep their shapes, and `"keep"`
                 leaves the teacher's own. The running statistics of batch normalisation are the teacher's own
