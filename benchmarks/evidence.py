@@ -425,7 +425,14 @@ def advice() -> str:
     """Return the table of advice."""
     lines = ["| run | kernel | evidence |", "|---|---|---|"]
     for row in ADVICE:
-        lines.append(f"| {row.run} | {row.use} | {_cell(row.evidence, row.note, 'No results yet.', '../')} |")
+        parts = [row.note] if row.note else []
+        if row.evidence:
+            differences = f"{len(row.evidence)} differences" if len(row.evidence) > 1 else "One difference"
+            folded = _cell(row.evidence, "", "../")
+            parts.append(f"<details><summary>{differences}</summary>{folded}</details>")
+        else:
+            parts.insert(0, "No results yet.")
+        lines.append(f"| {row.run} | {row.use} | {' '.join(parts)} |")
     return "\n".join(lines)
 
 
@@ -433,17 +440,17 @@ def claims() -> str:
     """Return the table of the paper's claims."""
     lines = ["| claim | verdict | evidence | command |", "|---|---|---|---|"]
     for row in CLAIMS:
-        evidence = _cell(row.evidence, row.note, "", "")
+        evidence = _cell(row.evidence, row.note, "")
         lines.append(f"| {row.claim} | **{row.judged()}** | {evidence} | `{row.command}` |")
     return "\n".join(lines)
 
 
-def _cell(evidence: tuple[Comparison, ...], note: str, nothing: str, up: str) -> str:
+def _cell(evidence: tuple[Comparison, ...], note: str, up: str) -> str:
     parts = []
     for folder in dict.fromkeys(comparison.folder for comparison in evidence):
         found = "<br>".join(str(c) for c in evidence if c.folder == folder)
         parts.append(f"[{folder}]({up}results.md#{_anchor(folder)}):<br>{found}")
-    return "<br>".join([*(parts or [nothing] * bool(nothing)), *([note] if note else [])])
+    return "<br>".join([*parts, *([note] if note else [])])
 
 
 def main() -> None:
