@@ -120,12 +120,14 @@ def test_a_quick_run_says_what_it_does_not_show(tmp_path, monkeypatch, capsys):
             "emoji", "--quick", "--data-root", str(root), "--model", "tiny-vit-16", "--device", "cpu",
             "--cache", str(tmp_path / "cache"), "--pretrain-steps", "2", "--steps", "2",
             "--pretrain.batch-size", "8", "--finetune.batch-size", "8", "--no-save-models",
+            "--methods", "flyp",
         ]
     )  # fmt: skip
     (out,) = (tmp_path / "runs").iterdir()
     assert out.name.startswith("clip_tracer-quick-")
     results = json.loads((out / "results.json").read_text())
-    assert list(results["methods"]) == ["zero-shot", "flyp", "static-sd", "ema", "tracer"]
+    assert results["config"]["default"] == ["zero-shot", "flyp", "static-sd", "ema", "tracer"]
+    assert list(results["methods"]) == ["flyp"]
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last.startswith(
         "--quick shows that everything runs, and nothing about the methods: 2 steps of pre-training"
