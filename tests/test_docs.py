@@ -102,9 +102,10 @@ def public_names():
             yield path.rsplit(".", 1)
             continue
         for key, value in vars(module).items():
-            # A package shows what it takes up from its modules.
-            taken_up = hasattr(module, "__path__") and key in module.__all__
-            own = getattr(value, "__module__", None) == path or taken_up
+            # A package shows what it takes up from its modules, unless they are shown themselves.
+            home = getattr(value, "__module__", None)
+            package = hasattr(module, "__path__") and key in module.__all__
+            own = home == path or (package and home not in shown)
             if own and not key.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
                 yield path, key
 

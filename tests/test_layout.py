@@ -48,7 +48,7 @@ CORE = {
     "recalibration": {
         *("averaging", "caches", "checks", "collectives", "normalisation", "pairing", "sharding", "walking"),
     },
-    "modes": {"normalisation", "schedule", "shadow"},
+    "modes": {"normalisation", "schedule", "shadow", "updating"},
     "controller": {"averaging", "kernels", "pairing", "schedule", "shadow", "sharding", "transfers", "updating"},
     "states": {"buffers", "naming", "pairing", "schedule", "shadow", "sharding"},
     "teacher": {

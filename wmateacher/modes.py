@@ -16,6 +16,7 @@ from wmateacher import normalisation
 from wmateacher.normalisation import Flags
 from wmateacher.schedule import Clock
 from wmateacher.shadow import Shadow
+from wmateacher.updating import Plan
 
 __all__ = ["FAR", "Modes"]
 
@@ -51,10 +52,9 @@ class Modes:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": [], "_layers": None, "collecting": False}
 
-    def watch(self, student: nn.Module, plan: Any = None) -> None:
-        """Look at the student's layers, which are looked up anew for another plan of its updates."""
-        if plan is None or self._layers.key is not plan:
-            self._layers = Flags(student, plan)
+    def watch(self, student: nn.Module) -> None:
+        """Look up the layers of an unwrapped student."""
+        self._layers = Flags(student)
 
     def set(self, student: nn.Module, training: bool) -> None:
         """Put the layers into train or eval mode, for a teacher with this flag."""
@@ -83,8 +83,15 @@ class Modes:
             if module.training != mode:
                 module.training = mode
 
-    def follow(self, training: bool) -> bool:
-        """Treat normalisation layers as the student does; return whether roles have changed by that."""
+    def follow(self, training: bool, plan: Plan | None = None) -> bool:
+        """Treat normalisation layers as the student does; return whether roles have changed by that.
+
+        Args:
+            training: The teacher's flag.
+            plan: The plan of an update, with which the student's layers are looked up anew if it is new.
+        """
+        if plan is not None and self._layers.key is not plan:
+            self._layers = Flags(plan.student.model, plan)
         student, before = self._layers.student, self.fixed
         now = None if self.collecting else self._layers.frozen()
         if now is None or now == before:

@@ -195,7 +195,8 @@ class Shadow:
         Raises:
             RuntimeError: If such a parameter was written in that step, and its average is lost.
         """
-        self.take_up(self._lent.unfrozen(trained), step)
+        if names := self._lent.unfrozen(trained):
+            self.take_up(names, step)
 
     def note_values(self) -> None:
         """Accept the present values of shared parameters and running statistics.

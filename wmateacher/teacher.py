@@ -334,11 +334,11 @@ class WMATeacher(nn.Module):
             self._settle()
         except RuntimeError as error:
             refused = error  # the last student was refused; this one counts before that is said
-        self._shadow.take_up_unfrozen(self.step, trained=True)
-        plan = self._shadow.plan(student, is_original=student is original, step=self.step)
-        self._modes.watch(student, plan)
-        if self._modes.follow(self.training):
-            plan = self._shadow.plan(student, is_original=student is original, step=self.step)
+        step = self._clock.step
+        self._shadow.take_up_unfrozen(step, trained=True)
+        plan = self._shadow.plan(student, is_original=student is original, step=step)
+        if self._modes.follow(self.training, plan):
+            plan = self._shadow.plan(student, is_original=student is original, step=step)
         before = self._clock.step, self._clock.snapshot
         omega: float | Tensor | None = self._clock.tick()
         try:

@@ -40,18 +40,14 @@ def _before_step(*unused: Any) -> None:
         look(owner)
 
 
-class Lent:
+class Lent(Watch):
     """The student's frozen parameters that the averaged module uses as its own, since the last update."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         """Look at parameters by name."""
-        self._names, self._tensors = list(tensors), list(tensors.values())
-        self._watch = Watch(tensors)
+        super().__init__(tensors)
+        self._lent = dict(tensors)
         self._lost: list[str] = []  # those that were unfrozen and whose value is lost
-
-    def settle(self) -> None:
-        """Accept the present values."""
-        self._watch.settle()
 
     def unfrozen(self, trained: bool) -> list[str]:
         """Return the names of the parameters that now require grad.
@@ -63,11 +59,11 @@ class Lent:
             RuntimeError: If such a parameter was written in that step, and its average is lost.
         """
         # This runs at every update and forward pass.
-        if not any(map(_REQUIRES_GRAD, self._tensors)):
+        if not any(map(_REQUIRES_GRAD, self._lent.values())):
             return []
-        names = [n for n, t in zip(self._names, self._tensors, strict=True) if t.requires_grad]
+        names = [n for n, t in self._lent.items() if t.requires_grad]
         if trained and not self._lost:
-            self._lost = [name for name in self._watch.written() if name in names]
+            self._lost = [name for name in self.written() if name in names]
         if self._lost:
             raise RuntimeError(
                 f"the student's {pairing.few(self._lost)} was unfrozen and written before the teacher could "
