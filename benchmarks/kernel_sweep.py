@@ -213,6 +213,8 @@ def record_of(results: dict[str, Any], cell: Cell) -> dict[str, Any] | None:
 def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any], output: Path) -> int:
     """Run cells in parallel, record each when it ends, and return the number of failures."""
     started, failed = time.perf_counter(), 0
+    # SIGTERM, which schedulers send, ends the sweep like Ctrl-C: otherwise its workers would be left behind.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=initialise_worker)
     try:
@@ -244,12 +246,14 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
                 flush=True,
             )
     except KeyboardInterrupt:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one at once
         for process in list(pool._processes.values()):
             process.terminate()
         print(f"\ninterrupted; the same command with --output {output} continues this run", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
     return failed
 
 

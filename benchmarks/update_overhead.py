@@ -46,6 +46,8 @@ def main() -> None:
         parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if (device := torch.device(arguments.device)).index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # on which events and `synchronize` work by default
     results: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
         "environment": environment(arguments.device, PACKAGES),

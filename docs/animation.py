@@ -50,12 +50,10 @@ def frames() -> list[int]:
 @functools.cache
 def weights(kernel: str) -> Array:
     """Return the weight of every state in the average after every step, `[STEPS + 1, STEPS + 1]`."""
-    retention = kernels.build(kernel).retention(np.arange(1, STEPS + 1), STEPS)
+    omegas = 1.0 - kernels.build(kernel).retention(np.arange(STEPS + 1), STEPS)
     found = np.zeros((STEPS + 1, STEPS + 1))
-    found[0, 0] = 1.0
-    for step, kept in enumerate(retention.tolist(), 1):
-        found[step] = kept * found[step - 1]
-        found[step, step] = 1.0 - kept
+    for step in range(STEPS + 1):
+        found[step, : step + 1] = kernels.realised_weights(omegas[: step + 1])
     return found
 
 

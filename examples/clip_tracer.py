@@ -5,6 +5,7 @@ several methods, and compares them there (ID) and under shift (OOD), without any
 `folders` fine-tunes a pretrained CLIP on your own images. The others are the paper's experiments:
 
     python examples/clip_tracer.py
+    python examples/clip_tracer.py emoji --data-root DIR --quick
     python examples/clip_tracer.py --methods flyp tracer --methods.tracer.kernel 'ema(0.99)'
     python examples/clip_tracer.py folders --train DIR/train --tests test DIR/test shifted DIR/shifted
     python examples/clip_tracer.py imagenet-vit-b-16 --data-root DIR --dry-run
@@ -30,10 +31,11 @@ from wmateacher.collectives import world_size
 from wmateacher.integrations.clip import ablations, paper, plots, recipes
 from wmateacher.integrations.clip.recipes import (
     DigitsRecipe,
+    FileRecipe,
     FolderRecipe,
+    FromScratchRecipe,
     PhotoRecipe,
-    PretrainedRecipe,
-    PretrainingRecipe,
+    quick,
 )
 from wmateacher.integrations.engine import command, console, processes, tracking
 
@@ -51,6 +53,8 @@ class Options(command.RunOptions):
     """Run an ablation: kernel, lambda, terms or interval of tracer, or alpha of WiSE-FT."""
     alpha_of: str = "ft"
     """The fine-tuned method whose weights --ablate alpha interpolates with the pretrained ones."""
+    quick: bool = False
+    """Few steps on digits or pictograms: whether everything runs, nothing about the methods."""
     steps: int | None = None
     """Optimizer steps of fine-tuning; the warm-up changes in proportion."""
     pretrain_steps: int | None = None
@@ -76,7 +80,7 @@ def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
         given = getattr(options, name)
         if given is not None and given < 1:
             raise ValueError(f"--{name} must be at least 1, got {given}")
-    pretrains = isinstance(recipe, PretrainingRecipe)
+    pretrains = isinstance(recipe, FromScratchRecipe)
     for flag, given, fits, kind in (
         ("pretrain-steps", options.pretrain_steps is not None, pretrains, "that pre-train"),
         ("pretrainings", options.pretrainings > 1, pretrains, "that pre-train"),
@@ -84,9 +88,11 @@ def configure(options: Options, recipe: recipes.Recipe) -> recipes.Recipe:
     ):
         if given and not fits:
             raise ValueError(f"--{flag} is for recipes {kind}, got recipe {recipe.name!r}")
+    if options.quick:
+        recipe = quick.shorten(recipe)
     recipe = recipe.adjust().with_steps(options.steps)
     return (
-        recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, PretrainingRecipe) else recipe
+        recipe.with_pretraining(options.pretrain_steps) if isinstance(recipe, FromScratchRecipe) else recipe
     )
 
 
@@ -149,7 +155,7 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
 
     few = 1 if options.threads is None and recipe.model.startswith(("tiny-", "small-")) else options.threads
     with processes.process_group(options.device) as device, processes.at_most_threads(few):
-        output = console.folder(options.output, "clip_tracer")
+        output = console.folder(options.output, "clip_tracer" + ("-quick" if options.quick else ""))
         experiment = Experiment(
             recipe, output, root=options.data_root, download=options.download, cache=options.cache,
             device=device, workers=options.workers, say=console.say, adapt=lambda r: select(options, r)[0],
@@ -173,6 +179,8 @@ def run(options: Options, recipe: recipes.Recipe) -> None:
                 print(f"\n{paper.compare(experiment.results, recipe.published)}\n")
             if options.ablate is not None:
                 report_ablation(experiment, options.ablate, names)
+            if options.quick and isinstance(recipe, FromScratchRecipe):
+                print(f"\n{quick.limits(recipe)}")
             if (saved := experiment.models(names[-1], 0)).exists():
                 print(f"\n{export.how_to_use(saved)}")
 
@@ -221,7 +229,7 @@ def report_ablation(experiment: Experiment, what: str, names: list[str]) -> None
     """Print the table of an ablation and write its picture."""
     recipe, file = experiment.recipe, experiment.output / "ablation.png"
     variants = {name: recipe.method(name) for name in names}
-    pretrained = isinstance(recipe, PretrainedRecipe)
+    pretrained = isinstance(recipe, FileRecipe)
     # The paper's ablations are of ViT-B/16; those of the digits are shown beside them.
     table = ablations.table(
         experiment.results, what, variants, recipe.finetune.steps,

@@ -1,8 +1,11 @@
+from unittest import mock
+
 import pytest
 import torch
 
 from wmateacher import averaging
 from wmateacher.averaging import Average, Update
+from wmateacher.transfers import moved
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(), (3,), (4, 5), (0,), (2**20 + 17,), (3, 700_000), (96, 64, 16, 16)]
@@ -195,3 +198,11 @@ def test_batches_fill_the_scratch_and_lose_nothing():
 def test_nothing_to_do():
     Update([], [])(0.5)
     averaging.copy_([], [])
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False), ("mps", False)])
+def test_the_host_waits_for_what_arrives_in_its_own_memory_alone(device, waits):
+    """A mask that the host read before it arrived would average a student that is NaN."""
+    tensor = mock.Mock(dtype=torch.bool)
+    moved(tensor, torch.device(device))
+    assert tensor.to.call_args.kwargs["non_blocking"] is not waits

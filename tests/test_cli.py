@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from wmateacher import WMATeacher, cli, files, kernels, posthoc, theory
+from wmateacher import WMATeacher, cli, files, kernels, posthoc, printing, theory
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_the_distill_weight_reaches_the_theory(capsys):
 
 @pytest.mark.parametrize("steps", [3, 64, 100, 1000])
 def test_the_terminal_plot_shows_the_shape(monkeypatch, steps):
-    monkeypatch.setattr(cli, "_prints", lambda text: True)
+    monkeypatch.setattr(printing, "_prints", lambda text: True)
     width = min(64, steps + 1)
 
     def plot(kernel):
@@ -67,13 +67,13 @@ def test_the_terminal_plot_shows_the_shape(monkeypatch, steps):
     beta, power = plot("beta(0.5,0.5)"), plot("power(sigma_rel=0.1)")
     assert beta == [row[::-1] for row in beta]
     assert (beta[0][0], beta[0][width // 2]) == ("█", " ")
-    heights = [sum(cli._BLOCKS.index(row[x]) for row in power) for x in range(width)]
+    heights = [sum(printing._BLOCKS.index(row[x]) for row in power) for x in range(width)]
     assert heights == sorted(heights)
     assert (heights[0], heights[-1]) == (0, 40)
 
 
 def test_plain_characters_where_the_terminal_has_no_others(monkeypatch):
-    monkeypatch.setattr(cli, "_prints", lambda text: False)
+    monkeypatch.setattr(printing, "_prints", lambda text: False)
     text = cli.terminal_plot(kernels.build("beta(0.5,0.5)").profile(100))
     assert text.isascii()
     assert "@" in text
@@ -99,6 +99,21 @@ def test_average(checkpoints, tmp_path, capsys):
     *lines, last = capsys.readouterr().out.splitlines()
     assert lines == [f"{s:9.6f}  {f}" for s, f in zip(shares, checkpoints, strict=True)]
     assert last == f"wrote {out}: 3 checkpoints, beta(0.5,0.5)"
+
+
+@pytest.mark.parametrize("steps", [(), ("--steps", "500,1000,1500")], ids=["equal", "given"])
+def test_average_refuses_names_that_a_shell_has_sorted_as_text(steps, checkpoints, tmp_path, capsys):
+    """`step-*.safetensors` gives 1000, 1500, 500; a mean is the same in any order."""
+    names = [str(tmp_path / "run-2" / f"step-{n}.safetensors") for n in (1000, 1500, 500)]
+    (tmp_path / "run-2").mkdir()
+    for name in names:
+        files.save(files.load(checkpoints[0]), name)
+    out = tmp_path / "out.pt"
+    assert main("average", *names, "--kernel", "tail(0.3)", *steps, "--output", out) == 2
+    assert "the names count 1000, 1500, 500" in capsys.readouterr().err
+    assert main("average", *names, "--output", out) == 0
+    in_order = [names[2], *names[:2]]
+    assert main("average", *in_order, "--kernel", "tail(0.3)", *steps, "--output", out, "--force") == 0
 
 
 def test_interpolate_and_stock(checkpoints, tmp_path, capsys):
@@ -306,7 +321,7 @@ def test_pictures_are_of_a_known_format_and_checked_first(tmp_path, capsys):
 @pytest.mark.parametrize("specs", [["uniform"], ["uniform", "beta(1,1)"], ["ema(0.9)", "static"]])
 @pytest.mark.parametrize("steps", [9, 99, 25030])
 def test_the_picture_has_labelled_ticks_and_equal_weights_are_flat(specs, steps):
-    figure = cli._figure([kernels.build(spec) for spec in specs], steps)
+    figure = printing.figure([kernels.build(spec) for spec in specs], steps)
     axes = figure.axes[0]
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from wmateacher import WMATeacher, kernels, shadow, theory
+from wmateacher import WMATeacher, kernels, theory, updating
 from wmateacher.schedule import Clock
 
 STATES = 40
@@ -269,7 +269,7 @@ def test_the_device_acts_on_a_weight_that_the_host_has_not_read(monkeypatch, dty
 
     host = teach() if nonfinite == "warn" else warned(teach)
     assert not host._shadow._plan.on_device
-    monkeypatch.setattr(shadow, "_decides_on_device", lambda *unused: True)
+    monkeypatch.setattr(updating, "_decides_on_device", lambda *unused: True)
     device = teach() if nonfinite == "warn" else warned(teach)
     assert device._shadow._plan.on_device
     assert isinstance(device._distances.omega(device._shadow._plan), torch.Tensor)
@@ -367,8 +367,8 @@ def _of_other_steps(state):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_lacking, "has not the W^0 .*mark"),
-        (_additional, "has not the W^0 .*other"),
+        (_lacking, r"must hold W\^0 for each .*mark"),
+        (_additional, r"must hold W\^0 for each .*other"),
         (
             _reshaped,
             r"'start.mark' is torch.float32, \(3,\), not sharded, the teacher's is torch.float64, \(40,\)",

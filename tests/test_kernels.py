@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wmateacher import kernels
+from wmateacher.kernels import registry
 
 
 @pytest.mark.parametrize("text", oracle.KERNELS)
@@ -29,7 +30,7 @@ def test_a_kernel_prints_back_to_itself(text):
 def test_every_registered_kernel_has_an_oracle_and_a_public_class():
     listed = {k.split("(")[0] for k in oracle.KERNELS} - {"scipy.stats.beta"}
     assert listed | {"gap"} == set(kernels.available())  # the weights of a gap are in test_controller
-    for name, factory in kernels._FACTORIES.items():
+    for name, factory in registry._FACTORIES.items():
         assert factory.__name__ in kernels.__all__, f"{name}: add it to __all__ of wmateacher.kernels"
 
 
@@ -165,7 +166,7 @@ def test_scipy_distributions_and_callables():
 
 
 def test_register_adds_a_kernel(monkeypatch):
-    monkeypatch.setattr(kernels, "_FACTORIES", {})
+    monkeypatch.setattr(registry, "_FACTORIES", {})
 
     @kernels.register("triangle")
     class Triangle(kernels.Density):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from wmateacher import WMATeacher, averaging, shadow
+from wmateacher import WMATeacher, averaging, updating
 from wmateacher.finiteness import Detector, Verdict
 
 TOTAL = 12
@@ -62,7 +62,7 @@ def run(nonfinite, bad=(), kernel="uniform", name="body.weight", value=torch.nan
 def decides(request, monkeypatch):
     """Where it is decided that a snapshot counts: the device's way is run on the CPU here."""
     if request.param == "device":
-        monkeypatch.setattr(shadow, "_decides_on_device", lambda *unused: True)
+        monkeypatch.setattr(updating, "_decides_on_device", lambda *unused: True)
         monkeypatch.setattr(Verdict, "has_arrived", lambda self: False)
     return request.param
 

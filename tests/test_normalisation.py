@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from wmateacher import WMATeacher, kernels, normalisation
+from wmateacher import WMATeacher, kernels, modes, normalisation, recalibrate
 from wmateacher.schedule import Clock
 
 
@@ -285,7 +285,7 @@ def test_statistics_that_will_not_fit_are_warned_of(kernel, total, warns):
     age = Clock(kernels.build(kernel), total).relative_mean_age()
     steps = total or 100_000
     assert age == pytest.approx(kernels.build(kernel).summary(steps).mean_age / steps, rel=1e-9)
-    assert (age > normalisation.FAR) == warns
+    assert (age > modes.FAR) == warns
     student = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -313,6 +313,42 @@ def test_narrow_densities_and_kernels_of_its_own_are_looked_at_over_the_whole_ru
         WMATeacher(student, lambda tau: tau > 1 - 2e-6, 300_000)  # the last step has all mass
     with pytest.warns(UserWarning, match="running statistics"):
         WMATeacher(student, Slow(), 20_000)
+
+
+def stay(student, teacher):
+    """No remedy."""
+
+
+def load(student, teacher):
+    teacher.load_state_dict(teacher.state_dict())
+
+
+def update_bn(student, teacher):
+    torch.optim.swa_utils.update_bn([torch.randn(8, 2)], teacher.train())
+
+
+def freeze(student, teacher):
+    student[1].eval()
+
+
+@pytest.mark.parametrize("kernel", ["static", "ema(0.9)"])
+@pytest.mark.parametrize(
+    "remedy", [stay, load, update_bn, freeze, lambda _, teacher: recalibrate(teacher, [torch.randn(8, 2)])]
+)
+def test_a_call_with_statistics_of_the_start_is_warned_of_once_the_average_has_moved(kernel, remedy):
+    student = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    teacher = WMATeacher(student, kernel, buffers="keep")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        teacher(torch.randn(8, 2))
+        assert not caught  # the student has not moved
+        teacher.update()
+        remedy(student, teacher)
+        for _ in range(2):
+            teacher(torch.randn(8, 2))
+    warned = kernel != "static" and remedy is stay
+    assert [str(w.message)[:35] for w in caught] == ["the teacher normalises with the run"] * warned
+    assert all(w.filename == __file__ for w in caught)
 
 
 def test_a_warning_names_the_option_that_copies_the_statistics():

@@ -125,6 +125,7 @@ def test_update_bn_gives_what_recalibrate_gives(options, kind):
             torch.testing.assert_close(twin.state_dict()[name], value)
 
 
+@pytest.mark.filterwarnings("ignore:the teacher normalises with the running statistics of the start")
 def test_a_teacher_in_train_is_no_update_bn():
     """Training frameworks call `train()` on everything, also where statistics look as if just reset."""
     student = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))

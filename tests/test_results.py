@@ -24,6 +24,7 @@ import frameworks  # noqa: E402
 import kernel_gap  # noqa: E402
 import memory  # noqa: E402
 import posthoc_synthesis  # noqa: E402
+import representations  # noqa: E402
 import sweep_report  # noqa: E402
 import token_losses  # noqa: E402
 import train_throughput  # noqa: E402
@@ -51,6 +52,8 @@ def tables(folder):
         return [table, ablations.compared(results, variants, tracer)] if pretrained_anew(results) else [table]
     if folder == "kernel-gap":
         return kernel_gap.texts(results)
+    if folder.startswith("representations-"):
+        return representations.texts(results)
     makers = {
         "posthoc-synthesis": posthoc_synthesis.table,
         "adapter-products": adapter_products.table,

@@ -21,6 +21,17 @@ def test_a_wish_is_met(total, weight, age):
         assert mean == pytest.approx(age, rel=0.03)
 
 
+@pytest.mark.parametrize(("total", "start", "age"), [(1, "pretrained", 1e-3), (2, "pretrained", 1e-6), (5, "random", 0.1), (100, "random", 1e-3)])  # fmt: skip
+def test_a_mean_age_is_met_in_a_run_of_few_steps(total, start, age):
+    _, mean = numbers(suggest(total, start=start, mean_age=age).kernel, total)
+    assert mean == pytest.approx(age, rel=0.2)
+
+
+def test_two_wishes_that_no_beta_kernel_meets_in_a_run_of_few_steps_are_refused():
+    with pytest.raises(ValueError, match="no Beta kernel"):
+        suggest(1, start_weight=1e-12, mean_age=0.01)
+
+
 def test_two_wishes_are_met_by_one_kernel():
     kernel = suggest(400, start_weight=0.05, mean_age=0.6).kernel
     assert isinstance(kernel, kernels.Beta)
@@ -93,6 +104,7 @@ def test_a_long_run_is_described_without_its_noise(capsys):
             "total_steps must be at most 1000000 to fit a kernel",
         ),
         ("--suggest --total-steps 0", "--total-steps must be a whole number of at least 1, got 0"),
+        ("static --suggest", "pass --total-steps T to compare the proposal with static"),
         ("--suggest --plot a.png", "--plot is not for --suggest"),
         ("uniform --total-steps 9 --no-batch-norm", "--batch-norm is for --suggest: pass --suggest too"),
         ("uniform", "pass --total-steps T, or --suggest for a proposal"),

@@ -45,6 +45,7 @@ def same(one, other):
     return all(torch.equal(one[n], other[n]) for n in one)
 
 
+@pytest.mark.filterwarnings("ignore:the teacher normalises with the running statistics of the start")
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [

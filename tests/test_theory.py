@@ -355,6 +355,10 @@ def test_a_prediction_prints():
         ),
         (lambda: predict("betta(1,1)", 10), "unknown kernel 'betta'"),
         (lambda: predict("uniform", 0), "total_steps must be a whole number of at least 1, got 0"),
+        (lambda: predict("gap(0.5)", 0), "total_steps must be a whole number of at least 1, got 0"),
+        (lambda: predict("gap(0.5)", 2.5), "total_steps must be a whole number of at least 1, got 2.5"),
+        (lambda: predict("gap(0.5)", 9, 0.9, 0), "update_every must be a whole number of at least 1, got 0"),
+        (lambda: PowerLaw(1e7), r"PowerLaw: exponent must be at most 100000, got 1e\+07"),
     ],
 )
 def test_bad_input(action, message):

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from wmateacher import caches
+from wmateacher.transfers import moved
 
 __all__ = ["SCRATCH_BYTES", "Average", "Update", "batched", "copy_", "is_vector", "side_by_side", "views"]
 
@@ -138,7 +139,7 @@ class Update:
         def there(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
             key = (id(value), device, dtype)
             if key not in arrived:
-                arrived[key] = value.to(device, dtype, non_blocking=True)
+                arrived[key] = moved(value, device, dtype)
             return arrived[key]
 
         # The next batch is on its way from its device while this one moves.

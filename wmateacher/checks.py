@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "as_float",
+    "distill_weight",
     "floating_tensor",
     "fraction",
     "increasing",
@@ -137,6 +138,11 @@ def number(owner: str, argument: str, value: Any, ok: Callable[[float], bool], r
     if not (math.isfinite(found) and ok(found)):
         raise ValueError(f"{owner}: {argument} must be {rule}, got {value!r}")
     return found
+
+
+def distill_weight(owner: str, value: Any) -> float:
+    """Return the weight of a distillation loss as a finite float of at least 0; see `number`."""
+    return number(owner, "distill_weight", value, lambda v: v >= 0, "a finite number of at least 0")
 
 
 def as_float(value: Any) -> float:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from wmateacher import __version__, checks, kernels, posthoc, theory
+from wmateacher import __version__, checks, kernels, posthoc, printing, theory
 from wmateacher.files import write_atomically
-from wmateacher.kernels import Array, Kernel
+from wmateacher.kernels import Kernel
+from wmateacher.printing import terminal_plot
 
 __all__ = ["main", "terminal_plot"]
 
@@ -23,15 +21,8 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_BLOCKS = " ▁▂▃▄▅▆▇█"
-_ASCII = " .:-=+*#@"
-_WIDTH, _HEIGHT = 64, 5
-_DECADES = 12
-"""The largest height of the picture; the weights of a short EMA fall without end."""
 _PICTURES = (".png", ".pdf", ".svg")
 _WISHES = ("start", "weight_start", "mean_age", "batch_norm")
-_LONGEST_SIMULATED = 10**5
-"""The longest run whose noise is computed, step by step."""
 _LONGEST = 10**8
 """The longest run that `kernel` describes, whose profiles take 0.8 GB each."""
 _CLOSED_PIPE = 141
@@ -93,8 +84,8 @@ def _kernel(arguments: argparse.Namespace) -> None:
     if arguments.output is not None:
         with write_atomically(arguments.output) as stream:
             picture = Path(arguments.output).suffix.removeprefix(".")
-            _figure(built, total).savefig(stream, dpi=150, format=picture)
-    print(_table(built, total, arguments.distill_weight))
+            printing.figure(built, total).savefig(stream, dpi=150, format=picture)
+    print(printing.table(built, total, arguments.distill_weight))
     for kernel in built:
         print(f"\n{kernel}\n{terminal_plot(kernel.profile(total))}")
     if arguments.output is not None:
@@ -109,6 +100,8 @@ def _suggest(arguments: argparse.Namespace, others: Sequence[Kernel]) -> None:
         raise ValueError(
             f"--total-steps must be at most {_LONGEST}, got {total}: leave it out for an open end"
         )
+    if total is None and others:
+        raise ValueError(f"pass --total-steps T to compare the proposal with {others[0]}")
     suggestion = theory.suggest(
         total,
         start=arguments.start or "pretrained",
@@ -119,13 +112,13 @@ def _suggest(arguments: argparse.Namespace, others: Sequence[Kernel]) -> None:
     print(f"{suggestion}\n")
     kernel = suggestion.kernel
     if total is None:
-        print(_stretching(kernel, arguments.distill_weight))
+        print(printing.stretching(kernel, arguments.distill_weight))
         return
     if not others:
         names = ["beta(0.5,0.5)", "uniform", "power(sigma_rel=0.1)", "static"]
         others = [kernels.build(name) for name in names]
     compared = [kernel, *(other for other in others if other != kernel)]
-    print(_outlook(compared, total, arguments.distill_weight))
+    print(printing.outlook(compared, total, arguments.distill_weight))
 
 
 def _average(arguments: argparse.Namespace) -> None:
@@ -135,12 +128,26 @@ def _average(arguments: argparse.Namespace) -> None:
             f"--total-steps {arguments.total_steps} needs the step of each checkpoint: pass --steps too"
         )
     weights = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
+    if np.ptp(weights) > 1e-12:  # of equal ones the order does not matter
+        _check_order(files)
     posthoc.average_checkpoints(
         files, kernel, arguments.steps, arguments.total_steps, arguments.output, key=arguments.key
     )
     for file, weight in zip(files, weights, strict=True):
         print(f"{weight:9.6f}  {file}")
     print(f"wrote {arguments.output}: {len(files)} checkpoints, {kernel}")
+
+
+def _check_order(files: Sequence[str]) -> None:
+    """Refuse files whose names count steps in another order, such as those of `step-*.pt` in a shell."""
+    numbers = [[int(n) for n in re.findall("[0-9]+", file)] for file in files]
+    counted = [n for n in zip(*numbers, strict=False) if len(set(n)) > 1]
+    alike = len({re.sub("[0-9]+", "0", file) for file in files}) == 1
+    if alike and len(counted) == 1 and list(counted[0]) != sorted(counted[0]):
+        raise ValueError(
+            f"the names count {', '.join(map(str, counted[0]))}, but the kernel weights checkpoints in the "
+            "order of training: sort them by their numbers, as `ls -v` does"
+        )
 
 
 def _synthesise(arguments: argparse.Namespace) -> None:
@@ -386,133 +393,6 @@ def _step_list(text: str) -> list[int]:
         return [int(step) for step in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"write steps as 1000,2000,3000, not {text!r}") from None
-
-
-# --- output -------------------------------------------------------------------------------------------
-
-
-def _table(built: Sequence[Kernel], total_steps: int, distill_weight: float) -> str:
-    header = ["kernel", "W^0", "mean age", "states", "last 10%", "equal EMA"]
-    rows = [[*header, "teacher res.", "student res.", "gap"]]
-    for kernel in built:
-        summary = kernel.summary(total_steps)
-        predicted = theory.predict(kernel, total_steps, distill_weight)
-        row = [
-            str(kernel),
-            f"{summary.start_weight:.5f}",
-            f"{summary.mean_age:.1f}",
-            f"{summary.effective_states:.1f}",
-            f"{summary.last_tenth:.4f}",
-            f"{summary.equal_ema_retention:.6f}",
-        ]
-        parts = (predicted.teacher_residual, predicted.student_residual, predicted.gap)
-        rows.append([*row, *(f"{part:.3g}" for part in parts)])
-    return "\n".join([f"T = {total_steps} steps, distill_weight = {distill_weight:g}", _aligned(rows)])
-
-
-def _outlook(built: Sequence[Kernel], total_steps: int, distill_weight: float) -> str:
-    """Return a table of kernels with bias and variance in the linear world."""
-    rows = [["kernel", "W^0", "mean age", "states", "teacher: bias", "noise", "student: bias", "noise"]]
-    simulated = total_steps <= _LONGEST_SIMULATED
-    alone = theory.reference_run("static", total_steps, 0.0) if simulated else None
-    for kernel in built:
-        summary = kernel.summary(total_steps)
-        row = [
-            str(kernel),
-            f"{summary.start_weight:.5f}",
-            f"{summary.mean_age:.1f}",
-            f"{summary.effective_states:.1f}",
-        ]
-        if alone is None:
-            predicted = theory.predict(kernel, total_steps, distill_weight)
-            rows.append(
-                [*row, f"{predicted.teacher_residual:.3f}", "", f"{predicted.student_residual:.3f}", ""]
-            )
-            continue
-        run = theory.reference_run(kernel, total_steps, distill_weight)
-        for bias, variance in (
-            (run.teacher_bias, run.teacher_variance),
-            (run.student_bias, run.student_variance),
-        ):
-            row.append(f"{np.sqrt(np.mean(bias**2)):.3f}")
-            row.append(f"{np.mean(variance / alone.student_variance):.3f}")
-        rows.append(row)
-    explained = [
-        f"T = {total_steps} steps, distill_weight = {distill_weight:g}, in the linear theory.",
-        "bias: what is left of the start's error.",
-    ]
-    if simulated:
-        explained.append(
-            "noise: the variance relative to no teacher, for SGD whose learning rate falls to 0."
-        )
-    return "\n".join([*explained, _aligned(rows)])
-
-
-def _stretching(kernel: Kernel, distill_weight: float) -> str:
-    """Return a table of a power function, which has no horizon, at some lengths of the run."""
-    assert isinstance(kernel, kernels.Power)
-    law = theory.PowerLaw(kernel.gamma, distill_weight)
-    rows = [["after steps", "W^0", "mean age", "teacher: bias", "student: bias", "gap"]]
-    for t in (10**3, 10**4, 10**5, 10**6):
-        parts = (law.teacher_residual(t), law.student_residual(t), law.gap(t))
-        rows.append(
-            [f"{t}", f"{law.start_weight(t):.5f}", f"{law.mean_age(t):.1f}", *(f"{p:.3g}" for p in parts)]
-        )
-    head = f"distill_weight = {distill_weight:g}, in the linear theory, relative to the start's error"
-    return "\n".join([head, _aligned(rows)])
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as lines, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *numbers in rows:
-        cells = [name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def terminal_plot(weights: Array) -> str:
-    """Draw a kernel's weights as text, with time to the right and the largest column at full height."""
-    edges = np.linspace(0, len(weights), min(_WIDTH, len(weights)) + 1)
-    columns = np.diff(np.interp(edges, np.arange(len(weights) + 1), np.append(0.0, np.cumsum(weights))))
-    blocks = _BLOCKS if _prints(_BLOCKS) else _ASCII
-    steps = len(blocks) - 1
-    levels = np.round(columns / columns.max() * _HEIGHT * steps).astype(int)
-    return "\n".join(
-        "".join(blocks[level] for level in np.clip(levels - row * steps, 0, steps)).rstrip()
-        for row in reversed(range(_HEIGHT))
-    )
-
-
-def _prints(text: str) -> bool:
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _figure(built: Sequence[Kernel], total_steps: int) -> Any:
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ImportError:
-        raise ImportError("--plot needs the package matplotlib: pip install matplotlib") from None
-    figure = figures.Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    profiles = [kernel.profile(total_steps) for kernel in built]
-    for kernel, profile in zip(built, profiles, strict=True):
-        axes.plot(np.arange(total_steps + 1), profile, label=str(kernel))
-    # Whole decades, so that ticks have labels and rounding errors of equal weights do not fill the picture.
-    decades = np.log10(
-        [weight for profile in profiles for weight in (profile[profile > 0].min(), profile.max())]
-    )
-    highest = np.ceil(decades.max() + 0.05)
-    lowest = max(np.floor(decades.min() - 0.05), highest - _DECADES)
-    axes.set(xlabel="optimizer step", ylabel="weight in the final average", yscale="log")
-    axes.set_ylim(10**lowest, 10**highest)
-    axes.legend()
-    return figure
 
 
 if __name__ == "__main__":

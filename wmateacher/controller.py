@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from wmateacher import averaging, pairing, sharding
+from wmateacher import averaging, pairing, sharding, transfers
 from wmateacher.averaging import Average
 from wmateacher.kernels import Array, Gap, Kernel, realised_weights
 from wmateacher.pairing import Binding
 from wmateacher.schedule import Clock
-from wmateacher.shadow import Plan, Shadow
+from wmateacher.shadow import Shadow
 from wmateacher.transfers import Transfer
+from wmateacher.updating import Plan
 
 __all__ = ["Distances", "MeasuredClock", "clock", "distances"]
 
@@ -229,12 +230,12 @@ class Distances:
             home = sharding.local(like).device
             sums = torch.zeros(2, dtype=_precise(home), device=home)
             for batch in batches:
-                sums += batch.measure().to(home, non_blocking=True)
+                sums += transfers.moved(batch.measure(), home)
             parts.append(sharding.total(sums, like))
         if not parts:
             return 0.0
         home = parts[0].device
-        apart, moved = torch.stack([p.to(home, non_blocking=True) for p in parts]).sum(0).sqrt().unbind()
+        apart, moved = torch.stack([transfers.moved(p, home) for p in parts]).sum(0).sqrt().unbind()
         # NaN stays NaN: a student that is not finite is treated as with any other kernel.
         omega = self._kernel.omega(apart, moved)
         omega = torch.where(apart == 0, 0.0, omega)  # of 0 / 0, if the student has not moved
@@ -268,7 +269,9 @@ class Distances:
             difference = pairing.describe_difference(
                 sorted(needed - found.keys()), sorted(found.keys() - needed)
             )
-            raise ValueError(f"the state has not the W^0 ({prefix}{_START}...) of its averages: {difference}")
+            raise ValueError(
+                f"the state must hold W^0 for each of its averages, under {prefix + _START!r}: {difference}"
+            )
         for name, value in found.items():
             like = own[name]
             fits = isinstance(value, Tensor) and value.shape == like.shape and _is_continuous(value)

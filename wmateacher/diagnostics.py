@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wmateacher import checks, sharding
+from wmateacher import checks, sharding, transfers
 from wmateacher.losses.divergences import ForwardKL
 from wmateacher.losses.tokens import token_mean
 from wmateacher.teacher import WMATeacher
@@ -94,7 +94,10 @@ def _gaps(teacher: WMATeacher) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _relative(norms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    apart, scale = (torch.stack(column) for column in zip(*norms, strict=True))
+    home = norms[0][0].device  # a student may be on several
+    apart, scale = (
+        torch.stack([transfers.moved(n, home) for n in column]) for column in zip(*norms, strict=True)
+    )
     return apart.norm() / scale.norm()
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher.transfers import Transfer
+from wmateacher.transfers import Transfer, moved
 
 __all__ = ["NONFINITE", "Detector", "Nonfinite", "Verdict"]
 
@@ -47,7 +47,7 @@ class Detector:
         if not self.names:
             return torch.ones(0, dtype=torch.bool)
         home = self._groups[0][0].device
-        flags = [_finite(group).to(home, non_blocking=True) for group in self._groups]
+        flags = [moved(_finite(group), home) for group in self._groups]
         finite = torch.cat(flags)
         if self._everywhere and distributed.is_initialized():
             counts = finite.to(torch.int32)

@@ -102,7 +102,7 @@ def moments(
     Raises:
         ValueError: If the shapes do not fit, a value is negative or not finite, or the run diverges.
     """
-    lam = _distill_weight("moments", distill_weight)
+    lam = checks.distill_weight("moments", distill_weight)
     weights = omegas(kernels.build(kernel), total_steps, update_every)
     h, sigma2, first = (
         np.atleast_1d(_values(name, value))
@@ -157,7 +157,8 @@ def reference_run(kernel: KernelLike, total_steps: int, distill_weight: float = 
         distill_weight: The weight lambda of the distillation loss.
     """
     progress = np.arange(checks.positive_int("total_steps", total_steps)) / total_steps
-    rate = (1.0 + np.cos(np.pi * progress)) / (2.0 * (1.0 + _distill_weight("reference_run", distill_weight)))
+    lam = checks.distill_weight("reference_run", distill_weight)
+    rate = (1.0 + np.cos(np.pi * progress)) / (2.0 * (1.0 + lam))
     return moments(kernel, total_steps, distill_weight, learning_rate=rate, curvature=_REFERENCE_CURVATURE)
 
 
@@ -178,11 +179,6 @@ def _moments(
         yy = kept * (kept * yy + 2.0 * omega * between) + omega * omega * xx
         xy = kept * between + omega * xx
     return x, y, xx, yy, xy
-
-
-def _distill_weight(function: str, value: Any) -> float:
-    rule = "a finite number of at least 0"
-    return checks.number(function, "distill_weight", value, lambda v: v >= 0, rule)
 
 
 def _values(name: str, value: Any) -> Array:

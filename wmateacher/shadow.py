@@ -8,93 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from wmateacher import averaging, buffers, building, caches, copying, normalisation, pairing, sharding
+from wmateacher import (
+    averaging,
+    buffers,
+    building,
+    caches,
+    copying,
+    normalisation,
+    pairing,
+    sharding,
+    updating,
+)
 from wmateacher.averaging import Average
 from wmateacher.finiteness import Detector, Nonfinite, Verdict
 from wmateacher.pairing import Binding, Roles
 from wmateacher.rewriting import Watch, renormalised
+from wmateacher.unfreezing import Lent
+from wmateacher.updating import Plan
 
-__all__ = ["Plan", "Shadow"]
-
-_REQUIRES_GRAD = attrgetter("requires_grad")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An update of the average, prepared for as long as both modules keep their tensors.
-
-    Attributes:
-        student: The student's tensors.
-        own: The averaged module's tensors.
-        update: The function that moves the averaged tensors.
-        copied: The tensors that are copied at every snapshot: targets and sources.
-        detector: The detector of NaN in a student before it is averaged, or None for no detection.
-        copy: The function that copies `copied` where the device decides whether a snapshot counts; None if
-            the host does.
-        changed: The names of buffers that changed their structure in the student, which the averaged module
-            takes over at a snapshot.
-        forget: The function that drops what the averaged module has computed from its weights.
-    """
-
-    student: Binding
-    own: Binding
-    update: averaging.Update
-    copied: tuple[Sequence[Tensor], Sequence[Tensor]]
-    detector: Detector | None = None
-    copy: averaging.Update | None = None
-    changed: Sequence[str] = ()
-    forget: Callable[[], None] = lambda: None
-
-    def fits(self, student: nn.Module) -> bool:
-        """Return whether the plan is for this student and both modules still have the same tensors."""
-        return self.student.model is student and self.student.is_current() and self.own.is_current()
-
-    @property
-    def on_device(self) -> bool:
-        """Whether the device decides if and how far the average moves, so that the host need not wait."""
-        return self.copy is not None and not self.changed
-
-    def apply(self, omega: float | Tensor) -> Verdict | None:
-        """Move the average towards the student by the share `omega` in (0, 1].
-
-        A 0-d tensor is allowed if the plan is `on_device`. It may be 0, which changes nothing.
-
-        Returns:
-            What the detector found, if there is one. A student that is not finite has changed nothing.
-        """
-        mask = omega != 0 if isinstance(omega, Tensor) else None
-        verdict = None
-        if self.detector is not None:
-            finite = self.detector()
-            verdict = Verdict(self.detector.names, finite)
-            if self.on_device:
-                # The host learns of the verdict later. Until then the device acts on it.
-                mask = finite.all() if mask is None else finite.all() & mask.to(finite.device)
-            elif verdict.nonfinite():
-                return verdict
-        if mask is not None:
-            assert self.copy is not None
-            if isinstance(omega, Tensor):
-                omega = torch.where(mask.to(omega.device), omega, 0.0)
-            self.update(omega, mask)
-            self.copy(1.0, mask)
-            self.forget()
-            return verdict
-        assert not isinstance(omega, Tensor)
-        self.update(omega)
-        averaging.copy_(*self.copied)
-        if self.changed:
-            buffers.follow(self.own.model, self.student.model, self.changed)
-        self.forget()
-        return verdict
+__all__ = ["Shadow"]
 
 
 class Shadow:
@@ -146,10 +83,8 @@ class Shadow:
         self._beside: dict[str, Tensor] = {}  # what `Average` holds beside the module's tensors
         self._renormalised = renormalised(self.module)
         self._plan: Plan | None = None
-        self._shared: list[Tensor] = []
         self._statistics = Watch({})
-        self._frozen = Watch({})  # the shared parameters since the last update
-        self._lost: list[str] = []  # the unfrozen parameters of which the value is lost
+        self._lent = Lent({})  # the shared parameters
         self._start_averages(Binding(student), self.roles.averaged)
         own = pairing.tensors(self.module)
         if dtype == "split" and not any(own[n].dtype == torch.bfloat16 for n in self.roles.averaged):
@@ -165,8 +100,7 @@ class Shadow:
             "_plan": None,
             "_watches": (),
             "_statistics": None,
-            "_shared": [],
-            "_frozen": None,
+            "_lent": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -261,34 +195,20 @@ class Shadow:
         Raises:
             RuntimeError: If such a parameter was written in that step, and its average is lost.
         """
-        if not any(map(_REQUIRES_GRAD, self._shared)):
-            return
-        names = [n for n, t in zip(self.roles.shared, self._shared, strict=True) if t.requires_grad]
-        if trained and not self._lost:
-            self._lost = [name for name in self._frozen.written() if name in names]
-        if self._lost:
-            raise RuntimeError(
-                f"the student's {pairing.few(self._lost)} was unfrozen and written before the teacher could "
-                "keep the value that it had while it was frozen: its optimizer runs no hooks. Unfreeze it "
-                "before building the teacher, build the teacher with frozen='copy', or call the teacher or "
-                "teacher.update between unfreezing and the first step"
-            )
-        self.take_up(names, step)
+        self.take_up(self._lent.unfrozen(trained), step)
 
     def note_values(self) -> None:
         """Accept the present values of shared parameters and running statistics.
 
         `take_up_unfrozen` and `statistics_were_reset` look for writes after this.
         """
-        self._frozen.settle()
+        self._lent.settle()
         self._statistics.settle()
 
     def _look_up_shared(self) -> None:
         own = pairing.tensors(self.module)
-        self._lost = []
-        self._shared = [own[name] for name in self.roles.shared]
+        self._lent = Lent({name: own[name] for name in self.roles.shared})
         self._plan = None
-        self._frozen = Watch(dict(zip(self.roles.shared, self._shared, strict=True)))
 
     # --- updates ------------------------------------------------------------------------------------
 
@@ -320,22 +240,13 @@ class Shadow:
         if replaced:
             self._follow_replaced(student, replaced, own, theirs, is_original, step)
             own = Binding(self.module)
-        roles = self.roles
         self._watch(own)
-        averages = [self.average(own, n) for n in roles.averaged]
+        averages = {n: self.average(own, n) for n in self.roles.averaged}
         changed = [n for n in differing if self._role_of_buffer(n) == "copied"]
         self._ignored |= frozenset(changed)  # such buffers are made for the forward pass, often with -inf
-        names = [n for n in own.tensors if n not in differing and self._role_of_buffer(n) == "copied"]
-        targets, sources = ([b.local[n] for n in names] for b in (own, theirs))
+        copied = [n for n in own.tensors if n not in differing and self._role_of_buffer(n) == "copied"]
         detector = self._detector(theirs) if self._detects else None
-        masked = (self._detects or self._measured) and _decides_on_device(averages, targets)
-        # Scratch tensors that were made in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            update = averaging.Update(averages, [theirs.local[n] for n in roles.averaged], masked=masked)
-            copied = averaging.Update(list(map(Average, targets)), sources, masked=True) if masked else None
-        return Plan(
-            theirs, own, update, (targets, sources), detector, copied, changed, caches.Forget(self.module)
-        )
+        return updating.prepare(theirs, own, averages, copied, changed, detector, measured=self._measured)
 
     def _match(self, model: nn.Module, own: Binding, theirs: Mapping[str, Tensor]) -> Sequence[str]:
         """Check that a model has the averaged module's tensors; return the buffers that may differ and do.
@@ -524,30 +435,13 @@ class Shadow:
             if name in differing or tensor is theirs[name]:
                 continue
             target = pairing.unexpanded(theirs[name])
-            source = self._precise(own, name, target.dtype)
+            source = self.precise(own, name, target.dtype)
             if source.shape != target.shape:
                 # An expanded tensor holds one entry for a whole dimension; the teacher's are all equal.
                 source = source[tuple(map(slice, target.shape))]
             targets.append(target)
             sources.append(source)
         return targets, sources, differing
-
-    def averaged_state(self, dtype: torch.dtype | None) -> dict[str, Any]:
-        """Return a copy of the averaged module's state.
-
-        Args:
-            dtype: The dtype of floating-point tensors; None stands for the module's own.
-        """
-        own = self.bind()
-        names = {id(t): n for n, t in own.tensors.items()}
-        # `keep_vars` keeps the tensor objects, by which entries are recognised under any key.
-        state: dict[str, Any] = self.module.state_dict(keep_vars=True)
-        for key, value in state.items():
-            if id(value) in names:
-                wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
-                precise = self._precise(own, names[id(value)], wanted)
-                state[key] = sharding.spread(precise.to(dtype=wanted, copy=True).contiguous(), value)
-        return state
 
     def average(self, own: Binding, name: str) -> Average:
         """Return an average, after checking that the module was not cast without its teacher."""
@@ -560,7 +454,7 @@ class Shadow:
             )
         return average
 
-    def _precise(self, own: Binding, name: str, dtype: torch.dtype) -> Tensor:
+    def precise(self, own: Binding, name: str, dtype: torch.dtype) -> Tensor:
         """Return a tensor of the averaged module; at full precision if `dtype` is not its own."""
         tensor = own.local[name]
         rounded = tensor.dtype == dtype and name not in self._renormalised
@@ -628,15 +522,6 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     alike = one.dtype == other.dtype and one.device == other.device
     plain = type(one.detach()) is Tensor and type(other.detach()) is Tensor
     return alike and plain and not torch.equal(one, other)
-
-
-# --- checking -----------------------------------------------------------------------------------------
-
-
-def _decides_on_device(averages: Sequence[Average], copied: Sequence[Tensor]) -> bool:
-    """Return whether the device rather than the host decides if a snapshot counts, so that nothing waits."""
-    plain = all(t.layout == torch.strided and not is_traceable_wrapper_subclass(t) for t in copied)
-    return plain and any(average.held.device.type != "cpu" for average in averages)
 
 
 def __dir__() -> list[str]:

@@ -13,9 +13,14 @@ from torch import Tensor, nn
 
 from wmateacher import buffers, naming, pairing, sharding
 from wmateacher.pairing import Binding
+from wmateacher.schedule import Clock
 from wmateacher.shadow import Shadow
 
-__all__ = ["complete", "load", "match_average"]
+__all__ = ["FORMAT", "averaged", "complete", "load", "match_average", "read_header"]
+
+FORMAT = 2
+# Format 1 has a clock without joined averages and skipped snapshots, and does not say what is shared.
+_READ_FORMATS = (1, 2)
 
 
 def complete(shadow: Shadow, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
@@ -45,15 +50,77 @@ def complete(shadow: Shadow, module: nn.Module, state: dict[str, Any], prefix: s
     state.update({prefix + key: value for key, value in written.items()})
 
 
+def averaged(shadow: Shadow, student: nn.Module, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return a copy of the averaged module's state, under the keys of the student's.
+
+    Args:
+        shadow: The averaged copy.
+        student: The unwrapped student.
+        dtype: The dtype of floating-point tensors; None stands for the module's own.
+    """
+    own = shadow.bind()
+    names = {id(t): n for n, t in own.tensors.items()}
+    # `keep_vars` keeps the tensor objects, by which entries are recognised under any key.
+    state: dict[str, Any] = shadow.module.state_dict(keep_vars=True)
+    for key, value in state.items():
+        if id(value) in names:
+            wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            precise = shadow.precise(own, names[id(value)], wanted)
+            state[key] = sharding.spread(precise.to(dtype=wanted, copy=True).contiguous(), value)
+    keys = naming.canonical(shadow.module, state)
+    return {naming.saved_key(student, name): state[key] for key, name in keys.items()}
+
+
+def read_header(state: dict[str, Any], prefix: str, clock: Clock) -> Mapping[str, Any]:
+    """Return what a teacher's state says besides its tensors: step count, kernel, horizon and roles.
+
+    Args:
+        state: The state to load. The keys of a teacher that was compiled as a whole are replaced by its own.
+        prefix: The prefix of the teacher's keys in it.
+        clock: The clock that is to continue.
+
+    Raises:
+        ValueError: If the state is not a teacher's, of an unknown format or damaged, or its kernel or horizon
+            is not the clock's.
+    """
+    if f"{prefix}_orig_mod._extra_state" in state:  # the teacher that was saved had been compiled as a whole
+        for key in [k for k in state if k.startswith(f"{prefix}_orig_mod.")]:
+            state[prefix + key.removeprefix(f"{prefix}_orig_mod.")] = state.pop(key)
+    found = state.get(f"{prefix}_extra_state")
+    if not isinstance(found, Mapping) or "format" not in found:
+        others = [str(k).removesuffix("_extra_state") for k, v in state.items() if _is_header(v)]
+        raise ValueError(
+            f"there is no teacher state under the prefix {prefix!r}: it holds no clock. "
+            + (f"There is one under {others[0]!r}: load the entries below it. " if others else "")
+            + "To start an average from plain weights, load them into the student and build the teacher from "
+            "it; to continue the average of another library, use wmateacher.migration.load"
+        )
+    if found["format"] not in _READ_FORMATS:
+        raise ValueError(
+            f"the state has format {found['format']!r}, but this version reads formats 1 to {FORMAT}: load "
+            "it with the version of wmateacher that wrote it"
+        )
+    clock.check(found)
+    omega = found.get("omega")
+    if not (isinstance(omega, int | float) and 0 <= omega <= 1):
+        raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
+    for field in ("shared", "unfrozen", "changed_buffers"):
+        if not isinstance(found.get(field, []), list | tuple):
+            raise ValueError(f"the teacher's state is damaged: {field} is {found[field]!r}, not a list")
+    return found
+
+
+def _is_header(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"format", "omega", "kernel"} <= value.keys()
+
+
 def load(
     shadow: Shadow,
     module: nn.Module,
     state: dict[str, Any],
     prefix: str,
     student: nn.Module,
-    shared: Collection[str] | None,
-    unfrozen: Mapping[str, int],
-    changed: Sequence[str] = (),
+    header: Mapping[str, Any],
 ) -> None:
     """Check a teacher's state completely, then read the averages from it.
 
@@ -64,14 +131,17 @@ def load(
             nothing left to write.
         prefix: The prefix of the teacher's keys in it.
         student: The unwrapped student.
-        shared: The names of the parameters that were shared with the student when the state was written;
-            None stands for those that are shared now and missing in the state.
-        unfrozen: The steps after which parameters that had been shared were trained, by name.
-        changed: The names of the buffers that may differ from the averaged module's.
+        header: What `read_header` returned. `shared` are the parameters that were shared with the student
+            when the state was written; a state of format 1 does not say, and then they are those that are
+            shared now and missing in it. `unfrozen` are the steps after which others that had been shared
+            were trained, and `changed_buffers` the buffers that may differ from the averaged module's.
 
     Raises:
         ValueError: If the state is of another architecture or is sharded differently.
     """
+    shared: Collection[str] | None = header.get("shared")
+    unfrozen: dict[str, int] = dict(header.get("unfrozen", ()))
+    changed: Sequence[str] = header.get("changed_buffers", ())
     own, home = shadow.bind(), f"{prefix}module."
     names = pairing.state_names(module)
     modules = naming.modules(shadow.module)
@@ -108,7 +178,7 @@ def load(
     # What is frozen here and was trained there, or the reverse, takes the role that it had there.
     shadow.take_up([n for n in shadow.roles.shared if n in held.values()], 0)
     shadow.release(student, [n for n in shadow.roles.owned if n in shared])
-    shadow.unfrozen = dict(unfrozen)
+    shadow.unfrozen = unfrozen
     for name in places:
         if name in found or name in names:  # the others are not saved
             buffers.resize(shadow.module, name, found.get(name))

@@ -104,7 +104,7 @@ def _forgetting(total: int | None, weight: float | None, age: float | None) -> t
         )
     why = "A random start holds nothing to remember, so the average must forget it."
     if age is not None:
-        return _power(age, [why])
+        return _power(age, [why], total)
     if total is None:
         kernel: Kernel = kernels.Power(sigma_rel=0.1)
         return kernel, [
@@ -167,7 +167,8 @@ def _power(age: float, reasons: list[str], total: int | None = None) -> tuple[Ke
     """Return the power function whose mean age is this share of the run."""
     a = 1.0 / age - 1.0  # in a long run
     if total is not None:
-        low, high = 0.1 * a, 10.0 * a
+        # In a run of a few steps, a small mean age takes a far smaller exponent than in a long one.
+        low, high = min(0.1, 0.1 * a), 10.0 * a
         a = _solve(age, lambda a: _numbers(kernels.Power(exponent=a - 1.0), total)[1], low, high)
     return kernels.Power(exponent=_rounded(a - 1.0, a)), [
         *reasons, "It needs no horizon: its mean age stays this share of the run, whatever its length."
@@ -181,7 +182,7 @@ def _beta(total: int, weight: float, age: float) -> Kernel:
     def missed(shapes: Any) -> list[float]:
         a, b = np.exp(np.clip(shapes, math.log(_LOWEST), math.log(_HIGHEST)))
         found, mean = _numbers(kernels.Beta(float(a), float(b)), total)
-        return [math.log(max(found, 1e-300) / weight), math.log(mean / age)]
+        return [math.log(max(found, 1e-300) / weight), math.log(max(mean, 1e-300) / age)]
 
     found = root(missed, np.log([0.5, 0.5]), tol=1e-6)
     a, b = np.exp(found.x)

@@ -19,7 +19,6 @@ from wmateacher import (
     controller,
     copying,
     kernels,
-    naming,
     normalisation,
     pairing,
     sharding,
@@ -33,14 +32,11 @@ from wmateacher import buffers as changing
 from wmateacher.attachment import Attachment
 from wmateacher.finiteness import NONFINITE, Nonfinite, Verdict
 from wmateacher.kernels import Array, Kernel, KernelLike
+from wmateacher.modes import Modes
 from wmateacher.shadow import Shadow
 from wmateacher.transfers import Transfer
 
 __all__ = ["WMATeacher"]
-
-_FORMAT = 2
-# Format 1 has a clock without joined averages and skipped snapshots, and does not say what is shared.
-_READ_FORMATS = (1, 2)
 
 
 class WMATeacher(nn.Module):
@@ -104,7 +100,8 @@ class WMATeacher(nn.Module):
                 at about twice the time per update; saving it allocates the float32 tensors. The forward pass
                 always runs in the student's dtype.
             device: The teacher's device; None stands for the student's. `"cpu"` frees GPU memory, but
-                every update then copies the student through pinned memory and waits for the copy.
+                every update then copies the student through pinned memory and waits for the copy, and the
+                teacher takes inputs on the CPU.
             buffers: `"copy"` takes the student's buffers at every snapshot, whatever their shapes are by
                 then, `"average"` averages the floating-point ones, which must keep their shapes, and `"keep"`
                 leaves the teacher's own. The running statistics of batch normalisation are the teacher's own
@@ -153,6 +150,7 @@ class WMATeacher(nn.Module):
 
         Warns:
             UserWarning: If the student's running statistics would be copied for a kernel that looks far back.
+                Later, if the teacher is called with the statistics of the start that `buffers="keep"` left.
         """
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -176,10 +174,8 @@ class WMATeacher(nn.Module):
         sharding.refuse_fsdp1(student)
         zero.refuse_partitioned(dict(walking.named_parameters(student)))
         sharding.reshard(sharding.fully_sharded(student))
-        self._mode, self._dropout = mode, dropout
-        self._fixed_layers = normalisation.frozen(student)
-        self._layer_flags = normalisation.Flags(student)
-        own = normalisation.statistics(student, self._fixed_layers)
+        fixed = normalisation.frozen(student)
+        own = normalisation.statistics(student, without=fixed)
         roles = pairing.assign(
             student, buffers=buffers, frozen=frozen, exclude=exclude, keep=own if mode == "train" else ()
         )
@@ -200,8 +196,7 @@ class WMATeacher(nn.Module):
         self.module = self._shadow.module
         if self._distances is not None:
             self.start = self._distances.start
-        self._collecting = False  # whether update_bn() is recomputing the running statistics
-        self._flags: list[tuple[nn.Module, bool]] = []  # the modules' modes, if not all in eval mode
+        self._modes = Modes(self._shadow, student, mode, dropout, fixed)
         # Tuples hide the models in them from nn.Module, which would register them as submodules.
         self._student = (model,)
         self._adapters = adapters.pairs(student, self.module)
@@ -212,17 +207,8 @@ class WMATeacher(nn.Module):
         except RuntimeError:
             self.module.train()  # layers that merge themselves in eval mode have done so in shared weights
             raise
-        self._set_modes()
-        copied = any(own[n].is_floating_point() for n in roles.copied if n in own)
-        if mode == "eval" and copied and self._clock.relative_mean_age() > normalisation.FAR:
-            option = "buffers='copy'" if buffers == "copy" else "exclude="
-            warnings.warn(
-                f"the student normalises with running statistics, which {option} copies to the teacher, but "
-                f"they do not fit weights that kernel {str(self.kernel)!r} averages over a large part of the "
-                "run: pass mode='train', or buffers='keep' and call "
-                "wmateacher.recalibrate(teacher, loader) before the teacher is used",
-                stacklevel=2,
-            )
+        self._modes.set(student, self.training)
+        self._modes.check(own, self._clock)
         self.register_state_dict_pre_hook(_prepare_state)
         self.register_state_dict_post_hook(_complete_state)
         self.register_load_state_dict_pre_hook(_load_state)
@@ -341,8 +327,8 @@ class WMATeacher(nn.Module):
         self._refuse_lent("update()")
         swapping.refuse(student, "update()")
         adapters.refuse(self._adapters_of(student), "update()")
-        if self._collecting:
-            self._set_modes()
+        if self._modes.collecting:
+            self._modes.set(original, self.training)
         refused: RuntimeError | None = None
         try:
             self._settle()
@@ -350,9 +336,8 @@ class WMATeacher(nn.Module):
             refused = error  # the last student was refused; this one counts before that is said
         self._shadow.take_up_unfrozen(self.step, trained=True)
         plan = self._shadow.plan(student, is_original=student is original, step=self.step)
-        if self._layer_flags.key is not plan:
-            self._layer_flags = normalisation.Flags(student, plan)
-        if self._follow_frozen():
+        self._modes.watch(student, plan)
+        if self._modes.follow(self.training):
             plan = self._shadow.plan(student, is_original=student is original, step=self.step)
         before = self._clock.step, self._clock.snapshot
         omega: float | Tensor | None = self._clock.tick()
@@ -486,6 +471,8 @@ class WMATeacher(nn.Module):
         self._clock.jump(step)
         self._shadow.take_up_different(values, step)
         self._shadow.write(values)
+        if not values.keys().isdisjoint(self.roles.kept):
+            self._modes.accept()
 
     # --- using the average --------------------------------------------------------------------------
 
@@ -502,11 +489,10 @@ class WMATeacher(nn.Module):
         self._refuse_merged("the teacher's forward pass")
         self._shadow.take_up_unfrozen(self.step)
         if not torch.compiler.is_compiling():
-            self._follow_frozen()
-        for module, mode in self._flags:
-            if module.training != mode:  # teacher.module was evaluated, for example
-                module.training = mode
-        free = self.roles.averaged if self._collecting else ()
+            self._modes.follow(self.training)
+            self._modes.notice_outgrown(self._clock)
+        self._modes.restore()
+        free = self.roles.averaged if self._modes.collecting else ()
         guard = nullcontext() if torch.compiler.is_compiling() else self._shadow.guarding(free)
         with guard, torch.no_grad(), caches.apart():
             return self.module(*args, **kwargs)
@@ -520,45 +506,8 @@ class WMATeacher(nn.Module):
         call of `train` or `eval`.
         """
         super().train(mode)
-        self._set_modes()
+        self._modes.set(self.student, self.training)
         return self
-
-    def _set_modes(self) -> None:
-        """Put the averaged module's submodules into train or eval mode."""
-        if self._collecting:
-            self._shadow.take_up_statistics()
-        self._collecting = self.training and self._shadow.statistics_were_reset()
-        if self._collecting and self._fixed_layers:
-            # What was reset is recomputed, except for frozen layers, which have the student's.
-            own = normalisation.statistics(self.student, without=self._fixed_layers)
-            every = normalisation.statistics(self.student)
-            self._shadow.write({n: every[n] for n in every if n not in own})
-        self._apply_modes()
-
-    def _apply_modes(self) -> None:
-        module, self._flags = self._shadow.module, []
-        if self.training and (self._mode == "train" or self._collecting):
-            normalisation.use_batches(module, self._fixed_layers, dropout=self._dropout)
-            self._flags = [(m, m.training) for m in module.modules()]
-        else:
-            module.eval()
-
-    def _follow_frozen(self) -> bool:
-        """Treat normalisation layers as the student does; return whether roles have changed by that."""
-        student, before = self._layer_flags.student, self._fixed_layers
-        now = None if self._collecting else self._layer_flags.frozen()
-        if now is None or now == before:
-            return False
-        self._fixed_layers = now
-        if self._mode == "eval":
-            return False
-        used = normalisation.statistics(student, without=before)
-        uses = normalisation.statistics(student, without=now)
-        frozen = {n: t for n, t in used.items() if n not in uses and self.roles.buffers != "keep"}
-        self._shadow.give(kept=[n for n in uses if n not in used], copied=list(frozen))
-        self._shadow.write(frozen)
-        self._apply_modes()
-        return True
 
     @contextmanager
     def _recalibrating(self) -> Iterator[tuple[nn.Module, Collection[str], Callable[..., None]]]:
@@ -566,9 +515,10 @@ class WMATeacher(nn.Module):
         self._refuse_lent("recalibrate()")
         self._refuse_merged("recalibrate()")
         self._shadow.take_up_unfrozen(self.step)
-        self._follow_frozen()
+        self._modes.follow(self.training)
         with self._shadow.guarding(self.roles.averaged):
-            yield self._shadow.module, self._fixed_layers, self._shadow.write
+            yield self._shadow.module, self._modes.fixed, self._shadow.write
+        self._modes.accept()
 
     @contextmanager
     def swap(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
@@ -650,8 +600,7 @@ class WMATeacher(nn.Module):
         self._refuse_merged("averaged_state_dict()")
         self._report_nonfinite()
         with torch.inference_mode(False), torch.no_grad():
-            names = naming.canonical(self.module, state := self._shadow.averaged_state(dtype))
-        state = {naming.saved_key(self.student, name): state[key] for key, name in names.items()}
+            state = states.averaged(self._shadow, self.student, dtype)
         return sharding.consolidate(state) if full else state
 
     # --- state --------------------------------------------------------------------------------------
@@ -660,7 +609,7 @@ class WMATeacher(nn.Module):
         """Return the step count, kernel and horizon, which `state_dict` includes."""
         self._settle()
         state = {
-            "format": _FORMAT,
+            "format": states.FORMAT,
             "omega": float(self._omega),
             **self._clock.state(),
             "shared": list(self.roles.shared),
@@ -682,15 +631,12 @@ class WMATeacher(nn.Module):
             "_omega": float(self._omega),
             "_attachment": None,
             "_lending": None,
-            "_flags": [],
-            "_layer_flags": None,
-            "_collecting": False,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._layer_flags = normalisation.Flags(self.student)
-        self._set_modes()
+        self._modes.watch(self.student)
+        self._modes.set(self.student, self.training)
         unfreezing.watch(self, _take_up_unfrozen)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> WMATeacher:
@@ -744,48 +690,13 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     """Check the whole state before any of it is written, then load the averages."""
     assert isinstance(teacher, WMATeacher)
     teacher._refuse_lent("load_state_dict() of the teacher")
-    if f"{prefix}_orig_mod._extra_state" in state:  # the teacher that was saved had been compiled as a whole
-        for key in [k for k in state if k.startswith(f"{prefix}_orig_mod.")]:
-            state[prefix + key.removeprefix(f"{prefix}_orig_mod.")] = state.pop(key)
-    clock = state.get(f"{prefix}_extra_state")
-    if not isinstance(clock, Mapping) or "format" not in clock:
-        others = [str(k).removesuffix("_extra_state") for k, v in state.items() if _is_clock(v)]
-        raise ValueError(
-            f"there is no teacher state under the prefix {prefix!r}: it holds no clock. "
-            + (f"There is one under {others[0]!r}: load the entries below it. " if others else "")
-            + "To start an average from plain weights, load them into the student and build the teacher from "
-            "it; to continue the average of another library, use wmateacher.migration.load"
-        )
-    if clock["format"] not in _READ_FORMATS:
-        raise ValueError(
-            f"the state has format {clock['format']!r}, but this version reads formats 1 to {_FORMAT}: load "
-            "it with the version of wmateacher that wrote it"
-        )
-    teacher._clock.check(clock)
-    omega = clock.get("omega")
-    if not (isinstance(omega, int | float) and 0 <= omega <= 1):
-        raise ValueError(f"the teacher's state is damaged: omega must be a weight in [0, 1], got {omega!r}")
-    for field in ("shared", "unfrozen", "changed_buffers"):
-        if not isinstance(clock.get(field, []), list | tuple):
-            raise ValueError(f"the teacher's state is damaged: {field} is {clock[field]!r}, not a list")
+    header = states.read_header(state, prefix, teacher._clock)
     distances = teacher._distances
-    start = {} if distances is None else distances.take(state, prefix, clock.get("shared"))
-    states.load(
-        teacher._shadow,
-        teacher.module,
-        state,
-        prefix,
-        teacher.student,
-        clock.get("shared"),
-        dict(clock.get("unfrozen", ())),
-        clock.get("changed_buffers", ()),
-    )
+    start = {} if distances is None else distances.take(state, prefix, header.get("shared"))
+    states.load(teacher._shadow, teacher.module, state, prefix, teacher.student, header)
+    teacher._modes.accept()
     if distances is not None:
         state.update({prefix + key: value for key, value in distances.load(start).items()})
-
-
-def _is_clock(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"format", "omega", "kernel"} <= value.keys()
 
 
 def __dir__() -> list[str]:

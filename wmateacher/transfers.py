@@ -1,11 +1,20 @@
-"""Numbers on their way from a device to the host, which does not wait for them."""
+"""Tensors on their way from one device to another, for which the host does not wait."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["Transfer"]
+__all__ = ["Transfer", "moved"]
+
+
+def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on another device, where it may be used at once.
+
+    The host waits only for what arrives in its own memory. There it would otherwise read the values before
+    they have arrived; a device finds them in the order of its stream.
+    """
+    return tensor.to(device, tensor.dtype if dtype is None else dtype, non_blocking=device.type != "cpu")
 
 
 class Transfer:

@@ -152,6 +152,8 @@ def work(section: str, options: Options) -> None:
     """Measure a section; the body of its process."""
     os.setpgrp()  # so that the section can be stopped with everything that it started
     faulthandler.enable()
+    if (device := torch.device(options.device)).index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # on which events, `synchronize` and memory statistics work by default
     record, began = Record(section, options), time.monotonic()
     try:
         importlib.import_module(f"gpu.{section}").measure(record, options)

@@ -16,20 +16,23 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from wmateacher.integrations.clip.data import files, folders, imagenet, pictograms
+from wmateacher.integrations.clip.data import files, imagenet, pictograms
+from wmateacher.integrations.clip.data import task as tasks
 from wmateacher.integrations.clip.data.batches import Batch, Pairing, Sampling
 from wmateacher.integrations.clip.data.digits import PREPROCESSING, DigitPairs, normalise
 from wmateacher.integrations.clip.data.photos import PhotoPairs
 from wmateacher.integrations.clip.data.pictograms import PictogramPairs
+from wmateacher.integrations.clip.data.task import Task, Test
+from wmateacher.integrations.clip.data.templates import read_templates
 from wmateacher.integrations.clip.evaluation import Labelled, Scorer, TestSet, score, score_set
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Prompts, Tokenizer, Towers, evaluation_view
 from wmateacher.integrations.clip.recipes import (
     DigitsRecipe,
     EmojiRecipe,
+    FileRecipe,
     FolderRecipe,
     PhotoRecipe,
-    PretrainedRecipe,
     Settings,
 )
 from wmateacher.integrations.engine import loop, processes
@@ -247,7 +250,7 @@ class FileData:
 
     def __init__(
         self,
-        recipe: PretrainedRecipe,
+        recipe: FileRecipe,
         towers: Towers,
         prompts: Prompts,
         train: files.Captioned,
@@ -305,34 +308,34 @@ class FolderData(FileData):
     def __init__(
         self,
         recipe: FolderRecipe,
-        task: folders.Task,
+        task: Task,
         towers: Towers,
         tokenizer: Tokenizer,
         *,
         root: Path | None = None,
         workers: int = 0,
     ):
-        prompts = Prompts(task.classes, folders.read_templates(recipe.templates, root), tokenizer)
+        prompts = Prompts(task.classes, read_templates(recipe.templates, root), tokenizer)
         super().__init__(recipe, towers, prompts, task.train, root=root, workers=workers)
         self.task = task
         held = {} if task.validation is None else {"validation": task.validation}
         self.validation: Mapping[str, Scorer]
         self.tests: Mapping[str, Scorer]
         self.validation, self.tests = (
-            {name: self._scorer(folders.Test(pairs, len(task.classes))) for name, pairs in sets.items()}
+            {name: self._scorer(Test(pairs, len(task.classes))) for name, pairs in sets.items()}
             for sets in (held, task.tests or held)
         )
 
     @staticmethod
-    def load(recipe: FolderRecipe, root: Path | None = None) -> folders.Task:
+    def load(recipe: FolderRecipe, root: Path | None = None) -> Task:
         """List the images of a recipe.
 
         Raises:
             ValueError: If something is damaged, empty, double, or of no known class.
             FileNotFoundError: If a folder or file is missing.
         """
-        folders.read_templates(recipe.templates, root)
-        return folders.load(
+        read_templates(recipe.templates, root)
+        return tasks.load(
             recipe.train, recipe.tests, root=root, classes=recipe.classes, validation=recipe.validation,
             shots=recipe.shots, seed=recipe.finetune.seed,
         )  # fmt: skip

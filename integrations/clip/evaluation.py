@@ -123,7 +123,7 @@ def _read(
     if unreadable:
         warnings.warn(
             f"{len(unreadable)} of {len(photos)} images cannot be read and are left out, such as "
-            f"{photos.name(unreadable[0])}: get them again; published figures include them",
+            f"{photos.name(unreadable[0])}: get them again, the figures are of the others",
             stacklevel=2,
         )
 

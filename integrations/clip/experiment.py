@@ -40,10 +40,10 @@ from wmateacher.integrations.clip.model import (
 from wmateacher.integrations.clip.recipes import (
     DigitsRecipe,
     EmojiRecipe,
+    FileRecipe,
     FolderRecipe,
+    FromScratchRecipe,
     PhotoRecipe,
-    PretrainedRecipe,
-    PretrainingRecipe,
     Recipe,
 )
 from wmateacher.integrations.clip.training import build_student, fit
@@ -177,7 +177,7 @@ class Experiment(experiment.Experiment[Recipe]):
             The pre-trained towers, or None if the recipe does not pre-train. Towers that were built with
             pretrained weights are not changed.
         """
-        if not isinstance(self.recipe, PretrainingRecipe):
+        if not isinstance(self.recipe, FromScratchRecipe):
             return None
         if number not in self.starts:
             self.starts[number] = self._start(number)
@@ -190,10 +190,10 @@ class Experiment(experiment.Experiment[Recipe]):
         key = hashlib.sha256(json.dumps(self._depends(recipe), sort_keys=True).encode()).hexdigest()[:16]
         return self.cache / f"{recipe.model}-{recipe.name}-{key}.pt"
 
-    def _numbered(self, number: int) -> PretrainingRecipe:
+    def _numbered(self, number: int) -> FromScratchRecipe:
         """Return the recipe with the seed of a pre-training."""
         recipe = self.recipe
-        assert isinstance(recipe, PretrainingRecipe)
+        assert isinstance(recipe, FromScratchRecipe)
         seed = recipe.pretrain.seed + _BETWEEN_PRETRAININGS * number
         return replace(recipe, pretrain=replace(recipe.pretrain, seed=seed))
 
@@ -357,7 +357,7 @@ class Experiment(experiment.Experiment[Recipe]):
         tables["reliability"] = Table(("model", "set", "confidence", "accuracy", "share"), rows)
         return tables
 
-    def _depends(self, recipe: PretrainingRecipe) -> dict[str, Any]:
+    def _depends(self, recipe: FromScratchRecipe) -> dict[str, Any]:
         """Return all that pre-trained towers depend on; the number of threads and processes only rounds."""
         return {
             "model": recipe.model,
@@ -371,14 +371,14 @@ class Experiment(experiment.Experiment[Recipe]):
         }
 
 
-def _pretrained(recipe: PretrainedRecipe) -> tuple[Towers, Tokenizer]:
+def _pretrained(recipe: FileRecipe) -> tuple[Towers, Tokenizer]:
     """Build a recipe's towers with their weights."""
     torch.manual_seed(recipe.finetune.seed)  # for towers without weights
     with processes.main_process_first():  # the first may download
         return build(recipe.model, recipe.pretrained)
 
 
-def _initial(recipe: PretrainingRecipe) -> tuple[Towers, Tokenizer]:
+def _initial(recipe: FromScratchRecipe) -> tuple[Towers, Tokenizer]:
     """Return towers with random weights, and their tokenizer."""
     torch.manual_seed(recipe.pretrain.seed)
     return build(recipe.model)

@@ -21,7 +21,8 @@ from torch import Tensor
 from wmateacher import files
 from wmateacher.checks import one_of
 from wmateacher.integrations.clip import conversion
-from wmateacher.integrations.clip.data import folders, imagenet
+from wmateacher.integrations.clip.data import imagenet
+from wmateacher.integrations.clip.data.images import read_image
 from wmateacher.integrations.clip.model import (
     Classifier,
     Prompts,
@@ -248,9 +249,7 @@ class SavedModel:
         """
         if isinstance(images, str | Path | Image.Image):
             raise TypeError(f"images must be a list of images or files, got {images!r}: pass [image]")
-        opened = [
-            i.convert("RGB") if isinstance(i, Image.Image) else folders.read_image(str(i)) for i in images
-        ]
+        opened = [i.convert("RGB") if isinstance(i, Image.Image) else read_image(str(i)) for i in images]
         return self.answers(torch.stack([self.transform(image) for image in opened])) if opened else []
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from wmateacher import kernels, losses
@@ -22,6 +22,7 @@ __all__ = [
     "RandomTexts",
     "parse_guidance",
     "tracer_terms",
+    "with_batch_statistics",
 ]
 
 
@@ -362,3 +363,11 @@ _METHODS = [
 ]
 METHODS: dict[str, Method] = {method.name: method for method in _METHODS}
 """The methods of the paper's tables, by name."""
+
+
+def with_batch_statistics(methods: Mapping[str, Method]) -> dict[str, Method]:
+    """Return methods whose moving teachers normalise by the batch where they have batch normalisation."""
+    return {
+        name: m if m.kernel in (None, "static") else replace(m, batch_norm="batch")
+        for name, m in methods.items()
+    }

@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import open_clip
 import torch
 from open_clip.pretrained import get_pretrained_cfg
-from safetensors import SafetensorError
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -238,8 +236,8 @@ def build(
                 model, pretrained=None if has_weights else pretrained, load_weights=reads,
                 require_pretrained=reads, device=device,
             )  # fmt: skip
-        except (RuntimeError, UnpicklingError, KeyError, EOFError, SafetensorError) as error:
-            if not reads:
+        except Exception as error:  # what is no checkpoint makes torch's reader raise errors of many kinds
+            if not reads or isinstance(error, (OSError, ImportError, MemoryError)):
                 raise
             which = f"the weights of {model!r}" if has_weights else f"weights {pretrained!r} for {model!r}"
             raise ValueError(
@@ -282,7 +280,7 @@ def _check_weights(model: str, pretrained: str) -> None:
         folder = f"; for a folder pass {_FOLDER}{pretrained}" if Path(pretrained).is_dir() else ""
         raise ValueError(
             f"unknown weights {pretrained!r} for {model!r}: neither a file nor a tag; "
-            f"{nearest(pretrained, tags)}{folder}"
+            f"{nearest(pretrained, tags) if tags else 'open_clip has no weights for it'}{folder}"
         )
     trained_with = bool(get_pretrained_cfg(model, pretrained).get("quick_gelu", False))
     if trained_with != bool(_config(model).get("quick_gelu", False)):

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from wmateacher.integrations.clip.data import check, imagenet
-from wmateacher.integrations.clip.data.folders import Task, read_templates
+from wmateacher.integrations.clip.data.task import Task
+from wmateacher.integrations.clip.data.templates import read_templates
 from wmateacher.integrations.clip.datamodules import FolderData
 from wmateacher.integrations.clip.methods import Method
 from wmateacher.integrations.clip.model import Towers, build
 from wmateacher.integrations.clip.recipes import (
     EmojiRecipe,
+    FileRecipe,
     FolderRecipe,
     PhotoRecipe,
-    PretrainedRecipe,
     Recipe,
     Settings,
 )
@@ -171,7 +172,7 @@ def describe(
         lines.append(f"  {m.name}: {own or 'nothing'}")
     lines.append(f"  settings of a method: {', '.join(visible(methods[0]))}")
     lines += ["", *_length(recipe, found), "", *_memory(recipe, methods, processes), "", *found.lines]
-    anchored = not isinstance(recipe, PretrainedRecipe) or recipe.anchors is not None
+    anchored = not isinstance(recipe, FileRecipe) or recipe.anchors is not None
     reasons = [recipe.why_not(name, labelled=found.labelled, anchored=anchored) for name in names]
     lines += [f"cannot run: {reason}" for reason in reasons if reason is not None]
     return "\n".join(lines)

@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from wmateacher.files import write_atomically
 from wmateacher.integrations.clip import export
-from wmateacher.integrations.clip.data import folders
-from wmateacher.integrations.clip.data.folders import SUFFIXES
+from wmateacher.integrations.clip.data.classes import read_classes
+from wmateacher.integrations.clip.data.images import SUFFIXES, read_image
+from wmateacher.integrations.clip.data.templates import read_templates
 from wmateacher.integrations.engine import command, processes, signals
 
 __all__ = ["Options", "Prediction", "images_in", "main", "predict"]
@@ -128,7 +129,7 @@ class _Files(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
         path = self.paths[index]
         try:
-            return path, self.transform(folders.read_image(str(path))), ""
+            return path, self.transform(read_image(str(path))), ""
         except OSError as error:
             return path, None, str(error)
 
@@ -149,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = "python -m wmateacher.integrations.clip.predict"
     options = tyro.cli(Options, args=argv, prog=program, description=__doc__)
     paths = images_in(options.images)
-    classes = None if options.classes is None else folders.read_classes(options.classes).names
-    templates = folders.read_templates(options.templates) if options.templates else None
+    classes = None if options.classes is None else read_classes(options.classes).names
+    templates = read_templates(options.templates) if options.templates else None
     with processes.process_group(options.device) as device:
         model = export.load(options.model, device, classes=classes, templates=templates)
         found = predict(model, paths, batch_size=options.batch_size, workers=options.workers)

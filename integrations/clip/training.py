@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -134,6 +135,9 @@ class FineTuning(training.Training):
         if method.kernel is not None:
             kernel, every = clocks.build(method.kernel, method.update_every, method.clock)
             mode: Literal["train", "eval"] = "train" if method.batch_norm == "batch" else "eval"
+            if mode == "eval":
+                # As in the published code, however far the student moves. The teacher warns in its calls.
+                warnings.filterwarnings("ignore", "the teacher normalises with the running statistics")
             teacher = WMATeacher(
                 student, kernel, settings.steps, update_every=every, mode=mode, buffers="keep"
             )

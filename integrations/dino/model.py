@@ -257,7 +257,8 @@ class PairLoss(nn.Module):
         mean over t < G, s < V, s != t of  criterion(prediction_S(s), projection_T(t))
 
     With two crops this is the symmetric loss of BYOL (Grill et al. 2020, section 3.1) for `2*cosine`, and of
-    MoCo v3 (Chen et al. 2021, algorithm 1) for `0.4*info_nce(0.2)`.
+    MoCo v3 (Chen et al. 2021, algorithm 1) for `0.4*info_nce(0.2)`, but for a factor of 2: the papers add the
+    two directions, and this is their mean.
 
     Args:
         criterion: A criterion for features.

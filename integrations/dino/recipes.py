@@ -145,10 +145,9 @@ class Settings(settings.Settings):
             raise ValueError(f"mask_probability must be in (0, 1], got {self.mask_probability}")
         if self.ibot and self.objective != "dino":
             raise ValueError(f"ibot adds to objective 'dino', got {self.objective!r}: set ibot=0")
-        if not self.first_teacher_temperature > 0:
-            raise ValueError(
-                f"first_teacher_temperature must be above 0, got {self.first_teacher_temperature}"
-            )
+        for name in ("first_teacher_temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of the optimizer step with index `step`, from 0."""

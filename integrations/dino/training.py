@@ -42,7 +42,8 @@ def fit(
     """Train `backbone` in place by DINO, under a teacher with the given kernel.
 
     The history has `loss` and `gap` (|W - M| / |W|) of every step, and from time to time `information` and
-    `used` of the teacher's outputs. Under torchrun each process sees its part of every batch.
+    `used` of the teacher's outputs. Under torchrun each process sees its part of every batch, and the history
+    has the losses of the first process's part.
 
     Args:
         backbone: Maps images to features, on the device to train on.

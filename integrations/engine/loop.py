@@ -161,8 +161,9 @@ def train(
 ) -> History:
     """Train a task to its end, from its last checkpoint if there is one.
 
-    An interrupted run that is started again with the same arguments resumes from its last checkpoint. On one
-    device and one version of torch it ends with the same bits as an uninterrupted run.
+    An interrupted run that is started again with the same arguments resumes from its last checkpoint. On a
+    CPU and one version of torch it ends with the same bits as an uninterrupted run. On a GPU it has the same
+    state and batches, but some of torch's kernels sum in another order in each run.
 
     Args:
         task: The task to train, in its initial state.

@@ -76,6 +76,13 @@ class TeacherCallback(TrainerCallback):
         self._kernel, self._total_steps, self._options = kernel, total_steps, options
         self._save_average = save_average
         self._attachment: Attachment | None = None
+        self._adapters: frozenset[str] = frozenset()  # the model's own
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note which adapters the model has."""
+        self._adapters = _adapters(kwargs.get("model"))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,8 +93,12 @@ class TeacherCallback(TrainerCallback):
             FileNotFoundError: If the folder of the checkpoint does not exist.
         """
         self._detach()
+        model: Any = kwargs["model"]
+        # A Trainer that resumes with PEFT loads each folder in the checkpoint that holds an adapter.
+        if state.global_step and AVERAGE in _adapters(model) - self._adapters:
+            model.delete_adapter(AVERAGE)
         total_steps = state.max_steps if self._total_steps is None else self._total_steps
-        self.teacher = WMATeacher(kwargs["model"], self._kernel, total_steps, **self._options)
+        self.teacher = WMATeacher(model, self._kernel, total_steps, **self._options)
         if state.global_step:
             self._resume(self.teacher, args, state, total_steps)
         self._attachment = self.teacher.attach(kwargs["optimizer"])
@@ -186,6 +197,7 @@ class CallbackMixin:
         self.teacher_callback = TeacherCallback() if teacher_callback is None else teacher_callback
         super().__init__(*args, **kwargs)
         self.add_callback(self.teacher_callback)  # type: ignore[attr-defined]
+        self.teacher_callback.on_init_end(self.args, self.state, self.control, model=self.model)  # type: ignore[attr-defined]
 
     @property
     def teacher(self) -> WMATeacher | None:
@@ -199,6 +211,11 @@ class CallbackMixin:
         elif resume_from_checkpoint:  # the last one in output_dir, where the callback looks by itself
             self.teacher_callback.resume_from = None
         return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+
+
+def _adapters(model: Any) -> frozenset[str]:
+    """Return the names of a model's adapters."""
+    return frozenset(getattr(model, "peft_config", None) or ())
 
 
 def _save_average(teacher: WMATeacher, folder: Path, processing_class: Any) -> None:

@@ -149,6 +149,7 @@ class TeacherCallback(Callback):
             self._restore(self._restored)
         elif continues and trainer.global_step:  # a second `fit` of the same Trainer
             assert self.teacher is not None
+            self._follow(pl_module)
             resuming.extend(self.teacher, self._plan[0], rank_zero_warn)
         else:
             self._start(pl_module)
@@ -193,8 +194,7 @@ class TeacherCallback(Callback):
         """Stop counting, and leave teacher and module on one device, with the weights of `finish_with`."""
         self._stop()
         assert self.teacher is not None
-        if not resuming.is_sharded(self.teacher):
-            self.teacher.to(pl_module.device)
+        self._follow(pl_module)
         if self._finish_with == "teacher":
             self.teacher.copy_to(self._student_of(pl_module))
 
@@ -208,6 +208,14 @@ class TeacherCallback(Callback):
             del pl_module.__dict__[self._name]
             self.teacher = None
         self._stop()
+        self._follow(pl_module)
+
+    def _follow(self, pl_module: LightningModule) -> None:
+        """Move the teacher to the device to which Lightning moves the module, for each run and after it."""
+        if self.teacher is not None and not resuming.is_sharded(self.teacher):
+            own = next(self.teacher.module.parameters(), None)
+            if own is not None and own.device != pl_module.device and "device" not in self._options:
+                self.teacher.to(pl_module.device)
 
     def _stop(self) -> None:
         self._lent.close()
@@ -282,6 +290,8 @@ class TeacherCallback(Callback):
     def _lend(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fitting = trainer.state.fn == TrainerFn.FITTING
         teacher = self.teacher if fitting else self._to_evaluate(trainer, pl_module)
+        if not fitting:
+            self._follow(pl_module)
         if self._evaluate_with == "teacher" and teacher is not None:
             self._lent.enter_context(teacher.swap())
 

@@ -89,7 +89,8 @@ def fit(
     """Train `student` in place by `method`.
 
     The history has `loss` and `supervised` of every step; with unlabelled images `consistency` and `kept`
-    (the share of images that count); with a teacher `gap`.
+    (the share of images that count); with a teacher `gap`. With several processes, the losses are
+    those of the first process's part of every batch.
 
     Args:
         student: Maps images to logits `[B, classes]`, on the device to train on.

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
+import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import programs
 import pytest
@@ -247,6 +250,27 @@ def test_a_killed_sweep_goes_on_where_it_was(sweep, tmp_path):
     measured = ("kernel", "id", "ood", "ece", "final_gap")
     assert [[c[k] for k in measured] for c in cells] == [[c[k] for k in measured] for c in expected]
     assert cells[: len(before)] == before
+
+
+def test_a_terminated_sweep_ends_its_workers(monkeypatch, tmp_path, capsys):
+    """As a scheduler or `timeout` ends it; each worker that stays behind holds a gigabyte."""
+    worker = Mock()
+    # `timeout` sends the signal twice.
+    worker.terminate.side_effect = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    pool = Mock(_processes={0: worker})
+    monkeypatch.setattr(kernel_sweep, "ProcessPoolExecutor", lambda *args, **options: pool)
+    monkeypatch.setattr(kernel_sweep, "as_completed", lambda futures: [os.kill(os.getpid(), signal.SIGTERM)])
+    before = signal.signal(signal.SIGTERM, lambda *unused: None)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            kernel_sweep.run_cells(Mock(), [sweep_tasks.Cell("static", 1.0, 0, 0)], 1, {}, tmp_path)
+        assert signal.getsignal(signal.SIGTERM) not in (signal.default_int_handler, signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 130
+    assert "the same command with --output" in capsys.readouterr().err
+    worker.terminate.assert_called_once_with()
+    pool.shutdown.assert_called_once_with(wait=True, cancel_futures=True)
 
 
 @pytest.mark.parametrize(

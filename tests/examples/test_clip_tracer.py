@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import miniature_pictograms
 import programs
 import pytest
 from torch.distributed.run import get_args_parser
@@ -107,6 +108,29 @@ def test_options_change_what_they_name(tmp_path, cache):
         ValueError, match=r"of another configuration \(different: .*methods.*\): choose another"
     ):
         clip_tracer.main(arguments)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_quick_run_says_what_it_does_not_show(tmp_path, monkeypatch, capsys):
+    """On pictograms that are drawn here, with two steps: the other defaults are those of `--quick`."""
+    monkeypatch.chdir(tmp_path)
+    root = miniature_pictograms.write(tmp_path / "pictograms")
+    clip_tracer.main(
+        [
+            "emoji", "--quick", "--data-root", str(root), "--model", "tiny-vit-16", "--device", "cpu",
+            "--cache", str(tmp_path / "cache"), "--pretrain-steps", "2", "--steps", "2",
+            "--pretrain.batch-size", "8", "--finetune.batch-size", "8", "--no-save-models",
+        ]
+    )  # fmt: skip
+    (out,) = (tmp_path / "runs").iterdir()
+    assert out.name.startswith("clip_tracer-quick-")
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["methods"]) == ["zero-shot", "flyp", "static-sd", "ema", "tracer"]
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith(
+        "--quick shows that everything runs, and nothing about the methods: 2 steps of pre-training"
+    )
+    assert last.endswith("it takes 2 steps instead of 300.")
 
 
 @pytest.mark.slow

@@ -626,6 +626,34 @@ def test_a_lora_teacher_costs_the_adapter(tmp_path):
     torch.testing.assert_close(saved(tokens).logits, trainer.teacher(tokens).logits)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # peft's call
+@pytest.mark.parametrize("plain", [False, True], ids=["TeacherTrainer", "Trainer"])
+def test_a_resumed_run_does_not_train_beside_its_averaged_adapter(plain, tmp_path):
+    """A Trainer loads each folder in a checkpoint that holds an adapter as one more adapter of the model."""
+
+    def run(folder, resume=None):
+        torch.manual_seed(0)
+        lora = LoraConfig(target_modules=["query", "value"], r=2, modules_to_save=["classifier"])
+        callback = TeacherCallback(save_average=True)
+        given = {"callbacks": [callback]} if plain else {"teacher_callback": callback}
+        trainer = (Trainer if plain else TeacherTrainer)(
+            get_peft_model(classifier(), lora), arguments(folder, save_strategy="steps", save_steps=6),
+            train_dataset=Sentences(), **given,
+        )  # fmt: skip
+        if plain and resume:
+            callback.resume_from = resume
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model, callback.teacher
+
+    model, teacher = run(tmp_path / "whole")
+    resumed, continued = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-6"))
+    assert list(resumed.peft_config) == ["default"]
+    for one, other in ((model, resumed), (teacher.module, continued.module)):
+        expected = one.state_dict()
+        assert expected.keys() == other.state_dict().keys()
+        assert all(torch.equal(expected[n], t) for n, t in other.state_dict().items())
+
+
 # --- bad input ----------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_students import (
     IGNORED,
     Adversaries,
@@ -115,6 +116,17 @@ def test_a_second_fit_continues_or_starts_anew(tmp_path):
 
 
 # --- evaluation ---------------------------------------------------------------------------------------
+
+
+def test_the_teacher_follows_the_module_to_another_device(tmp_path):
+    """Lightning moves the module to the GPU for each run, and back after it; meta stands for the GPU."""
+    for options, device in (({}, "meta"), ({"device": "cpu"}, "cpu")):
+        callback = TeacherCallback("uniform", **options)
+        module, run = fitted(tmp_path, callback)
+        run.state.fn = TrainerFn.TESTING
+        module.to("meta")
+        callback.on_test_start(run, module)
+        assert next(module.teacher.module.parameters()).device.type == device
 
 
 def test_evaluation_sees_the_average_and_training_the_student(tmp_path):

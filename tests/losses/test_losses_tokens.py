@@ -63,6 +63,15 @@ def test_the_mean_runs_over_the_positions_that_count(spec, small_chunks):
     assert share.item() == pytest.approx(loss.item() * int(MASK.sum()) / 20)
 
 
+@pytest.mark.parametrize("given", [{}, {"num_items": torch.tensor(7)}], ids=["own", "given"])
+def test_a_masked_mean_in_float64_has_its_precision(given):
+    student, teacher = logits()
+    _, gradient = value_and_gradient(losses.build("kl"), student, teacher, mask=MASK, **given)
+    count = given.get("num_items", MASK.sum()).item()
+    expected = (student.softmax(-1) - teacher.softmax(-1)) / count
+    torch.testing.assert_close(gradient[MASK], expected[MASK], rtol=1e-13, atol=1e-16)
+
+
 @settings(max_examples=25, deadline=None)
 @drawn(
     st.sampled_from(SPECS),

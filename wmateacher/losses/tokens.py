@@ -104,6 +104,8 @@ def token_mean(
         count = student[..., 0].numel()
     else:
         count = where.sum().clamp(min=1)
+    if isinstance(count, Tensor):
+        count = count.to(working_dtype(student, teacher))  # 1 / count of a whole number would be float32
     return _TokenMean.apply(student, teacher, where, divergence, count)
 
 
@@ -245,4 +247,8 @@ def _rows(logits: Tensor, rows: slice | Tensor) -> Tensor:
     # Of a slice such as logits[:, :-1], a view of all rows would be a copy of all.
     if isinstance(rows, slice):
         rows = torch.arange(rows.start, rows.stop, device=logits.device)
-    return logits[torch.unravel_index(rows, leading)]
+    indices = []
+    for length in reversed(leading):  # torch.unravel_index would make the host wait for an accelerator
+        indices.append(rows % length)
+        rows = rows // length
+    return logits[tuple(reversed(indices))]

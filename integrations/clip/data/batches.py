@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wmateacher.integrations.engine import processes
 
-__all__ = ["Batch", "Pairing", "Sampling", "check_templates", "join", "own_parts"]
+__all__ = ["Batch", "Pairing", "Sampling", "join", "own_parts"]
 
 Sampling = Literal["epochs", "balanced"]
 """The way to draw batches: a new permutation each epoch, or all classes equally often."""
@@ -75,21 +75,3 @@ def join(first: Batch, second: Batch) -> Batch:
         torch.cat([first.caption, second.caption + len(first.tokens)]),
         unreadable=sum(counts) if counts else None,
     )
-
-
-def check_templates(templates: Sequence[str]) -> None:
-    """Check that templates are captions with one `{}` for the class.
-
-    Raises:
-        ValueError: If one is not; the message lists those.
-    """
-    wrong = [t for t in templates if not _takes_a_name(t)]
-    if wrong:
-        raise ValueError(f"templates must be captions with one {{}} for the class, got {wrong}")
-
-
-def _takes_a_name(template: str) -> bool:
-    try:
-        return template.count("{}") == 1 and template.format("x") == template.replace("{}", "x")
-    except (LookupError, ValueError):
-        return False

@@ -10,8 +10,10 @@ import torch
 import webdataset
 from PIL import Image
 
-from wmateacher.integrations.clip.data import folders
-from wmateacher.integrations.clip.data.folders import clean, read_classes, read_image, read_templates
+from wmateacher.integrations.clip.data import task as tasks
+from wmateacher.integrations.clip.data.classes import clean, read_classes
+from wmateacher.integrations.clip.data.images import read_image
+from wmateacher.integrations.clip.data.templates import read_templates
 
 RED, WHITE = (200, 30, 40), (255, 255, 255)
 
@@ -120,7 +122,7 @@ def test_class_folders_with_all_that_may_lie_in_them(tmp_path):
     (root / "linked__sea").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/g.bmp").symlink_to(tmp_path / "f.bmp")
     save(root / "stray.png")
-    task = folders.load(str(root), [("test", str(tree(tmp_path / "test", fire_engine=1)))], validation=0)
+    task = tasks.load(str(root), [("test", str(tree(tmp_path / "test", fire_engine=1)))], validation=0)
     assert task.classes == ("fire engine", "linked sea")
     expected = {
         "fire_engine/a.JPG": 0,
@@ -155,7 +157,7 @@ def test_tables_and_shards_name_their_classes(tmp_path):
         ("pairs-{0..1}.tar", "labels.TSV", [""] * 6),
         ("labels.TSV", "pairs-{0..1}.tar", [""] * 6),
     ):
-        task = folders.load(train, [("test", test)], root=tmp_path, validation=0)
+        task = tasks.load(train, [("test", test)], root=tmp_path, validation=0)
         assert tuple(c.lower() for c in task.classes) == ("big cat", "big dog")
         for pairs in (task.train, task.tests["test"]):
             assert pairs.labels.tolist() == [1, 0] * 3
@@ -170,19 +172,19 @@ def test_captions_without_labels_need_a_list_of_classes(tmp_path):
         "filepath,title\n" + "".join(f"images/cat/0{i}.png,t{i}\n" for i in range(3))
     )
     with pytest.raises(ValueError, match=r"pairs.csv has captions and no labels, .*--classes FILE"):
-        folders.load("pairs.csv", root=tmp_path)
+        tasks.load("pairs.csv", root=tmp_path)
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     given = {"root": tmp_path, "classes": "classes.txt"}
     with pytest.raises(ValueError, match="nothing to measure the accuracy on: name a test set"):
-        folders.load("pairs.csv", **given)
+        tasks.load("pairs.csv", **given)
     save(tmp_path / "test/dog/x.png")
-    task = folders.load("pairs.csv", [("test", "test")], **given)
+    task = tasks.load("pairs.csv", [("test", "test")], **given)
     assert task.train.labels is None
     assert task.validation is None
     assert task.notes == ("nothing is held out for validation, because training images have no labels",)
     assert "captions only" in task.table()
     with pytest.raises(ValueError, match="--shots 2 needs labels, pairs.csv has captions only"):
-        folders.load("pairs.csv", [("test", "test")], **given, shots=2)
+        tasks.load("pairs.csv", [("test", "test")], **given, shots=2)
 
 
 def test_classes_listed_in_a_file(tmp_path):
@@ -216,9 +218,9 @@ def test_a_listed_class_may_have_no_training_images(tmp_path):
     (tmp_path / "train/dog").mkdir()
     tree(tmp_path / "test", dog=2)
     with pytest.raises(ValueError, match=r"no images in class folders '.*dog' .*--classes FILE"):
-        folders.load("train", root=tmp_path)
+        tasks.load("train", root=tmp_path)
     (tmp_path / "classes.txt").write_text("dog\ncat\n")
-    task = folders.load("train", [("test", "test")], root=tmp_path, classes="classes.txt")
+    task = tasks.load("train", [("test", "test")], root=tmp_path, classes="classes.txt")
     assert task.classes == ("dog", "cat")
     assert task.tests["test"].labels.tolist() == [0, 0]
     assert "'dog': no training images" in task.notes
@@ -246,7 +248,7 @@ def test_templates(tmp_path):
 
 def test_validation_is_stratified_and_the_same_every_time(tmp_path):
     root = str(tree(tmp_path, a=20, b=40, c=1))
-    task = folders.load(root, validation=0.2)
+    task = tasks.load(root, validation=0.2)
     assert task.validation.labels.bincount(minlength=3).tolist() == [4, 8, 0]
     assert task.train.labels.bincount().tolist() == [16, 32, 1]
     assert sorted(names(task.train) + names(task.validation)) == sorted(map(str, tmp_path.rglob("*.png")))
@@ -254,22 +256,22 @@ def test_validation_is_stratified_and_the_same_every_time(tmp_path):
         assert all(
             task.classes[label] == Path(name).parent.name for name, label in labels_by_name(pairs).items()
         )
-    again = folders.load(root, validation=0.2)
+    again = tasks.load(root, validation=0.2)
     assert names(again.validation) == names(task.validation) != sorted(names(task.train))[:12]
-    assert again.digest == task.digest != folders.load(root, validation=0.3).digest
+    assert again.digest == task.digest != tasks.load(root, validation=0.3).digest
     # However much is held out, every class keeps an image.
-    assert folders.load(root, validation=0.99).train.labels.bincount().tolist() == [1, 1, 1]
+    assert tasks.load(root, validation=0.99).train.labels.bincount().tolist() == [1, 1, 1]
 
 
 def test_a_few_images_of_each_class(tmp_path):
     root = str(tree(tmp_path, a=20, b=30, c=3))
-    whole, task = folders.load(root), folders.load(root, shots=4)
+    whole, task = tasks.load(root), tasks.load(root, shots=4)
     assert task.train.labels.bincount().tolist() == [4, 4, 3]
     assert names(task.validation) == names(whole.validation)
     assert set(names(task.train)) < set(names(whole.train))
     assert task.notes == ("fewer than 4 training images: 'c (3)'",)
-    assert names(folders.load(root, shots=4).train) == names(task.train)
-    assert names(folders.load(root, shots=4, seed=1).train) != names(task.train)
+    assert names(tasks.load(root, shots=4).train) == names(task.train)
+    assert names(tasks.load(root, shots=4, seed=1).train) != names(task.train)
 
 
 # --- what is refused --------------------------------------------------------------------------------
@@ -282,11 +284,11 @@ def test_names_that_clip_cannot_tell_apart_or_understand(tmp_path):
         with pytest.raises(
             ValueError, match=rf"'{first}' and '{second}' are one class name to CLIP|'{second}' and '{first}'"
         ):
-            folders.load(str(root))
+            tasks.load(str(root))
     for number in ("7", "n01440764"):
         root = tree(tmp_path / f"numbers{number}", **{number: 2})
         with pytest.raises(ValueError, match=rf"are numbers, such as '{number}', .*--classes FILE"):
-            folders.load(str(root))
+            tasks.load(str(root))
 
 
 def test_test_sets_of_other_classes_or_of_training_images(tmp_path):
@@ -296,17 +298,17 @@ def test_test_sets_of_other_classes_or_of_training_images(tmp_path):
         ValueError,
         match=r"'dgo' of 2 images, such as .*dgo/00.png, is not a class of the training images; did you mean 'dog'",
     ):
-        folders.load(train, [("test", str(test))])
+        tasks.load(train, [("test", str(test))])
     (test / "dgo").rename(test / "dog")
     (test / "dog/00.png").unlink()
     (test / "dog/00.png").symlink_to(tmp_path / "train/dog/01.png")
     with pytest.raises(
         ValueError, match=r"test set 'test': 1 of its 3 images are training images, too, such as .*00.png"
     ):
-        folders.load(train, [("test", str(test))])
+        tasks.load(train, [("test", str(test))])
     for name in ("", "a/b"):
         with pytest.raises(ValueError, match="--tests: give each test set a name of its own"):
-            folders.load(train, [(name, str(test))])
+            tasks.load(train, [(name, str(test))])
 
 
 def test_what_is_missing_or_damaged(tmp_path):
@@ -329,15 +331,15 @@ def test_what_is_missing_or_damaged(tmp_path):
     ):  # fmt: skip
         table.write_text(content)
         with pytest.raises(error, match=message):
-            folders.load(train, root=tmp_path)
+            tasks.load(train, root=tmp_path)
     (tmp_path / "train/cat/99.png").symlink_to(tmp_path / "nowhere.png")
     with pytest.raises(FileNotFoundError, match=r"1 of 4 image files .* are missing, .*a link may be broken"):
-        folders.load("train", root=tmp_path)
+        tasks.load("train", root=tmp_path)
 
 
 def test_images_that_cannot_be_read_are_for_the_reader_to_count(tmp_path):
     tree(tmp_path, cat=3)
-    task = folders.load(str(tmp_path))
+    task = tasks.load(str(tmp_path))
     pairs = task.train
     assert (len(pairs), len(task.validation)) == (2, 1)  # a tenth, but at least one
     (Path(pairs.name(0))).write_bytes(b"")

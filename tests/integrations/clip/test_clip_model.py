@@ -147,6 +147,8 @@ def test_bad_models_say_what_to_do(tmp_path):
         match="unknown weights 'opnai' for 'ViT-B-32': neither a file nor a tag; did you mean 'openai'",
     ):
         build("ViT-B-32", "opnai")
+    with pytest.raises(ValueError, match="neither a file nor a tag; open_clip has no weights for it$"):
+        build("tiny-vit-16", "openai")
     with pytest.raises(ValueError, match=r"has a logit bias \(SigLIP\)"):
         build("ViT-B-16-SigLIP")
 
@@ -164,7 +166,7 @@ def test_the_tiny_configurations_do_not_shadow_open_clips():
 
 
 def test_a_file_that_holds_no_weights_is_named(tmp_path):
-    for name, content in (("pairs.csv", b"filepath,title\n"), ("empty.pt", b"")):
+    for name, content in (("pairs.csv", b"filepath,title\n"), ("empty.pt", b""), ("junk.pt", b"junk")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"cannot read weights .*{name}.* for 'tiny-vit-16'"):
             build("tiny-vit-16", str(tmp_path / name))

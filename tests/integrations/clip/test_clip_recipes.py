@@ -8,6 +8,7 @@ from wmateacher.integrations.clip import recipes
 from wmateacher.integrations.clip.data import imagenet
 from wmateacher.integrations.clip.experiment import Experiment
 from wmateacher.integrations.clip.methods import METHODS
+from wmateacher.integrations.clip.recipes import quick
 from wmateacher.integrations.vision import digits
 from wmateacher.integrations.vision.digits import Split
 
@@ -33,6 +34,37 @@ def test_other_steps_shorten_the_warm_up_in_proportion():
     assert (recipe.pretrain.steps, recipe.pretrain.warmup) == (100, 10)
     assert (recipe.finetune.steps, recipe.finetune.warmup) == (20, 2)
     assert recipes.DIGITS.with_pretraining(None).with_steps(None) == recipes.get("digits")
+
+
+@pytest.mark.parametrize("name", ["digits", "emoji"])
+def test_a_quick_run_has_fewer_steps_and_the_teachers_of_the_comparison(name):
+    recipe = recipes.get(name)
+    short = quick.shorten(recipe)
+    assert short.select(()) == ["zero-shot", "flyp", "static-sd", "ema", "tracer"]
+    assert short.pretrain == recipe.pretrain.scaled(quick.QUICK[name].pretrain_steps)
+    assert short.finetune == recipe.finetune.scaled(quick.QUICK[name].steps)
+    assert short.pretrain.warmup < short.pretrain.steps < recipe.pretrain.steps
+    assert short.finetune.warmup < short.finetune.steps < recipe.finetune.steps
+    assert (short.model, short.methods, short.adjust()) == (recipe.model, recipe.methods, short)
+
+
+def test_a_quick_run_keeps_what_was_chosen():
+    recipe = recipes.get("emoji")
+    chosen = finetuned(recipe.with_pretraining(9), steps=7)
+    short = quick.shorten(chosen)
+    assert (short.pretrain, short.finetune) == (chosen.pretrain, chosen.finetune)
+    assert quick.shorten(finetuned(recipe, learning_rate=1e-5)).finetune.learning_rate == 1e-5
+    mnist = quick.shorten(replace(recipes.get("digits"), data="mnist")).adjust()
+    assert mnist.pretrain.steps == quick.QUICK["digits"].pretrain_steps
+    said = quick.limits(short)
+    assert "nothing about the methods: 9 steps of pre-training instead of 1,500 teach little" in said
+    assert "takes 7 steps instead of 300." in said
+
+
+@pytest.mark.parametrize("name", ["folders", "imagenet-rn50", "colored-mnist"])
+def test_other_recipes_have_no_quick_form(name):
+    with pytest.raises(ValueError, match=f"--quick is for recipes digits, emoji, got recipe '{name}'"):
+        quick.shorten(recipes.get(name))
 
 
 def test_the_toy_experiment_is_the_papers():

@@ -184,6 +184,7 @@ def test_a_collapse_is_warned_of_once_by_name():
     [
         ({"batch_size": 1}, "batch_size must be at least 2, got 1"),
         ({"first_teacher_temperature": 0.0}, "first_teacher_temperature must be above 0, got 0.0"),
+        ({"teacher_temperature": -0.04}, "^teacher_temperature must be above 0, got -0.04"),
         ({"koleo": -1.0}, "koleo must be at least 0, got -1.0"),
         ({"objective": "simclr"}, "unknown objective 'simclr'; .*available: byol, dino, moco-v3"),
         ({"patch_head": "both"}, "unknown patch_head 'both'"),

@@ -111,6 +111,7 @@ def test_labels_alone_never_read_the_other_stream():
     run("supervised", unlabelled=never)
 
 
+@pytest.mark.filterwarnings("ignore:the teacher normalises with the running statistics of the start")
 @pytest.mark.parametrize(
     ("mode", "buffers", "same"),
     [
