@@ -299,6 +299,23 @@ def test_a_chart_stands_below_the_table_that_shows_its_numbers(pages_of_results)
     assert found.endswith(other)
 
 
+def test_each_section_of_the_results_becomes_a_page_with_its_own_pictures(pages_of_results, tmp_path):
+    _, recorded = pages_of_results
+    pair = "![A](clip-a/p.png#only-light)\n![A](clip-a/p-dark.png#only-dark)\n"
+    own = "![B](new-b/p.png)\n"
+    (tmp_path / "README.md").write_text(
+        f"# R\n\nintro\n\n## clip-a: one\n\nx\n\n## new-b: two\n\n{pair}\n{own}\ny\n"
+    )
+    start, (first, second) = recorded.sections(tmp_path / "README.md")
+    assert (first.page, second.page) == ("results/clip-a.md", "results/new-b.md")
+    assert first.text == f"\nx\n\n{pair}"
+    assert second.text == f"\n{own}\ny\n"
+    page = recorded.overview(start, recorded.by_group([second, first]))
+    assert page.index("## CLIP fine-tuning\n\n- [clip-a](results/clip-a.md): one") < page.index(
+        f"## {recorded.OTHER}\n\n- [new-b](results/new-b.md): two"
+    )
+
+
 def test_every_recorded_result_that_has_a_chart_shows_it(pages_of_results):
     charts, recorded = pages_of_results
     _, sections = recorded.sections()
