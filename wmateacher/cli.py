@@ -128,7 +128,7 @@ def _average(arguments: argparse.Namespace) -> None:
             f"--total-steps {arguments.total_steps} needs the step of each checkpoint: pass --steps too"
         )
     weights = posthoc.checkpoint_weights(kernel, len(files), arguments.steps, arguments.total_steps)
-    if np.ptp(weights) > 1e-12:  # of equal ones the order does not matter
+    if weights.max() - weights.min() > 1e-12:  # of equal ones the order does not matter
         _check_order(files)
     posthoc.average_checkpoints(
         files, kernel, arguments.steps, arguments.total_steps, arguments.output, key=arguments.key
