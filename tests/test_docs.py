@@ -102,9 +102,10 @@ def public_names():
             yield path.rsplit(".", 1)
             continue
         for key, value in vars(module).items():
-            # A package shows what it takes up from its modules.
-            taken_up = hasattr(module, "__path__") and key in module.__all__
-            own = getattr(value, "__module__", None) == path or taken_up
+            # A package shows what it takes up from those of its modules that have no place of their own.
+            origin = getattr(value, "__module__", None)
+            taken_up = hasattr(module, "__path__") and key in module.__all__ and origin not in shown
+            own = origin == path or taken_up
             if own and not key.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
                 yield path, key
 
