@@ -127,15 +127,15 @@ def picture(content: dict[str, Any], file: Path) -> None:
     """Draw the CKA over the depth of the tower, one line for each method."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(4.5, 4), layout="constrained")
     axis = figure.subplots()
     for name, method in content["methods"].items():
         layers = method["layers"]
         axis.plot(range(1, len(layers) + 1), layers.values(), marker="o", markersize=3, label=name)
-    axis.set(xlabel="layer, in order of depth; the last is the embedding", ylabel="CKA with the start")
-    axis.set_title("How much of the pretrained representations is kept")
+    axis.set(xlabel="layer, from first to last", ylabel="CKA with the start")
+    axis.set_title("Kept of the pretrained representations", fontsize="medium")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="x-small")
     figure.savefig(file, dpi=150)
 
 

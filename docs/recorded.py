@@ -17,13 +17,15 @@ RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 GROUPS = {
     "clip": "CLIP fine-tuning",
     "colored": "CLIP fine-tuning",
+    "representations": "CLIP fine-tuning",
     "kernel": "Kernels",
     "mean-teacher": "Semi-supervised",
     "dino": "Self-supervised",
     "lm": "Language models",
 }
-OTHER = "Time, memory and files"
+OTHER = "Time, memory and more"
 REDRAWN = re.compile(r"^!\[[^\]]*\]\([\w.-]+/(?:methods|ablation)\.png\)\n", re.M)
+PICTURE = re.compile(r"^!\[[^\]]*\]\((?P<folder>[\w.-]+)/[^)]+\)\n(?:!\[.*\n)?\n?", re.M)
 BLOCK = re.compile(r"^```text\n(.*?)^```\n", re.S | re.M)
 
 
@@ -55,9 +57,17 @@ class Section(NamedTuple):
 
 
 def sections(readme: Path = RESULTS / "README.md") -> tuple[str, list[Section]]:
-    """Return the README's introduction and its sections."""
+    """Return the README's introduction and its sections, each with the pictures of its folder."""
     start, *rest = re.split(r"^## ", readme.read_text(encoding="utf-8"), flags=re.M)
-    return start, [Section(*part.split("\n", 1)) for part in rest]
+    found = {section.name: section for section in (Section(*part.split("\n", 1)) for part in rest)}
+    for name, section in found.items():
+        for picture in PICTURE.finditer(section.text):
+            folder = picture["folder"]
+            if folder in found and folder != name:
+                found[name] = found[name]._replace(text=found[name].text.replace(picture[0], ""))
+                moved = f"{found[folder].text.rstrip()}\n\n{picture[0].strip()}\n"
+                found[folder] = found[folder]._replace(text=moved)
+    return start, list(found.values())
 
 
 def by_group(found: list[Section]) -> dict[str, list[Section]]:

@@ -102,10 +102,10 @@ def public_names():
             yield path.rsplit(".", 1)
             continue
         for key, value in vars(module).items():
-            # A package shows what it takes up from its modules, unless they are shown themselves.
-            home = getattr(value, "__module__", None)
-            package = hasattr(module, "__path__") and key in module.__all__
-            own = home == path or (package and home not in shown)
+            # A package shows what it takes up from those of its modules that have no place of their own.
+            origin = getattr(value, "__module__", None)
+            taken_up = hasattr(module, "__path__") and key in module.__all__ and origin not in shown
+            own = origin == path or taken_up
             if own and not key.startswith("_") and (inspect.isclass(value) or inspect.isfunction(value)):
                 yield path, key
 
@@ -138,7 +138,7 @@ def test_results_contributing_and_changelog_are_pages_with_their_pictures(site):
         'class="chart"' in pages[name] for name in ("clip-digits", "clip-emoji", "lm-lora", "colored-mnist")
     )
     assert pages["clip-ablation"].count('class="chart"') == 7
-    assert 'src="../results/lm-lora/courses.png"' in pages["lm-lora"]
+    assert 'src="lm-lora/courses.png"' in pages["lm-lora"]
     assert any('href="../sweep_explorer.html"' in page for page in pages.values())
     assert '"kernel-sweep-digits"' in (site / "sweep_explorer.html").read_text()
     claims = (site / "claims.html").read_text()  # a link to a section leads to its page
@@ -300,15 +300,31 @@ def test_a_chart_stands_below_the_table_that_shows_its_numbers(pages_of_results)
     assert found.endswith(other)
 
 
-def test_every_recorded_result_of_methods_is_drawn(pages_of_results):
+def test_each_section_of_the_results_becomes_a_page_with_its_own_pictures(pages_of_results, tmp_path):
+    _, recorded = pages_of_results
+    pair = "![A](clip-a/p.png#only-light)\n![A](clip-a/p-dark.png#only-dark)\n"
+    own = "![B](new-b/p.png)\n"
+    (tmp_path / "README.md").write_text(
+        f"# R\n\nintro\n\n## clip-a: one\n\nx\n\n## new-b: two\n\n{pair}\n{own}\ny\n"
+    )
+    start, (first, second) = recorded.sections(tmp_path / "README.md")
+    assert (first.page, second.page) == ("results/clip-a.md", "results/new-b.md")
+    assert first.text == f"\nx\n\n{pair}"
+    assert second.text == f"\n{own}\ny\n"
+    page = recorded.overview(start, recorded.by_group([second, first]))
+    assert page.index("## CLIP fine-tuning\n\n- [clip-a](results/clip-a.md): one") < page.index(
+        f"## {recorded.OTHER}\n\n- [new-b](results/new-b.md): two"
+    )
+
+
+def test_every_recorded_result_that_has_a_chart_shows_it(pages_of_results):
     charts, recorded = pages_of_results
     _, sections = recorded.sections()
     results = recorded.recorded()
     drawn = "".join(recorded.with_charts(section.text, results) for section in sections)
-    for folder, result in results.items():
-        chart = charts.chart(result)
-        assert (chart is None) == ("methods" not in result), folder
-        assert chart is None or chart in drawn, folder
+    found = {folder: chart for folder, result in results.items() if (chart := charts.chart(result))}
+    assert {folder for folder, chart in found.items() if chart not in drawn} == set()
+    assert len(found) > 20
 
 
 FOLLOWED = """
