@@ -275,6 +275,8 @@ def _length(recipe: Recipe, found: _Found) -> list[str]:
     elif isinstance(recipe, FolderRecipe):
         each = steps_per_epoch(found.pairs, s.batch_size)
         of = f": {found.pairs:,} images, {each:,} steps per epoch, {s.steps / each:.3g} epochs"
+        if s.steps == recipe.min_steps > recipe.epochs * each:
+            of += f" instead of {recipe.epochs}, to make min_steps={recipe.min_steps}"
     at = dict.fromkeys(step for step in (0, s.warmup - 1, s.warmup, s.steps - 1) if 0 <= step < s.steps)
     rates = ", ".join(f"{s.learning_rate_at(step):.4g} at step {step}" for step in at)
     return [f"length: {s.steps:,} optimizer steps of {s.batch_size}{of}", f"learning rate: {rates}"]

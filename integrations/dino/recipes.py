@@ -143,6 +143,8 @@ class Settings(settings.Settings):
             raise ValueError(f"mask_ratio must be a range within (0, 1), got {self.mask_ratio}")
         if not 0 < self.mask_probability <= 1:
             raise ValueError(f"mask_probability must be in (0, 1], got {self.mask_probability}")
+        if self.patch_head == "separate" and not self.ibot:
+            raise ValueError("patch_head='separate' is the head of iBOT's term, got ibot=0: set ibot=1")
         if self.ibot and self.objective != "dino":
             raise ValueError(f"ibot adds to objective 'dino', got {self.objective!r}: set ibot=0")
         for name in ("first_teacher_temperature", "teacher_temperature"):

@@ -115,7 +115,8 @@ def test_a_dry_run_only_says_what_it_would_do(data, tmp_path, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for line in (
         f"tests 'test' '{data}/test' 'shifted' '{data}/shifted'",
-        "length: 200 optimizer steps of 18: 18 images, 1 steps per epoch, 200 epochs",
+        "length: 200 optimizer steps of 18: 18 images, 1 steps per epoch, 200 epochs instead of 20, "
+        "to make min_steps=200",
         "training 18 6 3",
         "80 templates, such as 'a bad photo of a {}.'",
         "GiB of student gradients",

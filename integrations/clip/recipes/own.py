@@ -47,8 +47,9 @@ class FolderRecipe(FileRecipe):
             captions; each caption has one `{}` for the class.
         validation: The share of the training images to hold out for the `validation` accuracy.
         shots: The number of images of each class to train on, or None for all.
-        epochs: Passes over the training images, unless `finetune.steps` is given.
-        min_steps: The least number of steps: few images are passed over more often.
+        epochs: Passes over the training images, unless `finetune.steps` is given or they make fewer than
+            `min_steps`.
+        min_steps: The least number of steps that `epochs` make: few images are passed over more often.
         warmup_share: The share of the steps with a linear warm-up, unless `finetune.warmup` is given.
         digest: The digest of the images that the run is on, once `resolve` knows it.
     """

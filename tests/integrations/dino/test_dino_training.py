@@ -190,6 +190,10 @@ def test_a_collapse_is_warned_of_once_by_name():
         ({"patch_head": "both"}, "unknown patch_head 'both'"),
         ({"mask_ratio": (0.5, 0.1)}, r"mask_ratio must be a range within \(0, 1\), got \(0.5, 0.1\)"),
         ({"mask_probability": 0.0}, r"mask_probability must be in \(0, 1\], got 0.0"),
+        (
+            {"patch_head": "separate"},
+            "patch_head='separate' is the head of iBOT's term, got ibot=0: set ibot=1",
+        ),
         ({"ibot": 1.0, "objective": "byol"}, "ibot adds to objective 'dino', got 'byol': set ibot=0"),
         ({"precision": "fp16"}, "precision must be 'fp32' or 'bf16', got 'fp16'"),
     ],
