@@ -210,7 +210,8 @@ ADVICE = (
         "random weights, with BatchNorm and `mode=\"train\"`, a short run (mean teacher, 400 steps)",
         "an EMA with a window of 5% of the run, or `power(sigma_rel=0.1)`",
         tuple(
-            Comparison("mean-teacher-digits", "mean-teacher", other, *MEAN_TEACHER)
+            Comparison(folder, "mean-teacher", other, *MEAN_TEACHER)
+            for folder in ("mean-teacher-digits", "mean-teacher-mnist")
             for other in ("power(sigma_rel=0.1)", "uniform", BETA)
         ),
         "`mean-teacher` is `ema(0.95)`.",

@@ -87,7 +87,7 @@ def pretrained_anew(results):
 
 
 def paired(folder, results):
-    if folder != "mean-teacher-digits":
+    if folder not in ("mean-teacher-digits", "mean-teacher-mnist"):
         return []
     others = [name for name in results["methods"] if name != "mean-teacher"]
     return [comparison.differences(results, {"test": ("accuracy", 1)}, [(n, "mean-teacher") for n in others])]
