@@ -87,7 +87,7 @@ def in_use(device: str) -> int:
     """Return the bytes in use now, after returning freed memory to the system."""
     gc.collect()
     if device != "cpu":
-        return torch.cuda.memory_allocated()
+        return torch.cuda.memory_allocated(device)
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     return _status("VmRSS")
 
@@ -95,14 +95,14 @@ def in_use(device: str) -> int:
 def reset_peak(device: str) -> None:
     """Reset the peak that `peak` returns."""
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: str) -> int:
     """Return the largest number of bytes in use since `reset_peak`."""
-    return torch.cuda.max_memory_allocated() if device != "cpu" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device != "cpu" else _status("VmHWM")
 
 
 def _status(field: str) -> int:

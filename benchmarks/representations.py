@@ -72,7 +72,15 @@ def texts(content: dict[str, Any]) -> list[str]:
 
 
 def models_of(run: Path) -> tuple[dict[tuple[int, int], Path], dict[tuple[str, int, int], Path]]:
-    """Return the folders of a run's pretrained models and of its students, by (method and) run."""
+    """Return the folders of a run's models.
+
+    Returns:
+        The pretrained models by pre-training and seed, and the students by method, pre-training and seed.
+
+    Raises:
+        FileNotFoundError: If the results or a model are missing.
+        ValueError: If the run has no pretrained model for a student.
+    """
     file = run / "results.json"
     if not file.exists():
         raise FileNotFoundError(f"there is no {file}: give the folder of a run of examples/clip_tracer.py")
@@ -82,8 +90,7 @@ def models_of(run: Path) -> tuple[dict[tuple[int, int], Path], dict[tuple[str, i
     starts, students = {}, {}
     for method, found in methods.items():
         for pretraining, seed in map(results.identity, found["runs"]):
-            number = f"p{pretraining}-{seed}" if pretraining else f"{seed}"
-            folder = run / "models" / f"{results.file_name(method)}-{number}" / "student"
+            folder = run / "models" / results.run_name(method, seed, pretraining) / "student"
             if not folder.exists():
                 raise FileNotFoundError(
                     f"there is no {folder}: run the same command again with --output {run}"
@@ -118,9 +125,8 @@ def compare(start: Path, student: Path, files: list[Path]) -> dict[str, Any]:
 
 def _layers(tower: nn.Module, images: Tensor) -> list[str]:
     """Return the modules without children that have weights, by name, in the order in which they run."""
-    return [
-        n for n in layer_cka(tower, tower, images) if any(True for _ in tower.get_submodule(n).parameters())
-    ]
+    weighted = {name for name, module in tower.named_modules() if next(module.parameters(), None) is not None}
+    return [name for name in layer_cka(tower, tower, images) if name in weighted]
 
 
 def picture(content: dict[str, Any], file: Path) -> None:
@@ -133,7 +139,7 @@ def picture(content: dict[str, Any], file: Path) -> None:
         layers = method["layers"]
         axis.plot(range(1, len(layers) + 1), layers.values(), marker="o", markersize=3, label=name)
     axis.set(xlabel="layer, from first to last", ylabel="CKA with the start")
-    axis.set_title("Kept of the pretrained representations", fontsize="medium")
+    axis.set_title("How much of the start is kept", fontsize="medium")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="x-small")
     figure.savefig(file, dpi=150)

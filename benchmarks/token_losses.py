@@ -116,7 +116,7 @@ def now(device: str) -> float:
     """Return the processor's time on a CPU, otherwise the wall clock's after the device is done."""
     if device == "cpu":
         return time.process_time()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

@@ -59,7 +59,7 @@ def test_the_terminal_plot_shows_the_shape(monkeypatch, steps):
     width = min(64, steps + 1)
 
     def plot(kernel):
-        rows = cli.terminal_plot(kernels.build(kernel).profile(steps)).split("\n")
+        rows = printing.terminal_plot(kernels.build(kernel).profile(steps)).split("\n")
         return [row.ljust(width) for row in rows]
 
     assert plot("uniform") == ["█" * width] * 5
@@ -74,7 +74,7 @@ def test_the_terminal_plot_shows_the_shape(monkeypatch, steps):
 
 def test_plain_characters_where_the_terminal_has_no_others(monkeypatch):
     monkeypatch.setattr(printing, "_prints", lambda text: False)
-    text = cli.terminal_plot(kernels.build("beta(0.5,0.5)").profile(100))
+    text = printing.terminal_plot(kernels.build("beta(0.5,0.5)").profile(100))
     assert text.isascii()
     assert "@" in text
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from wmateacher import __version__, checks, kernels, posthoc, printing, theory
 from wmateacher.files import write_atomically
 from wmateacher.kernels import Kernel
-from wmateacher.printing import terminal_plot
 
-__all__ = ["main", "terminal_plot"]
+__all__ = ["main"]
 
 
 def __dir__() -> list[str]:
@@ -87,7 +86,7 @@ def _kernel(arguments: argparse.Namespace) -> None:
             printing.figure(built, total).savefig(stream, dpi=150, format=picture)
     print(printing.table(built, total, arguments.distill_weight))
     for kernel in built:
-        print(f"\n{kernel}\n{terminal_plot(kernel.profile(total))}")
+        print(f"\n{kernel}\n{printing.terminal_plot(kernel.profile(total))}")
     if arguments.output is not None:
         print(f"\nwrote {arguments.output}")
 

@@ -1,4 +1,4 @@
-"""Which of the averaged module's layers run in train mode, and with whose running statistics.
+"""The modes of the averaged module's layers, and the running statistics that they use.
 
 Layers that normalise with the statistics of each batch do so in a teacher in `mode="train"`, except for those
 that the student keeps in eval mode. Everything else is in eval mode.

@@ -1,4 +1,4 @@
-"""What the command `wmateacher kernel` shows of kernels: tables, plots for the terminal, and pictures."""
+"""Tables, plots for the terminal and pictures of kernels, for the command `wmateacher kernel`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LONGEST_SIMULATED = 10**5
 
 
 def table(built: Sequence[Kernel], total_steps: int, distill_weight: float) -> str:
-    """Return a table of kernels with what they come to, and their bias in the linear world."""
+    """Return a table with a summary of each kernel and its bias in the linear world."""
     header = ["kernel", "W^0", "mean age", "states", "last 10%", "equal EMA"]
     rows = [[*header, "teacher res.", "student res.", "gap"]]
     for kernel in built:

@@ -131,10 +131,11 @@ def load(
             nothing left to write.
         prefix: The prefix of the teacher's keys in it.
         student: The unwrapped student.
-        header: What `read_header` returned. `shared` are the parameters that were shared with the student
-            when the state was written; a state of format 1 does not say, and then they are those that are
-            shared now and missing in it. `unfrozen` are the steps after which others that had been shared
-            were trained, and `changed_buffers` the buffers that may differ from the averaged module's.
+        header: The entries from `read_header`. `shared` names the parameters that were shared with the
+            student when the state was written. A state of format 1 has no such entry; the parameters that
+            are shared now and missing from it are then taken as shared. `unfrozen` gives the step after which
+            each other parameter that had been shared was trained, and `changed_buffers` names the buffers
+            whose shape may differ from that in the averaged module.
 
     Raises:
         ValueError: If the state is of another architecture or is sharded differently.

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 import torch
 
 from wmateacher.integrations.engine import loop, processes
-from wmateacher.integrations.engine.results import Results, environment, file_name, write_csv
+from wmateacher.integrations.engine.results import Results, environment, run_name, write_csv
 
 __all__ = ["Experiment", "Outcome", "Table"]
 
@@ -117,8 +117,8 @@ class Experiment(ABC, Generic[RecipeT]):
         return self.output / what / f"{self.run_name(name, seed)}.csv"
 
     def run_name(self, name: str, seed: int) -> str:
-        """Return the name of a run's files: method and seed, and the number of the pre-training if not 0."""
-        return file_name(name) + (f"-p{self.pretraining}" if self.pretraining else "") + f"-{seed}"
+        """Return the name of the files of a run from the present pre-training."""
+        return run_name(name, seed, self.pretraining or 0)
 
     def loop_options(self, name: str, seed: int) -> loop.ResumeOptions:
         """Return the options of `loop.train` that make a run resumable and name it."""

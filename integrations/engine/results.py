@@ -28,6 +28,7 @@ __all__ = [
     "flatten",
     "identity",
     "read_json",
+    "run_name",
     "write_csv",
     "write_json",
 ]
@@ -153,6 +154,11 @@ def file_name(text: str) -> str:
     """Return a file name for `text` that every file system accepts; different texts give different names."""
     plain = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def run_name(method: str, seed: int, pretraining: int = 0) -> str:
+    """Return the name of a run's files: method and seed, and the number of the pre-training if not 0."""
+    return file_name(method) + (f"-p{pretraining}" if pretraining else "") + f"-{seed}"
 
 
 def write_json(content: Any, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Kernels by name: what `register` adds, strings find."""
+"""The registry, in which strings find kernels by name."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def named(name: str) -> _Factory:
     """Return the class or function that is registered under a name.
 
     Raises:
-        ValueError: If nothing is.
+        ValueError: If no kernel has that name.
     """
     return checks.lookup("kernel", name, _FACTORIES, also="scipy.stats.NAME(...), or a callable density")
