@@ -146,6 +146,7 @@ def _by_hand(model: nn.Module) -> Averager:
 
 AVERAGERS: dict[str, Callable[[nn.Module], Averager]] = {
     "wmateacher": _wmateacher,
+    "wmateacher, fused=False": lambda model: _wmateacher(model, fused=False),
     "wmateacher, split": _split,
     "wmateacher, fp32 forward": _float32_forward,
     "torch AveragedModel, multi_avg_fn": _averaged_model,
@@ -165,6 +166,11 @@ def build(model: str, precision: str, device: str) -> nn.Module:
     """Return a model of `MODELS` as a student in train mode."""
     torch.manual_seed(0)
     return MODELS[model]().to(device, PRECISIONS[precision])
+
+
+def on(device: str) -> list[str]:
+    """Return the helpers that differ on a device: on a CPU no update is fused."""
+    return [name for name in AVERAGERS if "fused" not in name or torch.device(device).type != "cpu"]
 
 
 def start(averager: str, student: nn.Module) -> Averager | str:

@@ -34,11 +34,12 @@ def main() -> None:
     )
     parser.add_argument("--models", nargs="+", choices=averagers.MODELS, default=list(averagers.MODELS))
     parser.add_argument(
-        "--helpers", nargs="+", choices=averagers.AVERAGERS, default=list(averagers.AVERAGERS)
+        "--helpers", nargs="+", choices=averagers.AVERAGERS, help="default: all that differ on the device"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("runs/memory"))
     arguments = parser.parse_args()
+    helpers = arguments.helpers or averagers.on(arguments.device)
     if arguments.device == "cpu" and not Path("/proc/self/clear_refs").exists():
         parser.error("measuring a CPU's memory needs Linux (/proc/self/clear_refs)")
     results: dict[str, Any] = {
@@ -51,8 +52,8 @@ def main() -> None:
         for model in arguments.models:
             for precision in averagers.PRECISIONS:
                 name = f"{model}, {precision} -> fp32"
-                cells = [(model, precision, helper, arguments.device) for helper in arguments.helpers]
-                rows = dict(zip(arguments.helpers, pool.map(measure, cells, chunksize=1), strict=True))
+                cells = [(model, precision, helper, arguments.device) for helper in helpers]
+                rows = dict(zip(helpers, pool.map(measure, cells, chunksize=1), strict=True))
                 results["models"][name] = rows
                 write_json(results, arguments.output / "results.json")
                 print(f"{table(name, rows)}\n", flush=True)

@@ -36,12 +36,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=averagers.MODELS, default=list(averagers.MODELS))
     parser.add_argument("--rounds", type=int, default=15, help="timed updates per helper (default: 15)")
     parser.add_argument(
-        "--helpers", nargs="+", choices=averagers.AVERAGERS, default=list(averagers.AVERAGERS)
+        "--helpers", nargs="+", choices=averagers.AVERAGERS, help="default: all that differ on the device"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--output", type=Path, default=Path("runs/update-overhead"))
     arguments = parser.parse_args()
+    helpers = arguments.helpers or averagers.on(arguments.device)
     if arguments.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
     if arguments.threads:
@@ -58,7 +59,7 @@ def main() -> None:
         for precision in averagers.PRECISIONS:
             name = f"{model}, {precision} -> fp32"
             student = averagers.build(model, precision, arguments.device)
-            measured = measure(student, arguments.helpers, arguments.rounds, arguments.device)
+            measured = measure(student, helpers, arguments.rounds, arguments.device)
             for row in measured["helpers"].values():
                 speed = row["bytes"] / row["milliseconds"] / 1e6
                 row["share_of_copy_bandwidth"] = speed / results["copy_bandwidth_gb_s"]

@@ -127,7 +127,7 @@ def test_values_that_arrive_through_a_relay(dtypes):
     scratch = torch.empty(room) if dtypes[0] != dtypes[1] else None
     update = Update([], [])
     batches = list(averaging.batched(list(zip(held, values, strict=True)), room))
-    update._steps = [averaging._Step(b, relays[i % 2], scratch) for i, b in enumerate(batches)]
+    update._steps = [averaging.steps.Step(b, relays[i % 2], scratch) for i, b in enumerate(batches)]
     assert len(batches) > 3
     update(0.3)
     for h, e in zip(held, expected, strict=True):
@@ -158,7 +158,7 @@ def test_vectors_that_are_held_end_to_end_move_like_single_ones(value_dtype):
 
 def test_vectors_that_are_held_end_to_end_move_in_one_call(monkeypatch):
     calls = []
-    monkeypatch.setattr(averaging, "_lerp_", lambda held, values, omega: calls.append(len(held)))
+    monkeypatch.setattr(averaging.steps, "_lerp_", lambda held, values, omega: calls.append(len(held)))
     owns = {str(i): torch.randn(8) for i in range(50)}
     averages = averaging.side_by_side({n: Average.of(o.double(), o) for n, o in owns.items()})
     values = [torch.randn(8) for _ in owns]
@@ -178,7 +178,7 @@ def test_joined_vectors_that_arrive_through_a_relay():
     relays, scratch = [torch.empty(20) for _ in range(2)], torch.empty(20, dtype=torch.float64)
     update = Update([], [])
     batches = list(averaging.batched(rows, 20))
-    update._steps = [averaging._JoinedStep(b, relays[i % 2], scratch) for i, b in enumerate(batches)]
+    update._steps = [averaging.steps._JoinedStep(b, relays[i % 2], scratch) for i, b in enumerate(batches)]
     assert len(batches) == 3
     update(0.3)
     for average, e in zip(averages.values(), expected, strict=True):

@@ -267,7 +267,7 @@ def test_what_is_finite():
 
 def test_a_masked_update_of_many_small_batches(monkeypatch):
     """Tensors that are cut into pieces are masked in all of them."""
-    monkeypatch.setattr(averaging, "SCRATCH_BYTES", {"cpu": 256, "other": 256})
+    monkeypatch.setattr(averaging.steps, "SCRATCH_BYTES", {"cpu": 256, "other": 256})
     held = [torch.randn(40, 3), torch.randn(5), torch.randn(7, 7).t()]
     values = [torch.full_like(t, torch.nan) for t in held]
     before = copy.deepcopy(held)

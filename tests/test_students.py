@@ -322,7 +322,7 @@ def test_an_update_that_fails_is_not_counted(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("wmateacher.averaging._lerp_", fail)
+        patch.setattr("wmateacher.averaging.steps._lerp_", fail)
         with pytest.raises(MemoryError):
             teacher.update()
     assert (teacher.step, len(teacher.trajectory_weights())) == (1, 2)

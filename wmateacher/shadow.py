@@ -60,6 +60,7 @@ class Shadow:
         module_factory: Callable[[], nn.Module] | None,
         nonfinite: Nonfinite = "warn",
         measured: bool = False,
+        fused: bool = True,
     ):
         """Build the averaged module and start every average at the student.
 
@@ -71,7 +72,7 @@ class Shadow:
                 that must stay finite would start at NaN.
         """
         self.roles = roles
-        self._detects, self._measured = nonfinite != "warn", measured
+        self._detects, self._measured, self._fused = nonfinite != "warn", measured, fused
         self._ignored = self._infinite_from_the_start(Binding(student)) if self._detects else frozenset()
         self.module = building.build(student, roles, device, hooks, module_factory)
         self.fully_sharded = sharding.fully_sharded(self.module)
@@ -247,7 +248,9 @@ class Shadow:
         self._ignored |= frozenset(changed)  # such buffers are made for the forward pass, often with -inf
         copied = [n for n in own.tensors if n not in differing and self._role_of_buffer(n) == "copied"]
         detector = self._detector(theirs) if self._detects else None
-        return updating.prepare(theirs, own, averages, copied, changed, detector, measured=self._measured)
+        return updating.prepare(
+            theirs, own, averages, copied, changed, detector, measured=self._measured, fuse=self._fused
+        )
 
     def _match(self, model: nn.Module, own: Binding, theirs: Mapping[str, Tensor]) -> Sequence[str]:
         """Check that a model has the averaged module's tensors; return the buffers that may differ and do.

@@ -80,6 +80,7 @@ class WMATeacher(nn.Module):
         nonfinite: Nonfinite = "warn",
         hooks: copying.Hooks = "drop",
         module_factory: Callable[[], nn.Module] | None = None,
+        fused: bool = True,
     ):
         """Build the teacher. Its average starts at the student's present weights.
 
@@ -139,6 +140,10 @@ class WMATeacher(nn.Module):
                 deep-copied or are sharded by `fully_shard`. It must shard its module like the student and
                 may leave it on the meta device. Each process then averages its own shards without
                 communication.
+            fused: Whether one Triton kernel moves all averages that are on a CUDA device beside their
+                student, in one pass over the memory. With False, or without Triton, torch's own operations
+                do, in several passes; the averages agree up to rounding. Each process tries the kernel
+                against them once for each combination of dtypes, which compiles it.
 
         Raises:
             ValueError: If an argument is out of range, the kernel needs `total_steps` and none is given, a
@@ -150,7 +155,8 @@ class WMATeacher(nn.Module):
 
         Warns:
             UserWarning: If the student's running statistics would be copied for a kernel that looks far back.
-                Later, if the teacher is called with the statistics of the start that `buffers="keep"` left.
+                Later, if the teacher is called with the statistics of the start that `buffers="keep"` left,
+                or in the first update if the fused kernel does not work on this machine and is not used.
         """
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -191,6 +197,7 @@ class WMATeacher(nn.Module):
                 module_factory=module_factory,
                 nonfinite=nonfinite,
                 measured=isinstance(self.kernel, kernels.Gap),
+                fused=fused,
             )
             self._distances = controller.distances(self.kernel, self._shadow, student)
         self.module = self._shadow.module

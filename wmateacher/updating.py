@@ -100,6 +100,7 @@ def prepare(
     detector: Detector | None,
     *,
     measured: bool,
+    fuse: bool,
 ) -> Plan:
     """Return the plan of an update.
 
@@ -111,14 +112,16 @@ def prepare(
         changed: The names of the buffers that changed their structure in the student.
         detector: The detector of NaN in the student, or None.
         measured: Whether the device computes how far the update moves the average.
+        fuse: Whether one kernel may move many averages where the device has one.
     """
     targets, sources = ([b.local[n] for n in copied] for b in (own, student))
     held = list(averages.values())
     masked = (detector is not None or measured) and _decides_on_device(held, targets)
     # Scratch tensors that were made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
-        update = averaging.Update(held, [student.local[n] for n in averages], masked=masked)
-        copy = averaging.Update(list(map(Average, targets)), sources, masked=True) if masked else None
+        update = averaging.Update(held, [student.local[n] for n in averages], masked=masked, fuse=fuse)
+        pairs = (list(map(Average, targets)), sources)
+        copy = averaging.Update(*pairs, masked=True, fuse=fuse) if masked else None
     return Plan(student, own, update, (targets, sources), detector, copy, changed, caches.Forget(own.model))
 
 

@@ -46,7 +46,7 @@ def measure(record: Record, options: Options) -> None:
             except torch.OutOfMemoryError as error:
                 record.fail(f"{name}, {precision}", str(error).splitlines()[0])
                 continue
-            for helper in averagers.AVERAGERS:
+            for helper in averagers.on(device):
                 if precision == "fp32" and helper in ("wmateacher, split", "wmateacher, fp32 forward"):
                     continue  # they are for bfloat16
                 record.attempt(

@@ -1,0 +1,278 @@
+"""The steps of an update on a CUDA device: one launch of a kernel moves all averages of a kind.
+
+The kernel (`one_pass`, in Triton) reads every average and value once and writes once, with no scratch
+between casting, moving and rounding, and finds the tensors in a table of addresses. Before a process first
+uses it for a kind of average, it must give what torch's own operations (`steps`) give, on this device. Where
+it does not, or where there is no Triton, `steps` moves the averages.
+
+With `TRITON_INTERPRET=1` in the environment, Triton interprets the kernel, slowly, for tensors on a CPU too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wmateacher.averaging import steps
+from wmateacher.averaging.average import Average
+from wmateacher.averaging.steps import Row
+
+__all__ = ["BLOCK", "WARPS", "FusedStep", "Kind", "constants", "take"]
+
+# Elements of a chunk, which one program of the kernel moves: 16 for each of its threads.
+BLOCK = 4096
+WARPS = 8
+
+_NAMES = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int16: "int16",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What averages must have in common for one launch of the kernel.
+
+    Attributes:
+        held: The dtype of the tensor that holds the average; int16 if it is split.
+        value: The dtype of the value.
+        own: The dtype of the averaged module's tensor.
+        beside: Whether the average is held beside the module's tensor.
+    """
+
+    held: torch.dtype
+    value: torch.dtype
+    own: torch.dtype
+    beside: bool
+
+    @property
+    def split(self) -> bool:
+        """Whether the average is split between both tensors."""
+        return self.held == torch.int16
+
+    @classmethod
+    def of(cls, average: Average, value: Tensor) -> Kind:
+        """Return the kind of an average."""
+        return cls(average.held.dtype, value.dtype, average.own.dtype, average.beside is not None)
+
+
+def take(
+    group: Sequence[tuple[Average, Tensor]], masked: bool
+) -> tuple[list[FusedStep], list[tuple[Average, Tensor]]]:
+    """Return steps for those averages that the kernel can move, and the other averages.
+
+    Args:
+        group: Averages that differ only in shape, and the values to move them towards.
+        masked: Whether calls have a mask, or an omega on a device.
+    """
+    kind, device = Kind.of(*group[0]), group[0][0].held.device
+    floats = {kind.value, kind.own, *({kind.held} - {torch.int16})}
+    if not _is_at_hand(device) or not floats <= _NAMES.keys() - {torch.int16}:
+        return [], list(group)
+    fitting = [pair for pair in group if _fits(*pair)]
+    if not fitting:
+        return [], list(group)
+    if (reason := _differs(kind, device, masked)) is not None:
+        warnings.warn(
+            f"the fused update of averages on {device} is not used, and torch's own operations are, which "
+            f"give the same averages more slowly: {reason}. fused=False avoids this warning",
+            stacklevel=2,
+        )
+        return [], list(group)
+    rest = [pair for pair in group if not _fits(*pair)]
+    return [FusedStep(steps.rows_of(fitting), kind)], rest
+
+
+class FusedStep:
+    """A step for any number of averages of one kind, which have the memory layouts of their values."""
+
+    def __init__(self, rows: Sequence[Row], kind: Kind):
+        """Put the addresses of the rows into tables on their device.
+
+        Args:
+            rows: The tensors, which are kept alive.
+            kind: Their kind.
+        """
+        self.held, self.values = [row[0] for row in rows], [row[1] for row in rows]
+        self.own = [row[-1] if kind.beside else row[0] for row in rows]
+        self.dtype = torch.float32 if kind.split else kind.held
+        self._kind, self._device = kind, self.held[0].device
+        self._written = [*self.held, *(self.own if kind.beside else [])]
+        chunks = torch.cat([_chunks(*row) for row in zip(self.held, self.values, self.own, strict=True)])
+        # 16 bytes at a time need addresses that 16 divides.
+        full = (chunks[:, 3] == BLOCK) & (chunks[:, :3] % 16 == 0).all(1)
+        self._tables = [
+            (is_full, _sent(chunks[rows].T.contiguous(), self._device))
+            for is_full, rows in ((True, full), (False, ~full))
+            if rows.any()
+        ]
+        self._arrived: torch.Event | None = None
+        if self._device.type != "cpu":
+            self._arrived = torch.Event(self._device)
+            self._arrived.record(torch.accelerator.current_stream(self._device))
+
+    def fetch(self) -> None:
+        """Do nothing: the values are on the averages' device."""
+
+    def move(self, omega: float | Tensor, mask: Tensor | None) -> None:
+        """Move the averages and round them into the module."""
+        from wmateacher.averaging.one_pass import move
+
+        with _current(self._device):
+            if self._arrived is not None:
+                # The tables were sent in the stream of the step's making. Whoever changes streams later waits
+                # for the averages that this one writes.
+                torch.accelerator.current_stream(self._device).wait_event(self._arrived)
+                self._arrived = None
+            for is_full, table in self._tables:
+                move[(table.shape[1],)](
+                    table,
+                    table.shape[1],
+                    0 if isinstance(omega, Tensor) else struct.unpack("<q", struct.pack("<d", omega))[0],
+                    omega if isinstance(omega, Tensor) else table,
+                    table if mask is None else mask,
+                    **constants(
+                        self._kind,
+                        full=is_full,
+                        masked=mask is not None,
+                        omega_on_device=isinstance(omega, Tensor),
+                    ),
+                    num_warps=WARPS,
+                )
+        # Autograd must notice a write to what a graph has saved, which torch's own operations tell it.
+        torch.autograd.graph.increment_version(self._written)
+
+
+def _chunks(held: Tensor, value: Tensor, own: Tensor) -> Tensor:
+    """Return the chunks of a row, int64 `[chunks, 4]`: three addresses and the number of elements."""
+    starts = torch.arange(0, held.numel(), BLOCK, device="cpu")
+    addresses = [t.data_ptr() + starts * t.itemsize for t in (held, value, own)]
+    return torch.stack([*addresses, (held.numel() - starts).clamp(max=BLOCK)], 1)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which Triton launches on a device."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _fits(average: Average, value: Tensor) -> bool:
+    """Return whether the kernel may go through a row's tensors element by element as they lie in memory."""
+    tensors = (average.held, value, average.own.detach())
+    return (
+        value.numel() > 0
+        and all(type(t) is Tensor and t.device == average.held.device for t in tensors)
+        and not (value.is_neg() or any(t.is_inference() for t in tensors))
+        and len({t.stride() for t in tensors}) == 1
+        # Only what is dense and does not overlap keeps its strides.
+        and torch.empty_like(value, device="meta").stride() == value.stride()
+    )
+
+
+def _is_at_hand(device: torch.device) -> bool:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    return device.type in ("cpu", "cuda") and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def constants(kind: Kind, *, full: bool, masked: bool, omega_on_device: bool = False) -> dict[str, Any]:
+    """Return what the kernel is compiled for, by the names of its parameters.
+
+    Args:
+        kind: The kind of the averages.
+        full: Whether all chunks have `BLOCK` elements and addresses that 16 divides.
+        masked: Whether a mask is given.
+        omega_on_device: Whether omega is a tensor.
+    """
+    import triton.language as tl
+
+    held, value, own = (getattr(tl, _NAMES[dtype]) for dtype in (kind.held, kind.value, kind.own))
+    return {
+        "HELD": held, "VALUE": value, "OWN": own, "SPLIT": kind.split, "BESIDE": kind.beside, "BLOCK": BLOCK,
+        "MASKED": masked, "OMEGA_ON_DEVICE": omega_on_device, "FULL": full,
+    }  # fmt: skip
+
+
+# --- the trial ------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _differs(kind: Kind, device: torch.device, masked: bool) -> str | None:
+    """Return why the kernel cannot be used for a kind of average, or None if it can.
+
+    It is tried on a full chunk, the rest of one, and a tensor at an odd address.
+    """
+    try:
+        with _may_wait(device):
+            for omega, moves in ((0.3, True), (0.7, True), (1.0, True), (0.3, False))[: 4 if masked else 3]:
+                for on_device in (False, True) if masked else (False,):
+                    _compare(kind, device, omega, moves if masked else None, on_device)
+    except Exception as error:  # compilers and drivers raise errors of their own
+        return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
+    return None
+
+
+def _compare(kind: Kind, device: torch.device, omega: float, moves: bool | None, on_device: bool) -> None:
+    ours, plain = _sample(kind, device), _sample(kind, device)
+    share: float | Tensor = omega
+    mask = None if moves is None else torch.tensor(moves, device=device)
+    step = FusedStep(steps.rows_of(ours), kind)
+    if on_device:
+        share = torch.tensor(omega, dtype=step.dtype, device=device)
+    step.move(share, mask)
+    for other in steps.prepare(plain, moves is not None):
+        other.fetch()
+        other.move(share, mask)
+    for (found, _), (expected, _) in zip(ours, plain, strict=True):
+        torch.testing.assert_close(found.read(), expected.read())
+        if found.beside is not None:
+            torch.testing.assert_close(found.own, expected.read().to(found.own.dtype), rtol=0.008, atol=0)
+
+
+def _sample(kind: Kind, device: torch.device) -> list[tuple[Average, Tensor]]:
+    # Numbers that need no random generator, whose state belongs to the user's run.
+    numbers = torch.sin(torch.arange(2 * (BLOCK + 38), device=device, dtype=torch.float64) ** 2)
+    starts, values = numbers.chunk(2)
+    wide = torch.float32 if kind.split else kind.held
+    own = starts.to(kind.own)
+    value = values.to(kind.value)
+    pairs = []
+    for part in (slice(0, BLOCK + 37), slice(BLOCK + 37, None)):
+        average = Average.of(starts[part].to(wide), own[part], split=kind.split, apart=kind.beside)
+        pairs.append((average, value[part]))
+    return pairs
+
+
+@contextmanager
+def _may_wait(device: torch.device) -> Iterator[None]:
+    """Allow the host to wait for a device, once per process, where the user has forbidden it in a step."""
+    if device.type == "cpu":
+        yield
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def __dir__() -> list[str]:
+    return __all__
