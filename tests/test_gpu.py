@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from oracle import realised
+from test_fused import KINDS
 from torch import nn
 from torch.nn import functional as F
 from waiting import forbidden
 
 from wmateacher import WMATeacher, losses
-from wmateacher.averaging import Average, Update
+from wmateacher.averaging import Average, Update, fused
 from wmateacher.diagnostics import (
     GapMonitor,
     agreement,
@@ -135,6 +136,15 @@ def test_an_update_of_large_tensors_is_the_float64_formula(home, split, value_dt
     update(1.0)
     for average, value in zip(averages, values, strict=True):
         assert torch.equal(average.read(), value.float().to(home))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_fused_update_is_that_of_torchs_operations(kind, masked, device):
+    if device.type == "cpu":
+        pytest.skip("needs a CUDA device; on a CPU, test_fused.py interprets the kernel")
+    value, own, held = (torch.int16 if dtype == "split" else dtype for dtype in KINDS[kind])
+    assert fused.differs(fused.Kind(held, value, own, held != own), device, masked) is None
 
 
 def test_offloaded_values_are_those_of_the_last_step(device):

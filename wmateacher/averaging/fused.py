@@ -27,7 +27,7 @@ from wmateacher.averaging import steps
 from wmateacher.averaging.average import Average
 from wmateacher.averaging.steps import Row
 
-__all__ = ["BLOCK", "WARPS", "FusedStep", "Kind", "constants", "take"]
+__all__ = ["BLOCK", "WARPS", "FusedStep", "Kind", "constants", "differs", "take"]
 
 # Elements of a chunk, which one program of the kernel moves: 16 for each of its threads.
 BLOCK = 4096
@@ -85,7 +85,7 @@ def take(
     fitting = [pair for pair in group if _fits(*pair)]
     if not fitting:
         return [], list(group)
-    if (reason := _differs(kind, device, masked)) is not None:
+    if (reason := differs(kind, device, masked)) is not None:
         warnings.warn(
             f"the fused update of averages on {device} is not used, and torch's own operations are, which "
             f"give the same averages more slowly: {reason}. fused=False avoids this warning",
@@ -214,7 +214,7 @@ def constants(kind: Kind, *, full: bool, masked: bool, omega_on_device: bool = F
 
 
 @functools.cache
-def _differs(kind: Kind, device: torch.device, masked: bool) -> str | None:
+def differs(kind: Kind, device: torch.device, masked: bool) -> str | None:
     """Return why the kernel cannot be used for a kind of average, or None if it can.
 
     It is tried on a full chunk, the rest of one, and a tensor at an odd address.
