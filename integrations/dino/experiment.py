@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wmateacher import kernels
 from wmateacher.integrations.dino import crops, evaluation
 from wmateacher.integrations.dino.recipes import Recipe
-from wmateacher.integrations.dino.training import fit
+from wmateacher.integrations.dino.training import fit, try_network
 from wmateacher.integrations.engine import experiment, processes, training
 from wmateacher.integrations.engine.experiment import Outcome, Table
 from wmateacher.integrations.vision import backbones, digits, images
@@ -79,7 +79,9 @@ class Experiment(experiment.Experiment[Recipe]):
                 self.views = evaluation.PhotoViews(self.photos, size, workers)
                 recipe = recipe.resolve(len(self.photos.labels))
         super().__init__(recipe, output, device=device, progress=progress)
-        self._stream(0)  # so that crops that do not fit are found before anything is run
+        # So that crops, a network and settings that do not fit are found before anything is run.
+        self._stream(0)
+        try_network(self._backbone(0), recipe.settings, recipe.crops)
 
     @property
     def baselines(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from wmateacher.integrations.dino.model import (
     koleo,
     masked_loss,
 )  # fmt: skip
-from wmateacher.integrations.dino.recipes import OBJECTIVES, PAPER_KERNEL, Settings
+from wmateacher.integrations.dino.recipes import OBJECTIVES, PAPER_KERNEL, Crops, Settings
 from wmateacher.integrations.engine import collapse, loop, processes, training
 from wmateacher.integrations.engine.sampling import generator
 from wmateacher.losses.logits import DINO
@@ -28,7 +28,7 @@ from wmateacher.losses.logits import DINO
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["Pretraining", "fit"]
+__all__ = ["Pretraining", "fit", "try_network"]
 
 
 def fit(
@@ -198,6 +198,25 @@ def _network(backbone: nn.Module, settings: Settings) -> MultiCrop:
     separate = settings.ibot > 0 and settings.patch_head == "separate"
     patches = head() if separate else images if settings.ibot else None
     return MultiCrop(backbone, images, patch_head=patches)
+
+
+@torch.no_grad()
+def try_network(backbone: nn.Module, settings: Settings, crops: Crops) -> None:
+    """Try a backbone and its heads on a few blank crops.
+
+    Raises:
+        ValueError: If the crops, the backbone and the settings do not fit together.
+    """
+    network = _network(backbone, settings)
+    device = next(backbone.parameters()).device
+    for size in sorted({crops.global_size, crops.local_size if crops.local_count else crops.global_size}):
+        try:
+            network([torch.zeros(2, 3, size, size, device=device)])
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"crops of {size} pixels do not go through the backbone {type(backbone).__name__} and its "
+                f"head ({error}): choose a size that its patches divide, or another backbone"
+            ) from error
 
 
 def _criterion(settings: Settings) -> DINO:

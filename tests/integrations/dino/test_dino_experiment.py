@@ -59,6 +59,19 @@ def test_crops_that_do_not_fit_are_found_before_anything_is_run(tmp_path):
         Experiment(replace(recipe(), train_images=5), tmp_path, progress=False)
 
 
+def test_a_backbone_that_does_not_fit_is_found_before_anything_is_run(tmp_path):
+    vit = "vit_tiny_patch16_224(patch_size=4,depth=1)"
+    message = (
+        r"crops of 22 pixels do not go .*VisionTransformer.*22.*4.*choose a size that its patches divide"
+    )
+    with pytest.raises(ValueError, match=message):
+        Experiment(recipe(backbone=vit, crops=Crops(22, 8)), tmp_path, progress=False)
+    short = recipe()
+    with pytest.raises(ValueError, match="masks the patches of a vision transformer of timm.*or ibot=0"):
+        Experiment(replace(short, settings=replace(short.settings, ibot=1.0)), tmp_path, progress=False)
+    assert not (tmp_path / "results.json").exists()
+
+
 def test_photographs_in_folders(tmp_path):
     from PIL import Image
 
