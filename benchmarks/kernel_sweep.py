@@ -4,6 +4,7 @@
     python benchmarks/kernel_sweep.py --seeds 3 --pretrainings 3
     python benchmarks/kernel_sweep.py --seeds 3 --distill-weights 0.5 0.9
     python benchmarks/kernel_sweep.py --kernels 'beta(0.3,0.3)' 'ema(0.995)' none --output DIR
+    python benchmarks/kernel_sweep.py --data emoji --data-root DIR
     python benchmarks/kernel_sweep.py --task mean-teacher --data mnist --data-root DIR
     python benchmarks/kernel_sweep.py --task lm --distill-weights 0.3 1 3
 
@@ -111,7 +112,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--task", choices=TASKS, default="clip")
     parser.add_argument(
         "--data",
-        help="digits, mnist, fashion-mnist or cifar10; lm, sdft: facts or skill (default: the first)",
+        help="digits, mnist, fashion-mnist, cifar10 or emoji; lm, sdft: facts or skill (default: the first)",
     )
     parser.add_argument("--data-root", type=Path, help="folder with the data, for all but digits")
     parser.add_argument("--kernels", nargs="+", help="specs as in wmateacher.kernels; none: no teacher")

@@ -13,6 +13,7 @@ from wmateacher.checks import lookup
 from wmateacher.integrations.clip import recipes as clip_recipes
 from wmateacher.integrations.clip.experiment import Experiment as ClipExperiment
 from wmateacher.integrations.clip.methods import METHODS as CLIP_METHODS
+from wmateacher.integrations.clip.methods import with_batch_statistics
 from wmateacher.integrations.dino import recipes as dino_recipes
 from wmateacher.integrations.dino.experiment import Experiment as DinoExperiment
 from wmateacher.integrations.engine.results import file_name
@@ -104,7 +105,7 @@ class Task:
 
 
 class ClipTask(Task):
-    """TRACER on colour-shifted digits: `examples/clip_tracer.py` with another teacher.
+    """TRACER on colour-shifted digits or pictograms: `examples/clip_tracer.py` with another teacher.
 
     The distillation weight is the paper's lambda_SD.
     """
@@ -119,10 +120,12 @@ class ClipTask(Task):
     several_pretrainings = True
     theory = True
 
-    def recipe(self, cell: Cell | None = None, pretraining: int = 0) -> clip_recipes.DigitsRecipe:
-        """Return the digits recipe, with the cell's method as its only one."""
-        recipe = replace(clip_recipes.DIGITS, data=self.data).adjust().with_pretraining(self.pretrain_steps)
-        recipe = recipe.with_steps(self.steps)
+    def recipe(self, cell: Cell | None = None, pretraining: int = 0) -> clip_recipes.FromScratchRecipe:
+        """Return the recipe for the data, with the cell's method as its only one."""
+        recipe: clip_recipes.FromScratchRecipe = clip_recipes.EMOJI
+        if self.data != clip_recipes.EMOJI.name:
+            recipe = replace(clip_recipes.DIGITS, data=self.data).adjust()
+        recipe = recipe.with_pretraining(self.pretrain_steps).with_steps(self.steps)
         seed = cell.pretraining if cell else pretraining
         recipe = replace(recipe, pretrain=replace(recipe.pretrain, seed=seed))
         if cell is None:
@@ -130,8 +133,10 @@ class ClipTask(Task):
         teacher: dict[str, Any] = {"kernel": cell.kernel, "distill_weight": cell.distill_weight}
         if cell.kernel == "none":
             teacher = {"kernel": None, "distillation": None, "distill_weight": 1.0}
-        method = replace(CLIP_METHODS["tracer"], name="cell", **teacher)
-        return replace(recipe, methods={"cell": method})
+        methods = {"cell": replace(CLIP_METHODS["tracer"], name="cell", **teacher)}
+        if recipe.method("tracer").batch_norm == "batch":
+            methods = with_batch_statistics(methods)
+        return replace(recipe, methods=methods)
 
     @property
     def total_steps(self) -> int:

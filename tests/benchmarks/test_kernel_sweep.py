@@ -303,6 +303,17 @@ def test_bad_input(arguments, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kernel", "norm"), [("uniform", "batch"), ("static", "pretrained"), ("none", "pretrained")]
+)
+def test_pictograms_have_their_own_recipe(kernel, norm, tmp_path):
+    task = sweep_tasks.TASKS["clip"]("emoji", None, None, 7, tmp_path, None)
+    recipe = task.recipe(sweep_tasks.Cell(kernel, 0.5, 0, pretraining=2))
+    assert (recipe.name, recipe.pretrain.steps, recipe.pretrain.seed) == ("emoji", 7, 2)
+    method = recipe.method("cell")
+    assert (method.kernel, method.batch_norm) == (None if kernel == "none" else kernel, norm)
+
+
 @pytest.mark.slow
 def test_missing_data_is_a_line_and_no_traceback(sweep, tmp_path):
     done = sweep("--data", "mnist", "--output", tmp_path / "out", "--cache", tmp_path / "cache")
