@@ -103,8 +103,12 @@ def test_splitting_keeps_every_float32_bit():
 
 
 def test_a_gpus_nan_stays_one_when_split():
-    nan = torch.tensor([0x7FFFFFFF, 0x7FC00000, -0x400000], dtype=torch.int32).view(torch.float32)
-    average = Average.of(nan, torch.zeros(3).bfloat16(), split=True)
+    bits = [0x7FFFFFFF, 0x7FC00000, -0x400000, -1, -0x8000, -0x7FFFFF, 0x7F800001]
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    average = Average.of(nan, torch.zeros(7).bfloat16(), split=True)
+    assert average.own.isnan().all()
+    assert average.read().isnan().all()
+    Update([average], [nan])(1.0)
     assert average.own.isnan().all()
     assert average.read().isnan().all()
 

@@ -87,7 +87,11 @@ def pretrained_anew(results):
 
 
 def paired(folder, results):
-    if folder not in ("mean-teacher-digits", "mean-teacher-mnist"):
+    if folder in ("dino-digits", "dino-mnist"):
+        scores = dict(list(dino.COLUMNS.items())[:4])
+        others = [name for name in results["methods"] if name != "ema(0.97)"]
+        return [comparison.differences(results, scores, [(n, "ema(0.97)") for n in others])]
+    if "mean-teacher" not in folder or folder.endswith(("-eval", "-averaged-buffers")):
         return []
     others = [name for name in results["methods"] if name != "mean-teacher"]
     return [comparison.differences(results, {"test": ("accuracy", 1)}, [(n, "mean-teacher") for n in others])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -102,8 +103,9 @@ def is_vector(tensor: Tensor) -> bool:
 
 def upper_half_(bits: Tensor) -> Tensor:
     """Round float32 bits to the nearest bfloat16 bits, in place. What is left is the signed lower half."""
-    # Rounding a NaN whose bits are all set, as GPUs make them, would overflow into a zero.
-    return bits.clamp_(max=0x7FFF7FFF).add_(2**15).bitwise_right_shift_(16)
+    # Rounding a NaN whose upper bits are all set, as GPUs make them, would overflow into a zero.
+    bits.view(torch.float32).nan_to_num_(math.nan, math.inf, -math.inf)
+    return bits.add_(2**15).bitwise_right_shift_(16)
 
 
 def __dir__() -> list[str]:
