@@ -31,15 +31,17 @@ class Options(command.RunOptions):
     classifier. The default run uses bundled digits in random colours: minutes on a CPU, no download.
     """
 
-    kernels: tuple[str, ...] = (recipes.PAPER_KERNEL,)
-    """The teachers' kernels, with one run for each, e.g. --kernels 'ema(0.97)' uniform."""
+    kernels: tuple[str, ...] = ()
+    """The teachers' kernels, with one run for each, e.g. --kernels 'ema(0.97)' uniform. By default a short
+    EMA for drawn images, and the paper's kernel for photographs."""
     steps: int | None = None
     """Number of optimizer steps; warm-up and other schedules change in proportion."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options, recipe = command.parse(Options, recipes.RECIPES, "digits", argv)
-    for kernel in options.kernels:
+    names = options.kernels or (recipe.kernel,)
+    for kernel in names:
         kernels.build(kernel)  # so that a misspelt kernel is found before the first run
     from wmateacher.integrations.dino.experiment import Experiment
 
@@ -52,10 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         console.say(f"DINO on {recipe.data}: {recipe.backbone} on {device}, results in {output}")
         with console.resumable(output), tracking.to(options.log_to, output):
             console.conduct(
-                run, [*run.baselines, *options.kernels], options.seeds,
+                run, [*run.baselines, *names], options.seeds,
                 lambda r: f"k-NN {r['teacher']['knn']:.1f}, linear {r['teacher']['linear']:.1f}",
             )  # fmt: skip
-            conclude(run, options.kernels)
+            conclude(run, names)
 
 
 def conclude(run: Experiment, names: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "OBJECTIVES",
     "PAPER_KERNEL",
     "RECIPES",
+    "SHORT_KERNEL",
     "Crops",
     "Range",
     "Recipe",
@@ -31,6 +32,8 @@ DRAWN = digits.SOURCES
 """The data sets of grey images that are drawn in colour."""
 PAPER_KERNEL = "ema(0.996,1.0,schedule=cosine)"
 """A decay that rises from .996 to 1 along a cosine (Caron et al. 2021, section 3.2)."""
+SHORT_KERNEL = "ema(0.97)"
+"""An EMA for runs of 1,000 steps."""
 
 OBJECTIVES: Mapping[str, str | None] = {"dino": None, "byol": "2*cosine", "moco-v3": "0.4*info_nce(0.2)"}
 """The objectives. All but DINO's own are a loss of the registry between predictions and projections."""
@@ -204,6 +207,14 @@ class Recipe:
     def drawn(self) -> bool:
         """Whether grey images are drawn, rather than photographs read."""
         return self.data in DRAWN
+
+    @property
+    def kernel(self) -> str:
+        """The kernel of a run that names none: the paper's, or for drawings an EMA with a shorter window.
+
+        In so short a run, a teacher with the paper's kernel remembers too much of the random start.
+        """
+        return SHORT_KERNEL if self.drawn else PAPER_KERNEL
 
     def with_steps(self, steps: int | None) -> Recipe:
         """Return the recipe with another number of steps, its schedules stretched; unchanged for None."""

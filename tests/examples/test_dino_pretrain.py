@@ -87,6 +87,8 @@ def test_bad_input_is_named(tmp_path, arguments, message):
 def test_every_recipe_is_the_command_lines_own(name):
     _, recipe = command_line.parse(dino_pretrain.Options, dino_pretrain.recipes.RECIPES, "digits", [name])
     assert recipe == dino_pretrain.recipes.RECIPES[name]
+    short = name in ("digits", "mnist", "fashion-mnist")
+    assert recipe.kernel == ("ema(0.97)" if short else "ema(0.996,1.0,schedule=cosine)")
 
 
 def test_bad_input_is_a_line_on_the_command_line():
