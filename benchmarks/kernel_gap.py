@@ -155,7 +155,6 @@ def run(
     generator = torch.Generator().manual_seed(1000 + seed)
     for step in range(steps):
         if step == extended:
-            assert isinstance(teacher, WMATeacher)
             teacher.set_total_steps(steps)
         images, labels = batch(train, generator)
         images = images.flip(2)

@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from collections import Counter
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from wmateacher import WMATeacher
 from wmateacher.averaging import Average, Update, fused, side_by_side, steps
 
-pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 KINDS = {  # dtypes of the student, the module and the average
     "float32": (torch.float32, torch.float32, torch.float32),
@@ -223,10 +224,10 @@ def test_a_tiny_share_moves_nothing(omega, interpreted):
 def test_the_interpreter_reads_no_addresses_of_a_gpu(monkeypatch):
     for value in ("1", "true", "YES", "on"):
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        assert not fused._is_at_hand(torch.device("cuda"))
-        assert fused._is_at_hand(torch.device("cpu"))
+        assert not fused._is_available(torch.device("cuda"))
+        assert fused._is_available(torch.device("cpu"))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert not fused._is_at_hand(torch.device("cpu"))
+    assert not fused._is_available(torch.device("cpu"))
 
 
 def test_without_an_interpreter_the_cpu_goes_the_plain_way(monkeypatch):
@@ -243,7 +244,7 @@ def test_a_kernel_that_does_not_work_here_is_not_used(fault, interpreted, monkey
         monkeypatch.setattr(fused.FusedStep, "move", lambda *_: None)
     average = Average(torch.zeros(3))
     said = {"raises": "OSError: no compiler", "is wrong": "AssertionError: Tensor-likes are not close"}[fault]
-    with pytest.warns(UserWarning, match=f"not used.*slowly: {said}.*fused=False avoids this warning"):
+    with pytest.warns(UserWarning, match=rf"not used \({said}.*more slowly. Pass fused=False to silence"):
         update = Update([average], [torch.ones(3)])
     update(0.5)
     assert average.read().tolist() == [0.5] * 3

@@ -33,7 +33,7 @@ DRAWN = digits.SOURCES
 PAPER_KERNEL = "ema(0.996,1.0,schedule=cosine)"
 """A decay that rises from .996 to 1 along a cosine (Caron et al. 2021, section 3.2)."""
 SHORT_KERNEL = "ema(0.97)"
-"""An EMA for runs of 1,000 steps."""
+"""An EMA with a window of 33 steps, for runs of about 1,000."""
 
 OBJECTIVES: Mapping[str, str | None] = {"dino": None, "byol": "2*cosine", "moco-v3": "0.4*info_nce(0.2)"}
 """The objectives. All but DINO's own are a loss of the registry between predictions and projections."""
@@ -210,9 +210,9 @@ class Recipe:
 
     @property
     def kernel(self) -> str:
-        """The kernel of a run that names none: the paper's, or for drawings an EMA with a shorter window.
+        """The default kernel: the paper's for photographs, and an EMA with a shorter window for drawings.
 
-        In so short a run, a teacher with the paper's kernel remembers too much of the random start.
+        In such short runs, a teacher with the paper's kernel remembers too much of the random start.
         """
         return SHORT_KERNEL if self.drawn else PAPER_KERNEL
 

@@ -2,8 +2,8 @@
 
 The kernel (`one_pass`, in Triton) reads every average and value once and writes once, with no scratch
 between casting, moving and rounding, and finds the tensors in a table of addresses. Before a process first
-uses it for a kind of average, it must give what torch's own operations (`steps`) give, on this device. Where
-it does not, or where there is no Triton, `steps` moves the averages.
+uses it for a kind of average, it compares the kernel with torch's own operations (`steps`) on this device. If
+they differ, or if there is no Triton, `steps` moves the averages.
 
 With `TRITON_INTERPRET=1` in the environment, Triton interprets the kernel, slowly, for tensors on a CPU too.
 """
@@ -81,19 +81,21 @@ def take(
     """
     kind, device = Kind.of(*group[0]), group[0][0].held.device
     floats = {kind.value, kind.own, *({kind.held} - {torch.int16})}
-    if not _is_at_hand(device) or not floats <= _NAMES.keys() - {torch.int16}:
+    if not _is_available(device) or not floats <= _NAMES.keys() - {torch.int16}:
         return [], list(group)
-    fitting = [pair for pair in group if _fits(*pair)]
+    fitting: list[tuple[Average, Tensor]] = []
+    rest: list[tuple[Average, Tensor]] = []
+    for pair in group:
+        (fitting if _fits(*pair) else rest).append(pair)
     if not fitting:
-        return [], list(group)
+        return [], rest
     if (reason := differs(kind, device, masked)) is not None:
         warnings.warn(
-            f"the fused update of averages on {device} is not used, and torch's own operations are, which "
-            f"give the same averages more slowly: {reason}. fused=False avoids this warning",
+            f"the fused update does not work on {device} and is not used ({reason}): torch's own operations "
+            "compute the same averages, but more slowly. Pass fused=False to silence this warning",
             stacklevel=2,
         )
         return [], list(group)
-    rest = [pair for pair in group if not _fits(*pair)]
     return [FusedStep(steps.rows_of(fitting), kind)], rest
 
 
@@ -107,11 +109,13 @@ class FusedStep:
             rows: The tensors, which are kept alive.
             kind: Their kind.
         """
+        from wmateacher.averaging.one_pass import move
+
+        self._kernel = move
         self.held, self.values = [row[0] for row in rows], [row[1] for row in rows]
         self.own = [row[-1] if kind.beside else row[0] for row in rows]
         self.dtype = torch.float32 if kind.split else kind.held
         self._kind, self._device = kind, self.held[0].device
-        self._written = [*self.held, *(self.own if kind.beside else [])]
         chunks = torch.cat([_chunks(*row) for row in zip(self.held, self.values, self.own, strict=True)])
         full, aligned = chunks[:, 3] == BLOCK, (chunks[:, :3] % 16 == 0).all(1)
         # Whether the chunks are full, and whether 16 divides their addresses.
@@ -126,19 +130,17 @@ class FusedStep:
     def fetch(self) -> None:
         """Do nothing: the values are on the averages' device."""
 
-    # A graph would not see writes through addresses. A compiled function that updates breaks off here.
+    # torch.compile cannot see writes through addresses: a compiled function gets a graph break here.
     @torch._disable_dynamo
     def move(self, omega: float | Tensor, mask: Tensor | None) -> None:
         """Move the averages and round them into the module."""
-        from wmateacher.averaging.one_pass import move
-
         on_device = isinstance(omega, Tensor)
-        # Of a smaller omega Triton would take the bits for those of a shorter number. No dtype sees it.
+        # Triton would pass the bits of a smaller omega as a 32-bit integer. It would move no average anyway.
         bits = 0 if on_device else struct.unpack("<q", struct.pack("<d", max(omega, 1e-300)))[0]
         with _current(self._device):
             self._follow_stream()
             for is_full, is_aligned, table in self._tables:
-                move[(table.shape[1],)](
+                self._kernel[(table.shape[1],)](
                     table,
                     table.shape[1],
                     bits,
@@ -153,11 +155,11 @@ class FusedStep:
                     ),
                     num_warps=WARPS,
                 )
-        # Autograd must notice a write to what a graph has saved, which torch's own operations tell it.
-        torch.autograd.graph.increment_version(self._written)
+        # A graph may have saved the module's tensors, and autograd must notice that they have changed.
+        torch.autograd.graph.increment_version(self.own)
 
     def _follow_stream(self) -> None:
-        """Let another stream than that of the last use wait for it, and keep the tables for this stream."""
+        """Make the current stream wait for the one that used the tables last, if it is another one."""
         if self._stream is None or torch.cuda.is_current_stream_capturing():
             return  # whoever captures a graph has waited for all streams before
         stream = torch.accelerator.current_stream(self._device)
@@ -197,8 +199,8 @@ def _fits(average: Average, value: Tensor) -> bool:
     )
 
 
-def _is_at_hand(device: torch.device) -> bool:
-    """Return whether Triton is there, and compiles for this device or interprets on it."""
+def _is_available(device: torch.device) -> bool:
+    """Return whether the kernel can run on a device: compiled on a GPU, interpreted on a CPU."""
     if device.type not in ("cpu", "cuda") or importlib.util.find_spec("triton") is None:
         return False
     # The interpreter would read a GPU's addresses on the host.
@@ -265,7 +267,7 @@ def _compare(kind: Kind, device: torch.device, omega: float, moves: bool | None,
     for other in steps.prepare(plain, moves is not None):
         other.fetch()
         other.move(share, mask)
-    # The values lie in [-1, 1]. The two round in another order.
+    # The kernel and torch's operations round in different orders. The values lie in [-1, 1].
     close = 2 * torch.finfo(step.dtype).eps
     for (found, _), (expected, _) in zip(ours, plain, strict=True):
         torch.testing.assert_close(found.read(), expected.read(), rtol=close, atol=close)
