@@ -34,14 +34,13 @@ from sweep_tasks import TASKS, Cell, Task
 
 from wmateacher import kernels
 from wmateacher.integrations.engine.results import environment, read_json, write_json
+from wmateacher.integrations.engine.signals import Terminated
 
 KERNELS = (
     "none",
     "static",
     "beta(0.2,0.2)",
     "beta(0.5,0.5)",
-    "beta(0.7,0.7)",
-    "beta(1.0,1.0)",
     "beta(1.5,1.5)",
     "beta(0.5,1.0)",
     "beta(1.0,0.5)",
@@ -51,8 +50,9 @@ KERNELS = (
     "ema(0.9)",
     "ema(0.99)",
     "ema(0.999)",
-    "ema(0.9999)",
     "ema(0.05,0.9,schedule=linear,warmup=0.2)",
+    "power(exponent=-0.5)",
+    "gap(0.5)",
 )
 QUICK = ("none", "static", "beta(0.5,0.5)", "uniform", "ema(0.99)")
 PACKAGES = ("open_clip_torch", "timm", "torchvision", "torchmetrics", "scikit-learn", "transformers")
@@ -246,7 +246,7 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
                 + f"about {left / 60:.0f} min left",
                 flush=True,
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):  # or a signal to all processes has ended a worker's cell first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one at once
         for process in list(pool._processes.values()):
             process.terminate()

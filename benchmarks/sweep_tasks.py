@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from sweep_report import Figures
 
-from wmateacher.checks import lookup
+from wmateacher.checks import lookup, one_of
 from wmateacher.integrations.clip import recipes as clip_recipes
 from wmateacher.integrations.clip.experiment import Experiment as ClipExperiment
 from wmateacher.integrations.clip.methods import METHODS as CLIP_METHODS
@@ -21,6 +21,7 @@ from wmateacher.integrations.language import recipes as language_recipes
 from wmateacher.integrations.language.experiment import Experiment as LanguageExperiment
 from wmateacher.integrations.mean_teacher import recipes as mean_teacher_recipes
 from wmateacher.integrations.mean_teacher.experiment import Experiment as MeanTeacherExperiment
+from wmateacher.integrations.vision.digits import SOURCES
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class ClipTask(Task):
 
     def recipe(self, cell: Cell | None = None, pretraining: int = 0) -> clip_recipes.FromScratchRecipe:
         """Return the recipe for the data, with the cell's method as its only one."""
+        one_of("data", self.data, (*SOURCES, clip_recipes.EMOJI.name))
         recipe: clip_recipes.FromScratchRecipe = clip_recipes.EMOJI
         if self.data != clip_recipes.EMOJI.name:
             recipe = replace(clip_recipes.DIGITS, data=self.data).adjust()

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 import torch
+from allocations import Live
 from torch import nn
 from torch.nn import functional as F
 
@@ -56,6 +57,18 @@ def test_gaps_are_relative_distances_of_weights(dtype, asked):
         assert gap.item() == pytest.approx(
             (torch.cat(parts).norm() / double(student, name).norm()).item(), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("asked", ["auto", "split"])
+def test_the_memory_of_a_gap_is_that_of_a_few_tensors(asked, monkeypatch):
+    student = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(24))).bfloat16()
+    teacher = WMATeacher(student, "uniform", dtype=asked)
+    teacher.update()
+    monkeypatch.setattr(diagnostics, "_AT_ONCE", 2 * 32 * 32)
+    state = [value for value in teacher.state_dict().values() if isinstance(value, torch.Tensor)]
+    with Live(*student.parameters(), *state) as live:
+        diagnostics.parameter_gap(teacher)
+    assert 0 < live.peak < 8 * 4 * 32 * 32  # of 24 tensors, two at a time
 
 
 def test_gaps_of_complex_weights():

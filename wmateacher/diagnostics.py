@@ -7,7 +7,7 @@ blocks of steps.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,12 @@ def __dir__() -> list[str]:
 
 
 # --- weights --------------------------------------------------------------------------------------------
+
+
+# The name, the student's tensor and the average of `WMATeacher.averaged_pairs`.
+Pair = tuple[str, Tensor, Tensor]
+# The elements that are compared at once.
+_AT_ONCE = 2**24
 
 
 @torch.no_grad()
@@ -82,15 +88,41 @@ def module_gaps(teacher: WMATeacher) -> dict[str, Tensor]:
 
 def _gaps(teacher: WMATeacher) -> dict[str, tuple[Tensor, Tensor]]:
     """Return |W - M| and |W| of every averaged tensor."""
-    whole = {n: w for n, w, _ in teacher.averaged_pairs()}
-    if not whole:
+    students: dict[str, Tensor] = {}
+    apart: list[Tensor] = []
+    scale: list[Tensor] = []
+    for batch in _batches(teacher.averaged_pairs()):
+        students |= {name: student for name, student, _ in batch}
+        norms = _norms(batch)
+        apart += norms[0]
+        scale += norms[1]
+    if not students:
         raise ValueError("the teacher averages no tensor: everything is frozen, excluded or a buffer")
-    local = ((sharding.local(w), sharding.local(m)) for _, w, m in teacher.averaged_pairs())
-    students, averages = zip(*((_real(w), _real(m.to(w.device))) for w, m in local), strict=True)
-    norms = [torch._foreach_norm(torch._foreach_sub(students, averages)), torch._foreach_norm(students)]
-    if any(map(sharding.is_sharded, whole.values())):
-        norms = [sharding.norms(torch.stack(n), [*whole.values()]).unbind() for n in norms]
-    return dict(zip(whole, zip(*norms, strict=True), strict=True))
+    if any(map(sharding.is_sharded, students.values())):
+        whole = list(students.values())
+        apart, scale = ([*sharding.norms(torch.stack(n), whole).unbind()] for n in (apart, scale))
+    return dict(zip(students, zip(apart, scale, strict=True), strict=True))
+
+
+def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Yield batches of few elements, so that they can be copied at little cost of memory."""
+    batch: list[Pair] = []
+    free = _AT_ONCE
+    for pair in pairs:
+        free -= pair[1].numel()
+        if batch and free < 0:
+            yield batch
+            batch, free = [], _AT_ONCE - pair[1].numel()
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
+def _norms(batch: Sequence[Pair]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Return |W - M| and |W| of the local part of every pair."""
+    local = ((sharding.local(student), sharding.local(average)) for _, student, average in batch)
+    ours, theirs = zip(*((_real(w), _real(m.to(w.device))) for w, m in local), strict=True)
+    return torch._foreach_norm(torch._foreach_sub(ours, theirs)), torch._foreach_norm(ours)
 
 
 def _relative(norms: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -18,6 +18,8 @@ import kernel_sweep  # noqa: E402
 import sweep_report  # noqa: E402
 import sweep_tasks  # noqa: E402
 
+from wmateacher.integrations.engine.signals import Terminated  # noqa: E402
+
 SHORT = ["--steps", "4", "--pretrain-steps", "6", "--jobs", "2"]
 FEW = ["--kernels", "none", "beta(0.5, 0.5)", "ema(0.9)"]
 KERNELS = [*FEW, "static"]
@@ -252,14 +254,22 @@ def test_a_killed_sweep_goes_on_where_it_was(sweep, tmp_path):
     assert cells[: len(before)] == before
 
 
-def test_a_terminated_sweep_ends_its_workers(monkeypatch, tmp_path, capsys):
+def ended_cell(futures):
+    """A worker has had the signal, too, and has saved its cell first."""
+    (future,) = futures
+    future.result.side_effect = Terminated("cell: terminated after step 3")
+    yield future
+
+
+@pytest.mark.parametrize("ended", [lambda _: [os.kill(os.getpid(), signal.SIGTERM)], ended_cell])
+def test_a_terminated_sweep_ends_its_workers(ended, monkeypatch, tmp_path, capsys):
     """As a scheduler or `timeout` ends it; each worker that stays behind holds a gigabyte."""
     worker = Mock()
     # `timeout` sends the signal twice.
     worker.terminate.side_effect = lambda: os.kill(os.getpid(), signal.SIGTERM)
     pool = Mock(_processes={0: worker})
     monkeypatch.setattr(kernel_sweep, "ProcessPoolExecutor", lambda *args, **options: pool)
-    monkeypatch.setattr(kernel_sweep, "as_completed", lambda futures: [os.kill(os.getpid(), signal.SIGTERM)])
+    monkeypatch.setattr(kernel_sweep, "as_completed", ended)
     before = signal.signal(signal.SIGTERM, lambda *unused: None)
     try:
         with pytest.raises(SystemExit) as caught:
@@ -312,6 +322,12 @@ def test_pictograms_have_their_own_recipe(kernel, norm, tmp_path):
     assert (recipe.name, recipe.pretrain.steps, recipe.pretrain.seed) == ("emoji", 7, 2)
     method = recipe.method("cell")
     assert (method.kernel, method.batch_norm) == (None if kernel == "none" else kernel, norm)
+
+
+def test_unknown_data_is_named_with_all_that_the_sweep_knows(tmp_path):
+    task = sweep_tasks.TASKS["clip"]("emojis", None, None, None, tmp_path, None)
+    with pytest.raises(ValueError, match="unknown data 'emojis'; did you mean 'emoji'.*mnist"):
+        task.recipe()
 
 
 @pytest.mark.slow

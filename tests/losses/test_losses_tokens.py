@@ -1,17 +1,16 @@
 """Losses of sequences: masks, the global mean, chunks, precision and memory."""
 
 import math
-import weakref
 
 import loss_oracle as oracle
 import numpy as np
 import pytest
 import torch
+from allocations import Live
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from loss_cases import LOGITS, PARAMETERS, name_of, require_grad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmateacher import losses
 from wmateacher.losses import registry, tokens
@@ -347,25 +346,6 @@ def test_logits_that_change_before_backward_are_noticed():
         loss.backward()
 
 
-class _Live(TorchDispatchMode):
-    """The largest number of bytes in tensors that operations made and that live at one time, beside inputs."""
-
-    def __init__(self, *inputs):
-        super().__init__()
-        self.inputs = {x.untyped_storage().data_ptr() for x in inputs}
-        self.made, self.peak = [], 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        result = function(*arguments, **(keywords or {}))
-        outputs = result if isinstance(result, tuple | list) else [result]
-        self.made += [weakref.ref(x) for x in outputs if isinstance(x, torch.Tensor)]
-        self.made = [ref for ref in self.made if ref() is not None]
-        storages = [ref().untyped_storage() for ref in self.made]
-        sizes = {x.data_ptr(): x.nbytes() for x in storages if x.data_ptr() not in self.inputs}
-        self.peak = max(self.peak, sum(sizes.values()))
-        return result
-
-
 @pytest.mark.parametrize("spec", ["kl", "jsd(0.1,2.0)", "kl(top_k=9)", "mse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_beside_the_inputs_and_the_gradient_is_that_of_a_few_chunks(spec, dtype, monkeypatch):
@@ -376,7 +356,7 @@ def test_memory_beside_the_inputs_and_the_gradient_is_that_of_a_few_chunks(spec,
     student = require_grad(student)
     mask = torch.arange(rows) % 5 > 0
     for given in ({}, {"mask": mask}):
-        with _Live(student, teacher) as live:
+        with Live(student, teacher) as live:
             loss = losses.build(spec)(student, teacher, **given)
             torch.autograd.grad(loss, student)
         assert live.peak < student.nbytes + 10.1 * chunk
