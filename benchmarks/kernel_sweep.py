@@ -24,6 +24,7 @@ import signal
 import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,12 @@ KERNELS = (
     "beta(0.5,0.5)",
     "beta(1.5,1.5)",
     "beta(0.5,1.0)",
-    "beta(1.0,0.5)",
     "uniform",
     "tail(0.25)",
     "power(sigma_rel=0.1)",
     "ema(0.9)",
     "ema(0.99)",
     "ema(0.999)",
-    "ema(0.05,0.9,schedule=linear,warmup=0.2)",
     "power(exponent=-0.5)",
     "gap(0.5)",
 )
@@ -217,9 +216,14 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
     # SIGTERM, which schedulers send, ends the sweep like Ctrl-C: otherwise its workers would be left behind.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(cells)), mp_context=context, initializer=initialise_worker)
+    ending = context.Event()
+    pool = ProcessPoolExecutor(
+        min(jobs, len(cells)), mp_context=context, initializer=initialise_worker, initargs=(ending,)
+    )
     try:
-        futures: dict[Future[dict[str, Any]], Cell] = {pool.submit(task.run, cell): cell for cell in cells}
+        futures: dict[Future[dict[str, Any]], Cell] = {
+            pool.submit(run_cell, task, cell): cell for cell in cells
+        }
         for done, future in enumerate(as_completed(futures), 1):
             cell = futures[future]
             name = f"{cell.kernel} x{cell.distill_weight:g}, seed {cell.seed}"
@@ -248,6 +252,7 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
             )
     except (KeyboardInterrupt, Terminated):  # or a signal to all processes has ended a worker's cell first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one at once
+        ending.set()
         for process in list(pool._processes.values()):
             process.terminate()
         print(f"\ninterrupted; the same command with --output {output} continues this run", file=sys.stderr)
@@ -258,10 +263,27 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
     return failed
 
 
-def initialise_worker() -> None:
+_ending: Event
+"""Set in the workers when the sweep ends."""
+
+
+def initialise_worker(ending: Event) -> None:
     """Use one thread, and ignore Ctrl-C, which the sweep handles."""
+    global _ending
+    _ending = ending
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def run_cell(task: Task, cell: Cell) -> dict[str, Any]:
+    """Run a cell in a worker, but not after the end of the sweep: the pool hands out cells ahead of time.
+
+    Raises:
+        Terminated: If the sweep has ended.
+    """
+    if _ending.is_set():
+        raise Terminated("the sweep has ended")
+    return task.run(cell)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -281,6 +282,17 @@ def test_a_terminated_sweep_ends_its_workers(ended, monkeypatch, tmp_path, capsy
     assert "the same command with --output" in capsys.readouterr().err
     worker.terminate.assert_called_once_with()
     pool.shutdown.assert_called_once_with(wait=True, cancel_futures=True)
+
+
+def test_a_worker_begins_no_cell_after_the_end(monkeypatch):
+    ending, task = multiprocessing.Event(), Mock()
+    monkeypatch.setattr(kernel_sweep, "_ending", ending, raising=False)
+    cell = sweep_tasks.Cell("static", 1.0, 0)
+    assert kernel_sweep.run_cell(task, cell) is task.run.return_value
+    ending.set()
+    with pytest.raises(Terminated, match="the sweep has ended"):
+        kernel_sweep.run_cell(task, cell)
+    task.run.assert_called_once_with(cell)
 
 
 @pytest.mark.parametrize(
