@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from wmateacher import kernels, theory
-from wmateacher.integrations.engine.comparison import half_width, is_above_noise
+from wmateacher.integrations.engine.comparison import by_pretraining, half_width, is_above_noise
 from wmateacher.integrations.engine.results import write_csv
 from wmateacher.integrations.engine.tables import aligned
 
@@ -95,9 +95,12 @@ def paired(results: dict[str, Any], row: Row, baseline: str, key: str) -> dict[t
 def differences(results: dict[str, Any], baseline: str = BASELINE) -> str:
     """Return a table of the mean paired differences to the baseline ± half their 95% t interval.
 
-    A `!` marks what is above noise. If the sweep has no runs in pairs, a sentence says what is missing.
+    A `!` marks what is above noise. If the sweep has no runs in pairs, a sentence says what is missing. With
+    several pre-trainings, the last columns have the mean differences of the first two figures in each of
+    them: the runs from one pre-training are not independent.
     """
     lines = []
+    several = len({cell.get("pretraining", 0) for cell in results["cells"]}) > 1
     most = 0
     for row in rows(results):
         name = _label(row, rows(results))
@@ -112,6 +115,9 @@ def differences(results: dict[str, Any], baseline: str = BASELINE) -> str:
             width = half_width(list(found.values()))
             mark = "!" if is_above_noise(found) else " "
             line[heading] = f"{statistics.fmean(found.values()):+.{digits}f} ±{width:.{digits}f}{mark}"
+        for key, (heading, digits) in list(figures(results).items())[: 2 if several else 0]:
+            means = by_pretraining(paired(results, row, baseline, key)).values()
+            line[f"{heading} in each pre-training"] = "  ".join(f"{mean:+.{digits}f}" for mean in means)
         if row["kernel"] != baseline:
             lines.append(line)
     if not lines or not most:

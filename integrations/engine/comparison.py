@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from wmateacher.integrations.engine.results import identity
 from wmateacher.integrations.engine.tables import Columns, Results, aligned, look_up
 
-__all__ = ["Run", "differences", "findings", "half_width", "is_above_noise"]
+__all__ = ["Run", "by_pretraining", "differences", "findings", "half_width", "is_above_noise"]
 
 Run = tuple[int, int]
 """The numbers of a run's pre-training and seed."""
@@ -45,7 +45,7 @@ def differences(results: Results, columns: Columns, pairs: Iterable[tuple[str, s
         for column, (path, digits) in columns.items():
             found = _paired(results, path, one, other)
             row[column] = _cell(list(found.values()), f"+.{digits}f")
-        means = _by_pretraining(found)
+        means = by_pretraining(found)
         if len(_pretrainings(results)) > 1:
             cells = (f"{mean:+.{digits}f}" for mean in means.values())
             row[f"{column} in each pre-training"] = "  ".join(cells)
@@ -94,7 +94,7 @@ def findings(results: Results, columns: Columns, reference: str, others: Sequenc
 def is_above_noise(paired: Mapping[Run, float]) -> bool:
     """Return whether the 95% interval of differences excludes 0, with the same sign in every pre-training."""
     values = list(paired.values())
-    signs = {value > 0 for value in _by_pretraining(paired).values()}
+    signs = {value > 0 for value in by_pretraining(paired).values()}
     return len(signs) == 1 and abs(statistics.fmean(values)) > half_width(values)
 
 
@@ -122,8 +122,8 @@ def _by_run(results: Results, name: str, path: str) -> dict[Run, float]:
     return {run: value for run, value in found.items() if value is not None}
 
 
-def _by_pretraining(paired: Mapping[Run, float]) -> dict[int, float]:
-    """Return the mean of each pre-training."""
+def by_pretraining(paired: Mapping[Run, float]) -> dict[int, float]:
+    """Return the mean over the seeds of each pre-training, by its number."""
     numbers = sorted({pretraining for pretraining, _ in paired})
     return {n: statistics.fmean(v for (p, _), v in paired.items() if p == n) for n in numbers}
 

@@ -91,7 +91,10 @@ def test_differences_are_taken_between_runs_of_the_same_pretraining_and_seed():
     found = sweep_report.paired(results, uniform, base, "id")
     assert found == {(0, 0): pytest.approx(2.1), (0, 1): pytest.approx(2.0), (1, 0): pytest.approx(2.0), (1, 1): pytest.approx(2.1)}  # fmt: skip
     lines = sweep_report.differences(results).splitlines()
-    assert lines[0].split() == ["minus", base, "pairs", "ID", "OOD", "OOD", "ECE", "final", "gap"]
+    heading = f"minus {base} pairs ID OOD OOD ECE final gap"
+    by_pretraining = [f"{name} in each pre-training" for name in ("ID", "OOD")]
+    assert lines[0].split() == " ".join([heading, *by_pretraining]).split()
+    assert lines[1].split()[-4:] == ["+2.0", "+2.0", "+0.0", "+0.0"]
     # 3.18 is the quantile of Student's t with three degrees of freedom.
     width = 3.18245 * 0.0577350 / 2
     assert f"+2.0 ±{width:.1f}!" in lines[1] or f"+2.1 ±{width:.1f}!" in lines[1]
