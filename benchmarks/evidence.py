@@ -165,7 +165,7 @@ def _anchor(folder: str) -> str:
     raise ValueError(f"benchmarks/results/README.md has no section about {folder!r}")
 
 
-DIGITS, MNIST = "kernel-sweep-digits", "kernel-sweep-mnist"
+DIGITS, MNIST, ANYTIME = "kernel-sweep-digits", "kernel-sweep-mnist", "kernel-sweep-anytime"
 BETA, OPEN = "beta(0.5,0.5)", "power(exponent=-0.5)"
 PAPERS_EMA = "ema(0.996,1.0,schedule=cosine)"
 MEAN_TEACHER = ("accuracy", "test accuracy")
@@ -215,8 +215,15 @@ ADVICE = (
             ),
             OOD(DIGITS, OPEN, BETA),
             ID(DIGITS, OPEN, BETA),
+            *(of(f"{ANYTIME}-{data}", OPEN, BETA) for data in ("mnist", "emoji") for of in (OOD, ID)),
+            *(
+                Comparison(f"{ANYTIME}-{data}", OPEN, BETA, figure, figure)
+                for data in ("facts",)
+                for figure in ("kept", "new")
+            ),
         ),
-        "In the long runs, a small network learns for twice the planned length.",
+        "In the long runs, a small network learns for twice the planned length. The kernel leans on the "
+        "start: a language model learns fewer facts with it. `uniform` has no horizon, either.",
     ),
     Advice(
         "random weights, with BatchNorm and `mode=\"train\"`, a short run (mean teacher, 400 steps)",

@@ -64,7 +64,9 @@ def tables(folder):
         "kernel-gap-clip": sweep_report.table,
     }
     if folder.startswith("kernel-sweep-"):
-        shown = (sweep_report.table, sweep_report.differences, sweep_report.correlations)
+        shown = [sweep_report.table, sweep_report.differences]
+        if not folder.startswith("kernel-sweep-anytime-"):
+            shown.append(sweep_report.correlations)
         return [maker(results) for maker in shown]
     if folder.startswith("lm-"):
         pairs = language.pairs(list(results["methods"]))
