@@ -218,7 +218,7 @@ ADVICE = (
             *(of(f"{ANYTIME}-{data}", OPEN, BETA) for data in ("mnist", "emoji") for of in (OOD, ID)),
             *(
                 Comparison(f"{ANYTIME}-{data}", OPEN, BETA, figure, figure)
-                for data in ("facts",)
+                for data in ("facts", "skill")
                 for figure in ("kept", "new")
             ),
         ),
