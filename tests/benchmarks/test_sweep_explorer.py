@@ -127,7 +127,7 @@ def test_a_browser_draws_every_point_and_the_front(tmp_path):
     )
     ID, OOD = (static["values"][key] for key in ("id", "ood"))
     label = f"static: ID {ID['mean']:.1f} ±{ID['half']:.1f}, OOD {OOD['mean']:.1f} ±{OOD['half']:.1f}, "
-    assert f"{label}{len(static['runs'])} runs, one per seed" in points
+    assert f"{label}{len(static['runs'])} runs: 3 pre-trainings, 3 seeds" in points
     assert {p.partition(":")[0] for p in points if p.endswith("on the Pareto front")} == {
         row["kernel"] for row in rows if row["front"]
     }
