@@ -44,7 +44,7 @@ def __dir__() -> list[str]:
 
 
 # The name, the student's tensor and the average of `WMATeacher.averaged_pairs`.
-Pair = tuple[str, Tensor, Tensor]
+_Pair = tuple[str, Tensor, Tensor]
 # The elements that are compared at once.
 _AT_ONCE = 2**24
 
@@ -104,9 +104,9 @@ def _gaps(teacher: WMATeacher) -> dict[str, tuple[Tensor, Tensor]]:
     return dict(zip(students, zip(apart, scale, strict=True), strict=True))
 
 
-def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+def _batches(pairs: Iterable[_Pair]) -> Iterator[list[_Pair]]:
     """Yield batches of few elements, so that they can be copied at little cost of memory."""
-    batch: list[Pair] = []
+    batch: list[_Pair] = []
     free = _AT_ONCE
     for pair in pairs:
         free -= pair[1].numel()
@@ -118,7 +118,7 @@ def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
         yield batch
 
 
-def _norms(batch: Sequence[Pair]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+def _norms(batch: Sequence[_Pair]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Return |W - M| and |W| of the local part of every pair."""
     local = ((sharding.local(student), sharding.local(average)) for _, student, average in batch)
     ours, theirs = zip(*((_real(w), _real(m.to(w.device))) for w, m in local), strict=True)
