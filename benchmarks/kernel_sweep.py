@@ -250,7 +250,7 @@ def run_cells(task: Task, cells: list[Cell], jobs: int, results: dict[str, Any],
                 + f"about {left / 60:.0f} min left",
                 flush=True,
             )
-    except (KeyboardInterrupt, Terminated):  # or a signal to all processes has ended a worker's cell first
+    except (KeyboardInterrupt, Terminated):  # a signal to the whole process group may end a cell first
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # `timeout` sends a second one at once
         ending.set()
         for process in list(pool._processes.values()):

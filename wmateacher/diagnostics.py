@@ -45,7 +45,7 @@ def __dir__() -> list[str]:
 
 # The name, the student's tensor and the average of `WMATeacher.averaged_pairs`.
 _Pair = tuple[str, Tensor, Tensor]
-# The elements that are compared at once.
+# The number of elements that are compared at once, unless one tensor has more.
 _AT_ONCE = 2**24
 
 
@@ -105,7 +105,7 @@ def _gaps(teacher: WMATeacher) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _batches(pairs: Iterable[_Pair]) -> Iterator[list[_Pair]]:
-    """Yield batches of few elements, so that they can be copied at little cost of memory."""
+    """Yield batches of at most `_AT_ONCE` elements, or of one larger tensor, to limit what copies take."""
     batch: list[_Pair] = []
     free = _AT_ONCE
     for pair in pairs:
