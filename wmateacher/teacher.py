@@ -305,6 +305,9 @@ class WMATeacher(nn.Module):
 
     # --- averaging ----------------------------------------------------------------------------------
 
+    # In a compiled training step: a graph could not see writes through addresses, and would be compiled anew
+    # for each count of steps.
+    @torch._disable_dynamo
     def update(self, model: nn.Module | None = None) -> None:
         """Count one optimizer step and, if a snapshot is due, move the average towards the student.
 

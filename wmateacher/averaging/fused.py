@@ -69,7 +69,6 @@ class Kind:
         return cls(average.held.dtype, value.dtype, average.own.dtype, average.beside is not None)
 
 
-@torch._disable_dynamo
 def take(
     group: Sequence[tuple[Average, Tensor]], masked: bool
 ) -> tuple[list[FusedStep], list[tuple[Average, Tensor]]]:
@@ -130,8 +129,6 @@ class FusedStep:
     def fetch(self) -> None:
         """Do nothing: the values are on the averages' device."""
 
-    # torch.compile cannot see writes through addresses: a compiled function gets a graph break here.
-    @torch._disable_dynamo
     def move(self, omega: float | Tensor, mask: Tensor | None) -> None:
         """Move the averages and round them into the module."""
         on_device = isinstance(omega, Tensor)

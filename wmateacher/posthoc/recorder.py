@@ -138,6 +138,7 @@ class Recorder:
         for teacher in self.teachers:
             teacher.set_total_steps(total_steps)
 
+    @torch._disable_dynamo
     def update(self, model: nn.Module | None = None) -> None:
         """Count one optimizer step, and write the snapshots if they are due.
 
