@@ -35,7 +35,7 @@ from gpu.record import Options  # noqa: E402
 
 from wmateacher.integrations.engine.results import read_json, write_json  # noqa: E402
 
-SHARES = {"correct": 1.4, "update": 1.3, "step": 2.2, "losses": 0.5, "tracer": 2.0, "backbones": 1.3}
+SHARES = {"correct": 2.5, "update": 1.3, "step": 2.2, "losses": 0.5, "tracer": 2.0, "backbones": 1.3}
 """The sections in order of worth, and their shares of the time."""
 GRACE = 5.0
 """Seconds that a section may take longer than it was told, before it is stopped."""

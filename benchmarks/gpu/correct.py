@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from typing import Any
 
 from gpu.record import ROOT, Options, Record, described
 from wmateacher.integrations.engine import tables
 
+TESTS = "tests/test_gpu.py"
 QUICK = "(beta and fp32 and 5) or grad_scaler or (never_waits and split) or noticed"
 
 
@@ -15,16 +18,18 @@ def measure(record: Record, options: Options) -> None:
     import pytest
 
     arguments = [
-        str(ROOT / "tests/test_gpu.py"), "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
+        str(ROOT / TESTS), "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT),
         "-m", "gpu", "--device", options.device, "-q", "-p", "no:cacheprovider", "-p", "no:randomly",
         # Versions of packages that the tests were not written with may warn.
         "-W", "default",
     ]  # fmt: skip
     if options.quick:
         arguments += ["-k", QUICK]
-    code = int(pytest.main(arguments, plugins=[Outcomes(record)]))
-    if code not in (0, 1):
-        record.fail("pytest", f"ended with code {code}")
+    said = io.StringIO()  # pytest's own errors, such as a package that the tests lack
+    with contextlib.redirect_stderr(said):
+        code = int(pytest.main(arguments, plugins=[Outcomes(record)]))
+    if code not in (0, 1) and not record.content["errors"]:
+        record.fail("pytest", " ".join([f"ended with code {code}.", *said.getvalue().split()])[-500:])
     results = record.content["results"]
     failed = [name for name, result in results.items() if result["outcome"] == "failed"]
     record.say(f"{len(results)} tests, {len(failed)} failed")
@@ -49,6 +54,11 @@ class Outcomes:
         if report.outcome == "failed":
             crash = getattr(report.longrepr, "reprcrash", None)
             self.record.fail(name, getattr(crash, "message", str(report.longrepr)).splitlines()[0][:300])
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Keep why tests could not even be read, such as a package that they lack."""
+        if report.failed:
+            self.record.fail(report.nodeid, str(report.longrepr).splitlines()[-1][:300])
 
     def pytest_internalerror(self, excinfo: Any) -> None:
         """Keep an error of pytest itself."""

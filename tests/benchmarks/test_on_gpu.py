@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -71,12 +72,60 @@ def check(names, out):
     assert {p.name for p in Path("out").iterdir()} == {*(f"{name}.json" for name in names), "summary.md"}
 
 
-def test_the_library_alone_is_tested_and_measured(command, capfd):
-    assert command("--sections", "correct", "update", "losses", "--minutes", 2) == 0
-    check(("correct", "update", "losses"), capfd.readouterr().out)
-    assert {r["outcome"] for r in content("correct")["results"].values()} == {"passed"}
+def test_the_library_alone_is_measured(command, capfd):
+    assert command("--sections", "update", "losses", "--minutes", 2) == 0
+    check(("update", "losses"), capfd.readouterr().out)
     ours = content("update")["results"]["small, bf16: wmateacher, split"]
     assert {"milliseconds", "floor_milliseconds", "host_milliseconds", "share_of_copy_bandwidth"} <= set(ours)
+
+
+# What the library can be used with, and its tests are run with.
+BESIDE = {
+    *(
+        "PIL",
+        "accelerate",
+        "datasets",
+        "deepspeed",
+        "diffusers",
+        "ema_pytorch",
+        "huggingface_hub",
+        "hypothesis",
+    ),
+    *("lightning", "matplotlib", "open_clip", "peft", "safetensors", "sklearn", "timm", "torch_ema"),
+    *("torchmetrics", "torchvision", "tqdm", "transformers", "triton", "trl", "tyro", "wandb", "webdataset"),
+}
+
+
+@pytest.mark.slow
+def test_the_library_is_tested_where_little_is_installed(tmp_path):
+    """A machine with a GPU may have nothing of what these tests are written with."""
+    absent = dict.fromkeys(BESIDE)  # None: importing them fails
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update({absent})\n")
+    command = [sys.executable, ROOT / "benchmarks/on_gpu.py", "--device", "cpu", "--quick", "--sections"]
+    ran = subprocess.run(
+        [*command, "correct", "--output", tmp_path / "out"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads((tmp_path / "out/correct.json").read_text())
+    assert (found["state"], found["errors"], found["skipped"]) == ("finished", {}, {})
+    assert {r["outcome"] for r in found["results"].values()} == {"passed"}
+
+
+def test_what_stops_pytest_is_kept(command, tmp_path, monkeypatch):
+    file = tmp_path / "test_far_away.py"
+    file.write_text("import no_such_package")
+    monkeypatch.setattr(correct, "TESTS", file)
+    assert command("--sections", "correct", "--minutes", 1) == 1
+    assert "unrecognized arguments: --device" in content("correct")["errors"]["pytest"]
+    kept = record.Record("correct", record.Options("cpu", True, tmp_path, tmp_path, "command", "", ""))
+    pytest.main([str(file), "-q", "-p", "no:cacheprovider"], plugins=[correct.Outcomes(kept)])
+    assert list(kept.content["errors"].values()) == [
+        "E   ModuleNotFoundError: No module named 'no_such_package'"
+    ]
 
 
 @pytest.mark.slow
@@ -154,6 +203,7 @@ def interrupt(record, options):
 
 def test_a_section_ends_when_the_command_is_interrupted(command, section):
     section("interrupt", interrupt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore the signal
     with pytest.raises(KeyboardInterrupt):
         command("--sections", "interrupt", "--minutes", 1)
     with pytest.raises(ProcessLookupError):
