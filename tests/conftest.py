@@ -78,9 +78,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish():
-    """CLIP's vocabulary is read once, not again for each small model."""
+    """CLIP's vocabulary is read once, not again for each small model, and each caption is tokenised once."""
     if open_clip := sys.modules.get("open_clip"):
         open_clip.get_tokenizer = functools.cache(open_clip.get_tokenizer)
+        open_clip.SimpleTokenizer.encode = functools.cache(open_clip.SimpleTokenizer.encode)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -26,6 +27,7 @@ _IMAGE = (*_TOWER, "head_width", "patch_size", "image_size", "patch_dropout")
 _TEXT = (*_TOWER, "heads", "context_length", "vocab_size")
 _MODEL = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale")
 _PILLOW = {"bilinear": 2, "bicubic": 3}
+_SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
 
 _LAYER = {
     "ln_1": "layer_norm1",
@@ -214,16 +216,22 @@ def _tokenizer() -> SimpleTokenizer:
     return SimpleTokenizer()
 
 
-def _write_tokenizer(context_length: int, folder: Path) -> None:
-    """Write open_clip's vocabulary under transformers' names of the special tokens."""
+@cache
+def _vocabulary() -> tuple[str, str]:
+    """Return `vocab.json` and `merges.txt`: open_clip's, under transformers' names of the special tokens."""
     tokenizer = _tokenizer()
-    special = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    write_json({special.get(k, k): i for k, i in tokenizer.encoder.items()}, folder / "vocab.json")
     merges = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.bpe_ranks)]
-    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
-    end = special["<end_of_text>"]
+    tokens = {_SPECIAL.get(token, token): i for token, i in tokenizer.encoder.items()}
+    return json.dumps(tokens), "\n".join(merges) + "\n"
+
+
+def _write_tokenizer(context_length: int, folder: Path) -> None:
+    """Write open_clip's tokenizer as one of transformers."""
+    for name, text in zip(("vocab.json", "merges.txt"), _vocabulary(), strict=True):
+        (folder / name).write_text(text, encoding="utf-8")
+    start, end = _SPECIAL.values()
     tokens = {
-        "bos_token": special["<start_of_text>"],
+        "bos_token": start,
         **dict.fromkeys(("eos_token", "pad_token", "unk_token"), end),
     }
     write_json(
