@@ -305,9 +305,6 @@ class WMATeacher(nn.Module):
 
     # --- averaging ----------------------------------------------------------------------------------
 
-    # In a compiled training step: a graph could not see writes through addresses, and would be compiled anew
-    # for each count of steps.
-    @torch._disable_dynamo
     def update(self, model: nn.Module | None = None) -> None:
         """Count one optimizer step and, if a snapshot is due, move the average towards the student.
 
@@ -322,6 +319,9 @@ class WMATeacher(nn.Module):
                 while the teacher is attached to an optimizer, which counts its steps already. With
                 `nonfinite="raise"` also if this student or the one before is not finite.
         """
+        if torch.compiler.is_compiling():
+            _update_uncompiled(self, model)
+            return
         if self._attachment is not None and self._attachment.active:
             raise RuntimeError(
                 f"this teacher is attached to {self._attachment}, which already "
@@ -707,6 +707,11 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
     teacher._modes.accept()
     if distances is not None:
         state.update({prefix + key: value for key, value in distances.load(start).items()})
+
+
+# In a compiled training step, a graph could not see writes through addresses, and would be compiled anew for
+# each count of steps. As a decorator it would stand between warnings and the line that they are about.
+_update_uncompiled = torch._disable_dynamo(WMATeacher.update)
 
 
 def __dir__() -> list[str]:

@@ -114,7 +114,8 @@ class _Gathered(PairedEmbeddings):
         return rows
 
     def _replace(self, **changes: Any) -> _Gathered:
-        changed = super()._replace(**changes)
+        # By way of a plain tuple: torch.compile makes an empty one of `super()._replace`.
+        changed = _Gathered(*PairedEmbeddings(*self)._replace(**changes))
         # Other features have other candidates, which every rank gathers again.
         if changes.keys() & {"image", "text"}:
             return _Gathered.of(_normalised(PairedEmbeddings(*changed)), self.layout)

@@ -236,7 +236,8 @@ def _sum(
 
 
 def _on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+    """Return whether the host may decide by a tensor's values. A compiled graph cannot branch by them."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _rows(logits: Tensor, rows: slice | Tensor) -> Tensor:

@@ -138,7 +138,6 @@ class Recorder:
         for teacher in self.teachers:
             teacher.set_total_steps(total_steps)
 
-    @torch._disable_dynamo
     def update(self, model: nn.Module | None = None) -> None:
         """Count one optimizer step, and write the snapshots if they are due.
 
@@ -150,6 +149,9 @@ class Recorder:
         Raises:
             ValueError: If this is the first call of a new run and the folder already holds snapshots.
         """
+        if torch.compiler.is_compiling():
+            _update_uncompiled(self, model)
+            return
         if not self._begun:
             self._begin()
         before = self.step
@@ -299,3 +301,6 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 def _is_writer() -> bool:
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
+
+
+_update_uncompiled = torch._disable_dynamo(Recorder.update)  # as that of WMATeacher
