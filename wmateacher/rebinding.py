@@ -70,6 +70,8 @@ def parts(x: Any) -> Iterable[Any]:
         return (x(), x.__callback__)
     if isinstance(x, functools._lru_cache_wrapper):
         return (x.__wrapped__,)  # without the arguments that it was called with
+    if isinstance(x, types.GeneratorType):  # before Python 3.11, its values are held by its frame
+        return () if x.gi_frame is None else tuple(x.gi_frame.f_locals.values())
     return gc.get_referents(x)
 
 
