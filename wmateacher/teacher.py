@@ -319,7 +319,7 @@ class WMATeacher(nn.Module):
                 while the teacher is attached to an optimizer, which counts its steps already. With
                 `nonfinite="raise"` also if this student or the one before is not finite.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             _update_uncompiled(self, model)
             return
         if self._attachment is not None and self._attachment.active:
@@ -498,12 +498,12 @@ class WMATeacher(nn.Module):
         swapping.refuse(self.module, "the teacher's forward pass")
         self._refuse_merged("the teacher's forward pass")
         self._shadow.take_up_unfrozen(self.step)
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self._modes.follow(self.training)
             self._modes.notice_outgrown(self._clock)
         self._modes.restore()
         free = self.roles.averaged if self._modes.collecting else ()
-        guard = nullcontext() if torch.compiler.is_compiling() else self._shadow.guarding(free)
+        guard = nullcontext() if torch.compiler.is_dynamo_compiling() else self._shadow.guarding(free)
         with guard, torch.no_grad(), caches.apart():
             return self.module(*args, **kwargs)
 

@@ -81,18 +81,10 @@ def test_the_library_alone_is_measured(command, capfd):
 
 # What the library can be used with, and its tests are run with.
 BESIDE = {
-    *(
-        "PIL",
-        "accelerate",
-        "datasets",
-        "deepspeed",
-        "diffusers",
-        "ema_pytorch",
-        "huggingface_hub",
-        "hypothesis",
-    ),
-    *("lightning", "matplotlib", "open_clip", "peft", "safetensors", "sklearn", "timm", "torch_ema"),
-    *("torchmetrics", "torchvision", "tqdm", "transformers", "triton", "trl", "tyro", "wandb", "webdataset"),
+    *("PIL", "accelerate", "datasets", "deepspeed", "diffusers", "ema_pytorch", "huggingface_hub"),
+    *("hypothesis", "lightning", "matplotlib", "open_clip", "peft", "safetensors", "sklearn", "timm"),
+    *("torch_ema", "torchmetrics", "torchvision", "tqdm", "transformers", "triton", "trl", "tyro", "wandb"),
+    *("webdataset",),
 }
 
 

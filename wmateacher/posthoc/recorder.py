@@ -149,7 +149,7 @@ class Recorder:
         Raises:
             ValueError: If this is the first call of a new run and the folder already holds snapshots.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             _update_uncompiled(self, model)
             return
         if not self._begun:
