@@ -31,6 +31,7 @@ GROUPS = {
     "examples": "system",
     "test_docs.py": "system",
     "test_layout.py": "system",
+    "test_migration.py": "integration",
     "test_packaging.py": "system",
     "test_readme.py": "system",
     "test_results.py": "system",
