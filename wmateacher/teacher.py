@@ -709,8 +709,9 @@ def _load_state(teacher: nn.Module, state: dict[str, Any], prefix: str, *unused:
         state.update({prefix + key: value for key, value in distances.load(start).items()})
 
 
-# In a compiled training step, a graph could not see writes through addresses, and would be compiled anew for
-# each count of steps. As a decorator it would stand between warnings and the line that they are about.
+# For compiled training steps: a graph does not see what a kernel writes through addresses, and it would be
+# compiled again for each step count. `update` is not decorated with it, because the decorator's frames would
+# hide the caller's line in warnings.
 _update_uncompiled = torch._disable_dynamo(WMATeacher.update)
 
 

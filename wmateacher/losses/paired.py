@@ -114,7 +114,7 @@ class _Gathered(PairedEmbeddings):
         return rows
 
     def _replace(self, **changes: Any) -> _Gathered:
-        # By way of a plain tuple: torch.compile makes an empty one of `super()._replace`.
+        # Through `PairedEmbeddings`, because `super()._replace` returns an empty tuple under torch.compile.
         changed = _Gathered(*PairedEmbeddings(*self)._replace(**changes))
         # Other features have other candidates, which every rank gathers again.
         if changes.keys() & {"image", "text"}:

@@ -303,4 +303,5 @@ def _is_writer() -> bool:
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
-_update_uncompiled = torch._disable_dynamo(Recorder.update)  # as that of WMATeacher
+# For compiled training steps, for the reasons given in `wmateacher.teacher`.
+_update_uncompiled = torch._disable_dynamo(Recorder.update)
